@@ -1,0 +1,115 @@
+"""Which files of a checkpoint are weights, which of them to read, and which files to carry over.
+
+Decided from names alone, so that one set of rules serves a local folder and a file list of the Hub.
+"""
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+from irq_convert.checkpoint.shards import INDEX_NAME
+from irq_convert.errors import IrqError
+
+SINGLE_NAME = "model.safetensors"
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+WEIGHT_SUFFIXES = (
+    ".safetensors",
+    *PICKLE_SUFFIXES,
+    *(".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".onnx_data", ".ot", ".tflite", ".mlmodel"),
+    ".npz",
+)
+LOCK_NAME = ".output.lock"
+"""In an output folder that is being written: the lock file of the run that writes it."""
+HEADERS_ONLY_NAME = ".headers-only.json"
+"""In a folder made by `locate(headers_only=True)`: file name to true size of each cut shard."""
+
+_WEIGHT_INDEX = re.compile(r"\.(safetensors|bin|h5|msgpack)\.index(\.[\w-]+)?\.json$")
+_HIDDEN_PARTS = {".git", ".cache", ".gitattributes", ".gitignore", ".gitmodules", ".DS_Store"}
+_HIDDEN_PARTS |= {"__pycache__", ".ipynb_checkpoints", HEADERS_ONLY_NAME, LOCK_NAME}
+_TEMPORARY = re.compile(r"^\..*\.tmp-\d+-\d+$")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The weight files to read: `shards` as they are, or, when `index` is set, those it names."""
+
+    shards: tuple[str, ...] = ()
+    index: str | None = None
+
+
+def is_hidden(path: str) -> bool:
+    """Tell version-control, cache and temporary files, which are no part of a checkpoint."""
+    parts = PurePosixPath(path).parts
+    return any(part in _HIDDEN_PARTS for part in parts) or bool(_TEMPORARY.match(parts[-1]))
+
+
+def is_weight_index(path: str) -> bool:
+    """Tell `model.safetensors.index.json` and its relatives of other formats and variants."""
+    return bool(_WEIGHT_INDEX.search(path))
+
+
+def is_weight_file(path: str) -> bool:
+    """Tell files that hold weights in any format, and the indexes of such files."""
+    return path.lower().endswith(WEIGHT_SUFFIXES) or is_weight_index(path)
+
+
+def select_weights(paths: Collection[str], where: str) -> Selection:
+    """Choose the weight files among the relative posix `paths` of a checkpoint called `where`.
+
+    At the top level only, in this order: `model.safetensors.index.json` (see `shards_of_index` for
+    the case that `model.safetensors` lies beside it), `model.safetensors`, the only index of
+    another name, else every `*.safetensors` that is not an adapter. Copies of the weights under
+    other names (`consolidated*.safetensors`, `original/`) are not read when one of the first
+    three exists.
+    Raises `IrqError` when there is nothing to read, saying how to convert what there is.
+    """
+    top = sorted(path for path in paths if "/" not in path)
+    indexes = [name for name in top if name.endswith(".safetensors.index.json")]
+    single = (SINGLE_NAME,) if SINGLE_NAME in top else ()
+    if INDEX_NAME in indexes:
+        return Selection(single, INDEX_NAME)
+    if single:
+        return Selection(single)
+    if len(indexes) == 1:
+        return Selection((), indexes[0])
+    shards = [name for name in top if name.endswith(".safetensors")]
+    base = tuple(name for name in shards if not name.startswith("adapter_"))
+    if not base:
+        raise IrqError(f"{where}: {_why_nothing(paths, adapter=bool(shards))}")
+    return Selection(base)
+
+
+def _why_nothing(paths: Collection[str], adapter: bool) -> str:
+    if adapter:
+        return "holds an adapter but no model; merge the adapter into its base model first"
+    names = sorted(paths)
+    pickles = [path for path in names if path.lower().endswith(PICKLE_SUFFIXES)]
+    if pickles:
+        return (
+            f"no safetensors, only pickled weights ({pickles[0]}), which are not opened because a "
+            "pickle can run code; load the model with transformers and save it again with "
+            "save_pretrained(folder, safe_serialization=True)"
+        )
+    gguf = [path for path in names if path.lower().endswith((".gguf", ".ggml"))]
+    if gguf:
+        return (
+            f"no safetensors, only {gguf[0]}; take the original checkpoint, or load the file with "
+            "transformers (gguf_file=...) and save it with "
+            "save_pretrained(folder, safe_serialization=True)"
+        )
+    nested = [path for path in names if path.endswith(".safetensors")]
+    if nested:
+        return f"no safetensors at the top level; give the folder that holds them ({nested[0]})"
+    return "no *.safetensors files; this is not a Hugging Face checkpoint"
+
+
+def shards_of_index(selection: Selection, weight_map: Mapping[str, str]) -> tuple[str, ...]:
+    """Return the sorted shard files to read, given the `weight_map` of the selection's index.
+
+    `model.safetensors` beside an index that does not name it wins, as it does in transformers.
+    """
+    named = sorted(set(weight_map.values()))
+    if selection.shards and SINGLE_NAME not in named:
+        return selection.shards
+    return tuple(named)

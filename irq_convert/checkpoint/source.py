@@ -1,0 +1,234 @@
+"""A checkpoint folder opened for reading: its tensors, its configuration and the files beside them.
+
+Everything is learnt from headers and small JSON files; no tensor data is read. What cannot be read
+completely is refused here, before any work is done.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from irq_convert.checkpoint.header import (
+    DuplicateKeyError,
+    ShardHeader,
+    TensorInfo,
+    read_header,
+    unique_pairs,
+)
+from irq_convert.checkpoint.layout import (
+    HEADERS_ONLY_NAME,
+    Selection,
+    is_hidden,
+    is_weight_file,
+    select_weights,
+    shards_of_index,
+)
+from irq_convert.checkpoint.system import os_errors
+from irq_convert.errors import IrqError, UsageError
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint.
+
+    `shards` are the weight files read, sorted by name; `tensors` lists every tensor in them in file
+    order (shard, then offset). `config` is `config.json`, None when there is none.
+    `other_files` are relative posix paths of every file to carry over unchanged. `left_out` are
+    weight files that are neither read nor carried over (other formats, second copies, subfolders).
+    `headers_only` marks a folder whose tensors have no data (see `locate`).
+    """
+
+    folder: Path
+    shards: tuple[Path, ...]
+    tensors: dict[str, TensorInfo]
+    config: dict[str, Any] | None
+    index_metadata: dict[str, Any]
+    other_files: tuple[str, ...]
+    repo_id: str | None = None
+    revision: str | None = None
+    left_out: tuple[str, ...] = ()
+    shard_metadata: dict[Path, dict[str, str]] = field(default_factory=dict)
+    headers_only: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all tensors together."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+
+def open_checkpoint(
+    folder: Path, repo_id: str | None = None, revision: str | None = None
+) -> Checkpoint:
+    """Open the checkpoint in `folder`; `repo_id` and `revision` are only noted in the result.
+
+    Which weight files are read is decided by `layout.select_weights`. A tensor that lies in an
+    indexed shard but is missing from the index is read like any other: transformers would ignore
+    it, but dropping data without a word is worse than keeping it.
+
+    Raises `UsageError` when `folder` is not a readable folder, and `IrqError` when it holds no
+    safetensors, an index names a missing shard or a tensor that its shard lacks, two shards hold
+    the same tensor, a file lies outside the folder (`..`, an absolute path, a symbolic link; links
+    inside a Hub cache are fine), a header is damaged, or `config.json` is not a JSON object.
+    """
+    folder = Path(folder)
+    with os_errors("look at it", folder):
+        exists, is_folder = folder.exists(), folder.is_dir()
+    if not exists:
+        raise UsageError(f"{folder}: no such folder")
+    if not is_folder:
+        raise UsageError(f"{folder}: a file, not a folder; give the folder that holds it")
+    with os_errors("list it", folder):
+        files = _list_files(folder)
+    fence = _Fence(folder)
+    sizes = _headers_only_sizes(folder)
+    selection = select_weights(files, str(folder))
+    weight_map, index_metadata = _read_index(folder, fence, selection)
+    names = shards_of_index(selection, weight_map) if weight_map else selection.shards
+    if not set(names) <= set(weight_map.values()):  # the index is not the one of these files
+        selection, weight_map, index_metadata = Selection(names), {}, {}
+    headers = [_open_shard(folder, fence, name, selection.index, sizes) for name in names]
+    tensors = _merge(headers)
+    _check_index(weight_map, dict(zip(names, headers, strict=True)), selection)
+    other = tuple(fence.check(name) for name in files if not is_weight_file(name))
+    used = {*names, selection.index}
+    return Checkpoint(
+        folder=folder,
+        shards=tuple(header.path for header in headers),
+        tensors=tensors,
+        config=_read_config(folder) if "config.json" in other else None,
+        index_metadata=index_metadata,
+        other_files=other,
+        repo_id=repo_id,
+        revision=revision,
+        left_out=tuple(name for name in files if is_weight_file(name) and name not in used),
+        shard_metadata={header.path: header.metadata for header in headers},
+        headers_only=sizes is not None,
+    )
+
+
+class _Fence:
+    """Keeps reading inside the checkpoint folder, or inside the Hub cache entry it belongs to."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        real = folder.resolve()
+        self.allowed = [real]
+        if real.parent.name == "snapshots":  # Hub cache: snapshots/<rev>/x -> ../../blobs/<hash>
+            self.allowed.append(real.parent.parent / "blobs")
+
+    def check(self, name: str) -> str:
+        """Return the relative `name` if the file it leads to is inside; `IrqError` otherwise."""
+        pure = PurePosixPath(name)
+        if pure.is_absolute() or ".." in pure.parts:
+            raise IrqError(f"{self.folder}: {name!r} leads outside the folder; refused")
+        path = self.folder / name
+        with os_errors("follow it", path):
+            real = path.resolve()
+        if not any(real.is_relative_to(root) for root in self.allowed):
+            raise IrqError(
+                f"{path}: a symbolic link to {real}, outside the folder; replace it by a copy"
+            )
+        return name
+
+
+def _list_files(folder: Path) -> list[str]:
+    """Return the sorted relative paths of all regular files; links to folders are not entered."""
+    found: list[str] = []
+
+    def fail(error: OSError) -> None:
+        with os_errors("list it", Path(error.filename or folder)):
+            raise error
+
+    for root, folders, files in os.walk(folder, onerror=fail):
+        base = Path(root).relative_to(folder)
+        folders[:] = [name for name in folders if not is_hidden(name)]
+        for name in files:
+            path, relative = Path(root) / name, (base / name).as_posix()
+            if is_hidden(relative):
+                continue
+            if path.is_symlink() and not path.exists():
+                raise IrqError(f"{path}: a symbolic link to nothing; get the file or remove it")
+            if path.is_file():
+                found.append(relative)
+    return sorted(found)
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file that must hold an object; `IrqError` names the file otherwise."""
+    with os_errors("read it", path):
+        raw = path.read_bytes()
+    try:
+        value = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=unique_pairs)
+    except DuplicateKeyError as error:
+        raise IrqError(f"{path}: {error} in the file; remove the wrong one") from error
+    except (ValueError, RecursionError) as error:
+        detail = " ".join(str(error).split())
+        raise IrqError(f"{path}: not JSON ({detail}); correct it or download it again") from error
+    if not isinstance(value, dict):
+        raise IrqError(f"{path}: holds a JSON {type(value).__name__}, an object is needed")
+    return value
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    return read_json_object(folder / "config.json")
+
+
+def _headers_only_sizes(folder: Path) -> dict[str, int] | None:
+    path = folder / HEADERS_ONLY_NAME
+    return read_json_object(path) if path.is_file() else None
+
+
+def parse_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
+    """Read an index file: (tensor name to shard name, metadata); `IrqError` when malformed."""
+    index = read_json_object(path)
+    weight_map, metadata = index.get("weight_map"), index.get("metadata")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise IrqError(f"{path}: has no weight_map of tensor names to files; download it again")
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str) or not name.endswith(".safetensors"):
+            raise IrqError(f"{path}: tensor {tensor!r} is in {name!r}, not a safetensors file")
+    return weight_map, metadata if isinstance(metadata, dict) else {}
+
+
+def _read_index(
+    folder: Path, fence: _Fence, selection: Selection
+) -> tuple[dict[str, str], dict[str, Any]]:
+    if selection.index is None:
+        return {}, {}
+    return parse_index(folder / fence.check(selection.index))
+
+
+def _open_shard(
+    folder: Path, fence: _Fence, name: str, index: str | None, sizes: Mapping[str, int] | None
+) -> ShardHeader:
+    path = folder / fence.check(name)
+    if not path.exists():
+        raise IrqError(f"{path}: named by {index} but missing; download or copy it again")
+    return read_header(path, None if sizes is None else sizes.get(name))
+
+
+def _merge(headers: list[ShardHeader]) -> dict[str, TensorInfo]:
+    tensors: dict[str, TensorInfo] = {}
+    for header in headers:
+        for name, info in header.tensors.items():
+            if name in tensors:
+                raise IrqError(
+                    f"{header.path}: tensor {name!r} is also in {tensors[name].shard.name}; "
+                    "keep one set of weight files in the folder"
+                )
+            tensors[name] = info
+    return tensors
+
+
+def _check_index(
+    weight_map: Mapping[str, str], headers: Mapping[str, ShardHeader], selection: Selection
+) -> None:
+    for tensor, name in weight_map.items():
+        if name in headers and tensor not in headers[name].tensors:
+            raise IrqError(
+                f"{headers[name].path}: lacks tensor {tensor!r}, which {selection.index} places "
+                "there; index and shards are from different saves: download both again"
+            )

@@ -1,0 +1,81 @@
+"""Operating-system errors and byte counts in words: what a user can act on becomes one line.
+
+The rest of this package wraps each group of system calls in `os_errors`, so that a full disk or a
+missing permission is reported with the file, the cause and the way out instead of a traceback.
+"""
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from irq_convert.errors import IrqError
+
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
+_REASONS = {
+    errno.EACCES: "permission denied; check the owner and mode of the file and its folder",
+    errno.EPERM: "permission denied; check the owner and mode of the file and its folder",
+    errno.EROFS: "the file system is read-only; choose a folder on another one",
+    errno.ENOENT: "no such file or folder",
+    errno.ENOTDIR: "a part of the path is a file, not a folder",
+    errno.EISDIR: "it is a folder, not a file",
+    errno.EFBIG: "the file would be larger than this file system or `ulimit -f` allows",
+    errno.ENAMETOOLONG: "the file name is too long",
+    errno.EMFILE: "too many open files; raise `ulimit -n`",
+    errno.EXDEV: "the two paths are on different file systems; choose folders on the same one",
+    errno.EIO: "input/output error; the disk or its connection is failing",
+    errno.ELOOP: "the symbolic links form a loop",
+}
+
+
+def format_bytes(count: int) -> str:
+    """Return `count` bytes in words, exact and readable: `1234567 bytes (1.2 MiB)`."""
+    value, unit = float(count), ""
+    for unit in ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"):
+        if value < 1024 or unit == "EiB":
+            break
+        value /= 1024
+    return f"{count} bytes" if unit == "bytes" else f"{count} bytes ({value:.1f} {unit})"
+
+
+def existing_parent(path: Path) -> Path:
+    """Return `path` itself or its nearest parent that exists."""
+    path = Path(os.path.abspath(path))  # noqa: PTH100 - resolve() fails on link loops
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return path
+
+
+def free_bytes(folder: Path) -> int:
+    """Return the bytes an ordinary user may still write on the file system of `folder`."""
+    return shutil.disk_usage(existing_parent(folder)).free
+
+
+def explain_os_error(error: OSError, action: str, path: Path, needed: int | None = None) -> str:
+    """Return one line for `error`: what failed, on which path, why, and the way out.
+
+    `needed` is the number of bytes the action wanted to write; it is named when the disk is full.
+    """
+    if error.errno in _NO_SPACE:
+        try:
+            left = f", {format_bytes(free_bytes(path.parent))} free"
+        except OSError:
+            left = ""
+        wanted = "" if needed is None else f" ({format_bytes(needed)} needed{left})"
+        return (
+            f"{path}: cannot {action}: no space left on the file system{wanted}; "
+            "free some or choose a folder on another disk"
+        )
+    reason = _REASONS.get(error.errno or 0) or error.strerror or " ".join(str(error).split())
+    return f"{path}: cannot {action}: {reason}"
+
+
+@contextmanager
+def os_errors(action: str, path: Path, needed: int | None = None) -> Iterator[None]:
+    """Run the block; an `OSError` in it becomes an `IrqError` made by `explain_os_error`."""
+    try:
+        yield
+    except OSError as error:
+        raise IrqError(explain_os_error(error, action, path, needed)) from error

@@ -1,0 +1,174 @@
+"""The `eval` command: perplexity of a model on a text file and, against another model, KL
+divergence and top-1 agreement."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from math import floor, isfinite, log, log10
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from irq_convert.evaluate.options import Dtype, EvalOptions
+
+if TYPE_CHECKING:
+    from irq_convert.evaluate.result import EvalResult
+
+
+def eval_command(
+    model: Annotated[str, typer.Argument(help="Model folder or Hub id, dense or quantized.")],
+    text: Annotated[Path, typer.Option(help="UTF-8 text file to predict.", show_default=False)],
+    against: Annotated[
+        str | None, typer.Option(help="Reference model to compare with: folder or Hub id.")
+    ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(help="Window length in tokens.  \\[default: the model's, at most 2048]"),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Windows in one forward pass.")] = 1,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Stop after this many tokens of the text.")
+    ] = None,
+    from_fraction: Annotated[
+        float,
+        typer.Option(help="Skip this fraction of the text: 0.9 evaluates the last tenth."),
+    ] = 0.0,
+    dtype: Annotated[Dtype, typer.Option(help="Type to run the models in.")] = Dtype.FLOAT32,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps or auto.")] = "cpu",
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Folder or Hub id of the tokenizer, if not the model's.")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads.  \\[default: torch's]")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Measure perplexity on a text file and, with --against, KL divergence and agreement.
+
+    Every figure comes with its standard error, counted by window.
+
+    Example: irq-convert eval ./model-3bit --text wiki.txt --against ./model
+    """
+    options = EvalOptions(
+        context=context,
+        batch_size=batch_size,
+        max_tokens=max_tokens,
+        from_fraction=from_fraction,
+        dtype=dtype,
+        device=device,
+    )
+
+    import torch
+    from transformers.utils import logging
+
+    from irq_convert.evaluate.job import evaluate_on_file
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # what matters of the warnings is an error in load.py
+    with _progress_bar() as progress:
+        result = evaluate_on_file(
+            model, text, against=against, tokenizer=tokenizer, options=options, progress=progress
+        )
+    if as_json:
+        typer.echo(json.dumps(_report(model, text, against, tokenizer, options, result), indent=2))
+    else:
+        _print_table(model, against, result)
+
+
+def _report(
+    model: str,
+    text: Path,
+    against: str | None,
+    tokenizer: str | None,
+    options: EvalOptions,
+    result: "EvalResult",
+) -> dict[str, object]:
+    """What was asked and what was found, for JSON."""
+    asked: dict[str, object] = {
+        "model": model,
+        "against": against,
+        "text": str(text),
+        "tokenizer": tokenizer,
+        "max_tokens": options.max_tokens,
+        "from_fraction": options.from_fraction,
+        "dtype": str(options.dtype),
+        "device": options.device,
+    }
+    return {**asked, **result.to_dict()}
+
+
+@contextmanager
+def _progress_bar() -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr with the time left, where stderr is a terminal; yields `progress`."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import TimeRemainingColumn as TimeLeft
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeLeft())
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
+        task = bar.add_task("loading", total=None)
+
+        def progress(done: int, total: int) -> None:
+            bar.update(task, description="windows", completed=done, total=total)
+
+        yield progress
+
+
+def _print_table(model: str, against: str | None, result: "EvalResult") -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table()
+    table.add_column("")
+    table.add_column("value", justify="right")
+    table.add_column("std. error", justify="right")
+    for name, value, se in _rows(result):
+        table.add_row(name, value, se)
+    console = Console()
+    console.print(f"model      {escape(model)}", soft_wrap=True, highlight=False)
+    if against is not None:
+        console.print(f"reference  {escape(against)}", soft_wrap=True, highlight=False)
+    console.print(
+        f"scored     {result.tokens:,} tokens in {result.windows:,} "
+        f"window{'s' if result.windows > 1 else ''} of {result.context:,}",
+        highlight=False,
+    )
+    console.print(table)
+    if result.windows == 1:
+        console.print("One window only: no standard error. Give more text or a smaller context.")
+
+
+def _rows(result: "EvalResult") -> Iterator[tuple[str, str, str]]:
+    """Rows of the table: what, value, standard error."""
+    bits_se = None if result.nll_se is None else result.nll_se / log(2)
+    yield "perplexity", *_figures(result.perplexity, result.perplexity_se)
+    yield "NLL, nats a token", *_figures(result.nll, result.nll_se)
+    yield "bits a token", *_figures(result.bits_per_token, bits_se)
+    if result.compared:
+        yield (
+            "reference perplexity",
+            *_figures(result.reference_perplexity, result.reference_perplexity_se),
+        )
+        yield "NLL minus reference's", *_figures(result.nll_difference, result.nll_difference_se)
+        yield "KL(reference || model), nats", *_figures(result.kl, result.kl_se)
+        yield "same top token, %", *_figures(result.top1, result.top1_se, scale=100)
+
+
+def _figures(value: float | None, se: float | None, scale: float = 1.0) -> tuple[str, str]:
+    """Value and standard error, both to the second digit of the error (at least 2 decimals)."""
+    assert value is not None
+    value *= scale
+    if se is None:
+        return f"{value:.6g}", ""
+    se *= scale
+    if not isfinite(se) or se == 0:
+        return f"{value:.6g}", f"{se:g}"
+    digits = min(12, max(2, 1 - floor(log10(se))))
+    return f"{value:.{digits}f}", f"{se:.{digits}f}"

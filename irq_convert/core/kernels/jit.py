@@ -1,0 +1,36 @@
+"""How kernels are compiled: IEEE arithmetic, no contraction, cached at entry points."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from numba import njit
+
+# No fastmath anywhere: LLVM may neither reassociate nor fuse, so every machine gives the same bits.
+_OPTIONS: dict[str, Any] = {"error_model": "numpy", "nogil": True, "forceinline": True}
+
+# Kernels borrow their arrays and allocate nothing. Reference counts would be atomic operations
+# on every call, half of the whole run time, so the runtime that keeps them is off.
+kernel: Callable[..., Any] = njit(_nrt=False, **_OPTIONS)
+allocator: Callable[..., Any] = njit(**_OPTIONS)
+
+
+def _source_digest() -> str:
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def entry_point(make: Callable[[str], Callable[..., Any]]) -> Any:
+    """Compile the function that `make(digest)` returns, in parallel, with a cache on disk.
+
+    numba notices a change of the file that holds a cached function but not of the files it calls.
+    It does key on closure variables, so the function has to mention `digest`, a hash of
+    all kernels.
+    """
+    compile_parallel = njit(parallel=True, cache=True, error_model="numpy", nogil=True)
+    return compile_parallel(make(_source_digest()))

@@ -1,0 +1,155 @@
+"""Scoring many (tau, scale) candidates of one block: entropy and squared error of the codes.
+
+Lanes are candidates. For a list of candidates along a path on which every boundary
+`B_k = tau + m_k * scale` moves one way up to the rounding of the statistics, only the sorted
+weights between the boundary's two ends can change sides; the rest is counted once. Entropy and
+error are integers (a table over counts; fixed-point weights), so their order never depends on
+summation order, threads or device.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from irq_convert.core.kernels.jit import kernel
+from irq_convert.core.kernels.simd import (
+    count,
+    fadd,
+    fless,
+    fmax,
+    fmin,
+    fmul,
+    gather,
+    iadd,
+    iload16,
+    imul,
+    isplat16,
+    isplat64,
+    isub,
+    lane_sum,
+    load16,
+    load64,
+    lsplat16,
+    round_to_int,
+    splat16,
+    splat64,
+    store,
+    widen_mul,
+)
+
+WIDE = 64
+ZERO = np.int32(0)
+
+
+@kernel
+def bin_edges(keys, n, n_mids, mids, tau, scale, edges):
+    """`edges[k]`, int32 `[17]`: the first sorted key of bin k; `n` behind the last bin."""
+    edge = fadd(splat16(tau), fmul(load16(mids, 0), splat16(scale)))
+    total = isplat16(ZERO)
+    for i in range(n):
+        total = count(total, fless(splat16(keys[i]), edge))
+    store(edges, 1, total)
+    edges[0] = 0
+    for k in range(n_mids, 16):
+        edges[k + 1] = n
+
+
+@kernel
+def table_sum(edges, n_levels, table):
+    """Sum over bins of `table[count]`, int64: what `score_entropy` gives for one pair."""
+    total = np.int64(0)
+    for k in range(n_levels):
+        total += np.int64(table[edges[k + 1] - edges[k]])
+    return total
+
+
+@kernel
+def pair_error(keys, n, n_mids, mids, levels, tau, scale, fixed, prefix, edges):
+    """`score_error` of one pair; lanes are levels. Leaves `bin_edges` in `edges`."""
+    bin_edges(keys, n, n_mids, mids, tau, scale, edges)
+    before, below = iload16(edges, 0), iload16(edges, 1)
+    value = fadd(fmul(load16(levels, 0), splat16(scale)), splat16(tau))
+    value = round_to_int(fmul(value, splat16(fixed)))
+    twice = isub(gather(prefix, below), gather(prefix, before))
+    pull = isub(imul(isub(below, before), value), iadd(twice, twice))
+    return lane_sum(widen_mul(value, pull))
+
+
+@kernel
+def _spans(keys, n, mids, tau, scale, first, last, slack, low, high):
+    """Keys `low[k]:high[k]` are those that boundary k may cross between two candidates."""
+    mid = load16(mids, 0)
+    start = fadd(splat16(tau[first]), fmul(mid, splat16(scale[first])))
+    end = fadd(splat16(tau[last]), fmul(mid, splat16(scale[last])))
+    floor = fadd(fmin(start, end), splat16(-slack))
+    ceil = fadd(fmax(start, end), splat16(slack))
+    below = isplat16(ZERO)
+    reach = isplat16(ZERO)
+    for i in range(n):
+        key = splat16(keys[i])
+        below = count(below, fless(key, floor))
+        reach = count(reach, fless(key, ceil))
+    store(low, 0, below)
+    store(high, 0, reach)
+
+
+@kernel
+def score_entropy(keys, n, n_mids, mids, tau, scale, size, slack, table, low, high, out):
+    """`out[j]` = sum over bins of `table[count]` for candidate j; the minimum has most entropy.
+
+    `keys`: sorted float32 block of `n` weights; `tau`, `scale`: float32 candidates, room for
+    whole vectors past `size`; `slack` bounds how far rounding takes a boundary off its path.
+    """
+    for j in range(0, size, WIDE):
+        last = min(j + WIDE, size) - 1
+        _spans(keys, n, mids, tau, scale, j, last, slack, low, high)
+        taus = load64(tau, j)
+        scales = load64(scale, j)
+        total = isplat64(ZERO)
+        before = isplat64(ZERO)
+        for k in range(n_mids):
+            edge = fadd(taus, fmul(splat64(mids[k]), scales))
+            below = isplat64(low[k])
+            for i in range(low[k], high[k]):
+                below = count(below, fless(splat64(keys[i]), edge))
+            total = iadd(total, gather(table, isub(below, before)))
+            before = below
+        total = iadd(total, gather(table, isub(isplat64(np.int32(n)), before)))
+        store(out, j, total)
+
+
+@kernel
+def score_error(
+    keys, n, n_mids, mids, levels, tau, scale, size, slack, fixed, prefix, low, high, out
+):
+    """`out[j]` = squared error of candidate j minus the sum of squares of the block, int64.
+
+    In fixed point of factor `fixed` (a power of two): with `V_k` the rounded value of level k and
+    `S_k` the sum of the weights in its bin, the error is `sum_k V_k * (n_k * V_k - 2 * S_k)`.
+    `prefix[i]` is the int32 sum of the first i fixed-point keys.
+    """
+    unit = splat16(fixed)
+    for j in range(0, size, 16):
+        last = min(j + 16, size) - 1
+        _spans(keys, n, mids, tau, scale, j, last, slack, low, high)
+        taus = load16(tau, j)
+        scales = load16(scale, j)
+        total = lsplat16(np.int64(0))
+        before = isplat16(ZERO)
+        passed = isplat16(ZERO)
+        for k in range(n_mids + 1):
+            if k < n_mids:
+                edge = fadd(taus, fmul(splat16(mids[k]), scales))
+                below = isplat16(low[k])
+                for i in range(low[k], high[k]):
+                    below = count(below, fless(splat16(keys[i]), edge))
+            else:
+                below = isplat16(np.int32(n))
+            weight = gather(prefix, below)
+            value = round_to_int(fmul(fadd(fmul(splat16(levels[k]), scales), taus), unit))
+            twice = isub(weight, passed)
+            pull = isub(imul(isub(below, before), value), iadd(twice, twice))
+            total = iadd(total, widen_mul(value, pull))
+            before = below
+            passed = weight
+        store(out, j, total)

@@ -1,0 +1,248 @@
+"""The search of one block: score every candidate, keep the best, refine it by least squares."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from irq_convert.core.kernels.candidates import ROOM, pad, range_path, shift_path, single
+from irq_convert.core.kernels.grid import F32
+from irq_convert.core.kernels.group import JOINT, PLAIN, RANGE
+from irq_convert.core.kernels.jit import allocator, kernel
+from irq_convert.core.kernels.score import bin_edges, pair_error, score_entropy, score_error
+from irq_convert.core.kernels.simd import bits_float, float_bits
+
+ENTROPY, ERROR = 0, 1
+LEVEL_BITS = 20
+
+
+class Tables(NamedTuple):
+    """Constants of a codebook and block size; `mids` and `levels` are padded to 16 lanes."""
+
+    mids: np.ndarray  # float32 [16]
+    levels: np.ndarray  # float32 [16]
+    level_fixed: np.ndarray  # int64 [16], levels times 2**LEVEL_BITS
+    entropy: np.ndarray  # int32 [block_size + 1], fixed-point c * log2(c)
+    network: np.ndarray  # int64 [comparators, 2]
+    n_levels: int
+    bits: int
+
+
+class Plan(NamedTuple):
+    """The search in the kernel's terms; made by `irq_convert.core.plan`."""
+
+    path: int
+    objective: int
+    uniform: bool
+    radius: np.float32
+    floor: np.float32
+    shrinks: np.ndarray  # float32 [factors]
+    rounds: int
+    fixed_bits: int
+
+
+class Scratch(NamedTuple):
+    """Buffers of one group, reused for every block."""
+
+    lanes: np.ndarray  # float32 [16, block_size * 16], sorted keys, sixteen blocks a row
+    key: np.ndarray  # float32 [block_size]
+    profiles: np.ndarray  # float32 [256, 7]
+    radii: np.ndarray  # float32 [256]
+    tau_grid: np.ndarray  # float32 [3]: step, offset, 1 / step
+    scale_grid: np.ndarray
+    tau: np.ndarray  # float32 [ROOM], candidates
+    scale: np.ndarray
+    tau_code: np.ndarray  # int32 [ROOM]
+    scale_code: np.ndarray
+    entropy: np.ndarray  # int32 [ROOM]
+    error: np.ndarray  # int64 [ROOM]
+    tie: np.ndarray  # int32 [ROOM]
+    tie_tau: np.ndarray  # float32 [ROOM]
+    tie_scale: np.ndarray
+    low: np.ndarray  # int32 [16]
+    high: np.ndarray
+    edges: np.ndarray  # int32 [17]
+    prefix: np.ndarray  # int32 [block_size + 1]
+    squares: np.ndarray  # int64 [1]
+    codes: np.ndarray  # uint8 [block_size]
+    best: np.ndarray  # float32 [2], the (tau, scale) that a block settles on
+    best_code: np.ndarray  # int32 [2]
+
+
+@allocator
+def make_scratch(block_size):
+    """Fresh buffers with room for whole vectors past the longest candidate list."""
+    return Scratch(
+        np.empty((16, block_size * 16), np.float32),
+        np.empty(block_size, np.float32),
+        np.empty((256, 7), np.float32),
+        np.empty(256, np.float32),
+        np.empty(3, np.float32),
+        np.empty(3, np.float32),
+        np.empty(ROOM, np.float32),
+        np.empty(ROOM, np.float32),
+        np.empty(ROOM, np.int32),
+        np.empty(ROOM, np.int32),
+        np.empty(ROOM, np.int32),
+        np.empty(ROOM, np.int64),
+        np.empty(ROOM, np.int32),
+        np.empty(ROOM, np.float32),
+        np.empty(ROOM, np.float32),
+        np.empty(16, np.int32),
+        np.empty(16, np.int32),
+        np.empty(17, np.int32),
+        np.empty(block_size + 1, np.int32),
+        np.empty(1, np.int64),
+        np.empty(block_size, np.uint8),
+        np.empty(2, np.float32),
+        np.empty(2, np.int32),
+    )
+
+
+@kernel
+def fixed_point(keys, n, bits, prefix):
+    """Prefix sums of the keys in fixed point; returns the factor and the sum of squares."""
+    exponent = max(float_bits(max(abs(keys[0]), abs(keys[n - 1]))) >> 23, 27) - 126
+    factor = bits_float(np.int32((bits - exponent + 127) << 23))
+    squares = np.int64(0)
+    running = np.int32(0)
+    prefix[0] = running
+    for i in range(n):
+        value = np.int32(np.rint(keys[i] * factor))
+        running += value
+        squares += np.int64(value) * np.int64(value)
+        prefix[i + 1] = running
+    return factor, squares
+
+
+@kernel
+def _distance(path, profile, t, s):
+    return abs(s - profile[3]) if path == RANGE else abs(t - profile[2])
+
+
+@kernel
+def solve(edges, n, n_levels, prefix, level_fixed, factor):
+    """Least-squares (tau, scale) for fixed codes: the 2 x 2 normal equations, exact sums."""
+    sum_l = np.int64(0)
+    sum_ll = np.int64(0)
+    sum_lw = np.int64(0)
+    for k in range(n_levels):
+        level, many = level_fixed[k], np.int64(edges[k + 1] - edges[k])
+        sum_l += level * many
+        sum_ll += level * level * many
+        sum_lw += level * np.int64(prefix[edges[k + 1]] - prefix[edges[k]])
+    sum_w = np.int64(prefix[n])
+    det = np.int64(n) * sum_ll - sum_l * sum_l
+    if det <= 0:
+        return F32(0.0), F32(-1.0)
+    unit = 1.0 / (1 << LEVEL_BITS)
+    scale = np.float64(np.int64(n) * sum_lw - sum_l * sum_w) / np.float64(det) / unit
+    tau = (np.float64(sum_w) - np.float64(sum_l) * unit * scale) / np.float64(n)
+    return F32(tau / factor), F32(scale / factor)
+
+
+@kernel
+def _pair_error(keys, n, tables, work, tau, scale, factor):
+    return pair_error(
+        keys, n, tables.n_levels - 1, tables.mids, tables.levels, tau, scale, factor,
+        work.prefix, work.edges,
+    )  # fmt: skip
+
+
+@kernel
+def _shortlist(keys, n, plan, tables, work, size, slack):
+    """Candidates whose errors decide: all of them, or those that tie for most entropy."""
+    if plan.objective == ERROR or size == 1:
+        for j in range(size):
+            work.tie[j] = j
+        return size
+    score_entropy(
+        keys, n, tables.n_levels - 1, tables.mids, work.tau, work.scale, size, slack,
+        tables.entropy, work.low, work.high, work.entropy,
+    )  # fmt: skip
+    best = work.entropy[0]
+    for j in range(1, size):
+        best = min(best, work.entropy[j])
+    ties = 0
+    for j in range(size):
+        if work.entropy[j] == best:
+            work.tie[ties] = j
+            ties += 1
+    return ties
+
+
+@kernel
+def _best_on_path(keys, n, profile, plan, tables, work, size, slack, factor):
+    """Index and error of the winner: objective, then lower error, then nearest the center."""
+    pad(work.tau, work.scale, size)
+    ties = _shortlist(keys, n, plan, tables, work, size, slack)
+    if ties == 1:
+        best = work.tie[0]
+        return best, _pair_error(keys, n, tables, work, work.tau[best], work.scale[best], factor)
+    for i in range(ties):
+        work.tie_tau[i] = work.tau[work.tie[i]]
+        work.tie_scale[i] = work.scale[work.tie[i]]
+    pad(work.tie_tau, work.tie_scale, ties)
+    score_error(
+        keys, n, tables.n_levels - 1, tables.mids, tables.levels, work.tie_tau, work.tie_scale,
+        ties, slack, factor, work.prefix, work.low, work.high, work.error,
+    )  # fmt: skip
+    best, error, near = work.tie[0], work.error[0], F32(np.inf)
+    for i in range(ties):
+        t, s = work.tie_tau[i], work.tie_scale[i]
+        away = abs(s - profile[3]) if plan.path == RANGE else abs(t - profile[2])
+        if work.error[i] < error or (work.error[i] == error and away < near):
+            best, error, near = work.tie[i], work.error[i], away
+    return best, error
+
+
+@kernel
+def _keep(work, j):
+    work.best[0], work.best[1] = work.tau[j], work.scale[j]
+    work.best_code[0], work.best_code[1] = work.tau_code[j], work.scale_code[j]
+
+
+@kernel
+def refine(keys, n, plan, tables, work, factor, error):
+    """Alternate least squares and new codes until the stored error stops falling."""
+    for _ in range(plan.rounds):
+        bin_edges(keys, n, tables.n_levels - 1, tables.mids, work.best[0], work.best[1], work.edges)
+        t, s = solve(work.edges, n, tables.n_levels, work.prefix, tables.level_fixed, factor)
+        if not s > F32(0.0):
+            break
+        single(t, s, work)
+        found = _pair_error(keys, n, tables, work, work.tau[0], work.scale[0], factor)
+        if found >= error:
+            break
+        error = found
+        _keep(work, 0)
+    return error
+
+
+@kernel
+def search_block(keys, n, profile, plan, tables, work):
+    """Find the stored pair of one block; `keys` are sorted, `profile` is `group.profile`'s.
+
+    Leaves the pair in `work.best` and `work.best_code`. Returns its squared error in units of
+    `1 / factor**2`, and the factor.
+    """
+    factor, squares = fixed_point(keys, n, plan.fixed_bits, work.prefix)
+    work.squares[0] = squares
+    slack = F32(2.0) * (work.tau_grid[0] + work.scale_grid[0])
+    error = np.int64(0)
+    flat = profile[0] == profile[1]
+    for f in range(plan.shrinks.shape[0]):
+        if plan.path == PLAIN or flat:
+            size = single(profile[2], profile[4] if plan.path == PLAIN else F32(0.0), work)
+        elif plan.path == RANGE:
+            size = range_path(profile, plan.radius, work)
+        else:
+            size = shift_path(profile, plan.uniform, plan.shrinks[f], plan.path == JOINT, work)
+        best, found = _best_on_path(keys, n, profile, plan, tables, work, size, slack, factor)
+        if f == 0 or found < error:
+            error = found
+            _keep(work, best)
+    if plan.rounds > 0 and not flat:
+        error = refine(keys, n, plan, tables, work, factor, error)
+    return error + squares, factor

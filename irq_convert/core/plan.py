@@ -1,0 +1,81 @@
+"""From options to a search: which path is walked, how far, and the constant tables it needs."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+
+from irq_convert.core.codebook import get_codebook
+from irq_convert.core.kernels.group import JOINT, PLAIN, RANGE, SHIFT
+from irq_convert.core.kernels.search import ENTROPY, ERROR, LEVEL_BITS, Plan, Tables
+from irq_convert.core.kernels.sort import merge_network
+from irq_convert.core.spec import QuantSpec
+
+# lambda * sigma of the paper's code: 0.1 / ppf(0.9677083), a fraction of max|w - median|.
+NF_RADIUS = 0.1 * 0.5410845
+INT_RADIUS = 0.1
+JOINT_RADIUS = 0.2
+SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
+REFINE_FLOOR = 0.5
+
+
+def make_plan(spec: QuantSpec) -> Plan:
+    """The search that `spec` asks for, in the kernel's terms."""
+    uniform = spec.book.kind == "int"
+    shrinks: tuple[float, ...] = (1.0,)
+    floor, objective = 1.0, ENTROPY
+    if spec.objective == "none":
+        path, radius = PLAIN, (NF_RADIUS if spec.refine else 0.0)
+    elif spec.objective == "mse":
+        path, radius, shrinks, objective = JOINT, JOINT_RADIUS, SHRINKS, ERROR
+        floor = min(SHRINKS)
+    elif uniform:
+        path, radius = RANGE, INT_RADIUS
+    else:
+        path, radius = SHIFT, NF_RADIUS
+    if spec.refine:
+        floor = min(floor, REFINE_FLOOR)
+    # Sums of a block in fixed point have to stay inside int32 with three bits of headroom.
+    fixed_bits = min(20, 28 - (spec.block_size - 1).bit_length())
+    return Plan(
+        path=path,
+        objective=objective,
+        uniform=uniform,
+        radius=np.float32(radius),
+        floor=np.float32(floor),
+        shrinks=np.array(shrinks, np.float32),
+        rounds=spec.refine,
+        fixed_bits=fixed_bits,
+    )
+
+
+def entropy_shift(block_size: int) -> int:
+    """Fraction bits of the entropy table, so that the sum over a block's bins fits int32."""
+    return 30 - int(np.ceil(np.log2(block_size * np.log2(block_size))))
+
+
+def entropy_table(block_size: int) -> np.ndarray:
+    """`round(c * log2(c) * 2**entropy_shift)` for counts 0 to `block_size`, int32."""
+    counts = np.arange(block_size + 1, dtype=np.float64)
+    exact = counts * np.log2(np.maximum(counts, 1.0))
+    return np.rint(exact * 2.0 ** entropy_shift(block_size)).astype(np.int32)
+
+
+@functools.cache
+def make_tables(codebook: str, block_size: int) -> Tables:
+    """Constants for a codebook and block size, padded to whole vectors."""
+    book = get_codebook(codebook)
+    levels = np.zeros(16, np.float32)
+    levels[: len(book.levels)] = book.level_array()
+    mids = np.full(16, 2.0, np.float32)
+    mids[: len(book.levels) - 1] = book.midpoint_array()
+    return Tables(
+        mids=mids,
+        levels=levels,
+        level_fixed=np.rint(levels.astype(np.float64) * 2**LEVEL_BITS).astype(np.int64),
+        entropy=entropy_table(block_size),
+        network=merge_network(block_size),
+        n_levels=len(book.levels),
+        bits=book.bits,
+    )

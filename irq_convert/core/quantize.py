@@ -1,0 +1,118 @@
+"""`quantize_tensor`: a dense matrix to packed codes and 8-bit statistics."""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+import torch
+
+from irq_convert.core.blocks import BlockShape
+from irq_convert.core.kernels.quantize import quantize_tile
+from irq_convert.core.plan import make_plan, make_tables
+from irq_convert.core.quantized import QuantizedTensor
+from irq_convert.core.reference import quantize_portable
+from irq_convert.core.spec import QuantSpec
+from irq_convert.core.stats import TensorStats
+from irq_convert.errors import IrqError, UsageError
+
+BACKENDS = ("auto", "numba", "torch")
+
+
+def quantize_tensor(
+    weight: torch.Tensor,
+    spec: QuantSpec | None = None,
+    *,
+    backend: str = "auto",
+    threads: int | None = None,
+    name: str = "weight",
+) -> QuantizedTensor:
+    """Quantize `weight`, `[rows, cols]` in float32, bfloat16, float16 or float64.
+
+    Blocks run along a row. The search follows `spec.objective` over the pairs (tau, scale) that
+    the 8-bit statistics can hold, so what is returned is exactly what was optimized. The result
+    does not depend on `backend` ("numba" on the CPU, "torch" anywhere, "auto" by device) nor on
+    `threads` (default: numba's). Raises `IrqError` for NaN, infinities or magnitudes from
+    2**120 on, naming `name`; `UsageError` for a shape or dtype that cannot be quantized.
+    """
+    return quantize_with_stats(weight, spec, backend=backend, threads=threads, name=name)[0]
+
+
+def quantize_with_stats(
+    weight: torch.Tensor,
+    spec: QuantSpec | None = None,
+    *,
+    backend: str = "auto",
+    threads: int | None = None,
+    name: str = "weight",
+) -> tuple[QuantizedTensor, TensorStats]:
+    """`quantize_tensor` with the entropy and error of what is stored."""
+    spec = spec or QuantSpec()
+    if backend not in BACKENDS:
+        raise UsageError(f"unknown backend {backend!r}: choose one of {', '.join(BACKENDS)}")
+    if weight.dim() != 2 or not weight.numel():
+        raise UsageError(f"{name} has shape {list(weight.shape)}: only matrices are quantized")
+    if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise UsageError(f"{name} is {weight.dtype}: only floating-point weights are quantized")
+    dense = weight.detach().to(torch.float32).contiguous()
+    shape = BlockShape(weight.shape[0], weight.shape[1], spec.block_size, spec.bits)
+    use_numba = backend == "numba" or (backend == "auto" and weight.device.type == "cpu")
+    parts = (
+        _run_numba(dense.cpu().numpy(), shape, spec, threads)
+        if use_numba
+        else quantize_portable(dense, shape, spec)
+    )
+    packed, scale, tau, scale_grid, tau_grid, counts, energies = parts
+    _refuse_bad(int(counts[:, 2].sum()), weight, name)
+    blocks = (shape.rows, shape.blocks_per_row)
+    result = QuantizedTensor(
+        codes=packed,
+        scale=scale.reshape(blocks),
+        tau=tau.reshape(blocks),
+        scale_grid=scale_grid,
+        tau_grid=tau_grid,
+        cols=shape.cols,
+        codebook=spec.codebook,
+        block_size=spec.block_size,
+    )
+    stats = TensorStats(shape, int(counts[:, 0].sum()), int(counts[:, 1].sum()), energies)
+    return result, stats
+
+
+def _run_numba(dense: np.ndarray, shape: BlockShape, spec: QuantSpec, threads: int | None) -> tuple:
+    packed = torch.empty((shape.rows, shape.row_bytes), dtype=torch.uint8)
+    scale = torch.empty(shape.blocks, dtype=torch.uint8)
+    tau = torch.empty(shape.blocks, dtype=torch.uint8)
+    scale_grid = torch.zeros((shape.groups, 2), dtype=torch.float32)
+    tau_grid = torch.zeros((shape.groups, 2), dtype=torch.float32)
+    counts = np.zeros((shape.groups, 3), np.int64)
+    energies = np.zeros((shape.groups, 2), np.float64)
+    before = numba.get_num_threads()
+    numba.set_num_threads(min(threads or before, numba.config.NUMBA_NUM_THREADS))
+    try:
+        quantize_tile(
+            dense,
+            spec.block_size,
+            make_plan(spec),
+            make_tables(spec.codebook, spec.block_size),
+            packed.numpy(),
+            tau.numpy(),
+            scale.numpy(),
+            tau_grid.numpy(),
+            scale_grid.numpy(),
+            counts,
+            energies,
+        )
+    finally:
+        numba.set_num_threads(before)
+    return packed, scale, tau, scale_grid, tau_grid, counts, energies
+
+
+def _refuse_bad(bad: int, weight: torch.Tensor, name: str) -> None:
+    if not bad:
+        return
+    finite = bool(torch.isfinite(weight).all())
+    what = "weights of 2^120 or more in magnitude" if finite else "NaN or infinite weights"
+    raise IrqError(
+        f"{name} {list(weight.shape)} has {what}, which no block can hold: repair the checkpoint "
+        "or keep this tensor as it is (--keep)"
+    )

@@ -1,0 +1,47 @@
+"""How a tensor is quantized: the options a user chooses, checked, and the search they mean."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from irq_convert.core.codebook import Codebook, get_codebook
+from irq_convert.errors import UsageError
+
+OBJECTIVES = ("none", "entropy", "mse")
+BLOCK_SIZES = (16, 32, 64, 128, 256, 512, 1024)
+MAX_REFINE = 1000
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """Options of one quantized tensor.
+
+    `codebook`: nf2, nf3, nf4, int2, int3 or int4. `block_size`: weights that share a scale and a
+    tau. `objective`: "entropy" (ICQ), "mse" (tau and scale by squared error) or "none" (plain,
+    uncalibrated). `refine`: most rounds of alternating least squares after the search.
+    Raises `UsageError` for anything else.
+    """
+
+    codebook: str = "nf4"
+    block_size: int = 64
+    objective: str = "entropy"
+    refine: int = 0
+
+    def __post_init__(self) -> None:
+        get_codebook(self.codebook)
+        if self.block_size not in BLOCK_SIZES:
+            known = ", ".join(map(str, BLOCK_SIZES))
+            raise UsageError(f"unsupported block size {self.block_size}: choose one of {known}")
+        if self.objective not in OBJECTIVES:
+            known = ", ".join(OBJECTIVES)
+            raise UsageError(f"unknown objective {self.objective!r}: choose one of {known}")
+        if not 0 <= self.refine <= MAX_REFINE:
+            raise UsageError(f"refine must be from 0 to {MAX_REFINE} rounds, not {self.refine}")
+
+    @property
+    def book(self) -> Codebook:
+        return get_codebook(self.codebook)
+
+    @property
+    def bits(self) -> int:
+        return self.book.bits

@@ -1,0 +1,40 @@
+"""Stored scales and taus as the float32 numbers that they stand for.
+
+Eight-bit statistics are numbers on a grid that 256 consecutive blocks share,
+`step * (code + offset)`; others are stored as they are (formats/irq-v1.md, section 6).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional
+
+from irq_convert.core.blocks import GROUP_SIZE
+from irq_convert.errors import IrqError
+
+
+def check_statistic(stored: torch.Tensor, grid: torch.Tensor | None) -> None:
+    """Raise `IrqError` unless `stored` is uint8 with a float32 `grid`, or floating without one."""
+    if stored.dtype == torch.uint8 and (grid is None or grid.dtype != torch.float32):
+        raise IrqError("statistics stored as uint8 need a float32 grid of (step, offset)")
+    if stored.dtype in (torch.float16, torch.float32) and grid is not None:
+        raise IrqError(f"statistics stored as {stored.dtype} take no grid")
+    if stored.dtype not in (torch.uint8, torch.float16, torch.float32):
+        raise IrqError(f"statistics must be uint8, float16 or float32, not {stored.dtype}")
+
+
+def expand_statistic(stored: torch.Tensor, grid: torch.Tensor | None) -> torch.Tensor:
+    """The float32 statistic of every block, `[rows, blocks_per_row]`, on the device of `stored`.
+
+    `stored` is uint8 with a `grid`, float32 `[groups, 2]` of (step, offset), or float16 or float32
+    without one. The sum `code + offset` is exact in float32, so there is one rounding.
+    Raises `IrqError` for any other pair of dtypes.
+    """
+    check_statistic(stored, grid)
+    if grid is None:
+        return stored.to(torch.float32)
+    groups = grid.shape[0]
+    codes = stored.reshape(-1).to(torch.float32)
+    codes = functional.pad(codes, (0, groups * GROUP_SIZE - codes.numel()))
+    values = (codes.view(groups, GROUP_SIZE) + grid[:, 1:2]) * grid[:, 0:1]
+    return values.view(-1)[: stored.numel()].view(stored.shape)

@@ -1,0 +1,187 @@
+"""`IrqLinear`: a linear layer whose `weight` parameter is the packed codes.
+
+Its parameters carry the names of the file ("weight", "weight_scale", ...), so loading and saving
+need no translation, and it is an `nn.Linear`, so that adapters find it. A program that takes the
+weight for a dense one fails on its shape instead of computing nonsense.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from irq_convert.artifact.config import ModuleFormat
+from irq_convert.core.blocks import BlockShape
+from irq_convert.core.dequantize import dequantize_tensor
+from irq_convert.core.quantized import QuantizedTensor
+from irq_convert.errors import IrqError, UsageError
+from irq_convert.nn.function import packed_linear
+
+STATISTICS = ("weight_scale", "weight_tau")
+PARTS = ("weight", *STATISTICS, "weight_scale_grid", "weight_tau_grid")
+DTYPES = {"uint8": torch.uint8, "float16": torch.float16, "float32": torch.float32}
+
+
+def part_shapes(
+    rows: int, cols: int, fmt: ModuleFormat
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of every stored part of a `[rows, cols]` matrix, by parameter name."""
+    shape = BlockShape(rows, cols, fmt.block_size, fmt.bits)
+    blocks = (rows, shape.blocks_per_row)
+    parts: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+        "weight": ((rows, shape.row_bytes), torch.uint8),
+        "weight_scale": (blocks, DTYPES[fmt.scale_dtype]),
+        "weight_tau": (blocks, DTYPES[fmt.tau_dtype]),
+    }
+    for name, stored in (("weight_scale", fmt.scale_dtype), ("weight_tau", fmt.tau_dtype)):
+        if stored == "uint8":
+            parts[f"{name}_grid"] = ((shape.groups, 2), torch.float32)
+    return parts
+
+
+class IrqLinear(nn.Linear):
+    """`y = x W^T + bias` with `W` stored packed; the input's dtype is the compute dtype.
+
+    The packed parts never require gradients and keep their dtypes under `.to(dtype)`, `.half()`
+    and the like; only `bias` follows.
+    """
+
+    weight_scale: nn.Parameter
+    weight_tau: nn.Parameter
+    weight_scale_grid: nn.Parameter | None
+    weight_tau_grid: nn.Parameter | None
+
+    # transformers would fill the parameters of a linear layer it takes for new with noise.
+    _is_hf_initialized = True
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        fmt: ModuleFormat,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Allocate the parts of an `[out_features, in_features]` weight, all zero bytes.
+
+        `dtype` is that of the bias. Raises `UsageError` when `fmt.columns` is not `in_features`.
+        """
+        nn.Module.__init__(self)
+        self.in_features = in_features
+        self.out_features = out_features
+        self.fmt = _exact_columns(fmt, in_features)
+        parts = part_shapes(out_features, in_features, self.fmt)
+        for name in PARTS:
+            if name not in parts:
+                self.register_parameter(name, None)
+                continue
+            shape, stored = parts[name]
+            empty = torch.zeros(shape, dtype=stored, device=device)
+            self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
+        zeros = torch.zeros(out_features, device=device, dtype=dtype) if bias else None
+        self.register_parameter("bias", None if zeros is None else nn.Parameter(zeros))
+
+    @classmethod
+    def from_quantized(cls, q: QuantizedTensor, bias: torch.Tensor | None = None) -> IrqLinear:
+        """A layer over the tensors of `q` themselves (no copy); `bias` `[rows]` in any dtype."""
+        q.check()
+        stored = {dtype: name for name, dtype in DTYPES.items()}
+        fmt = ModuleFormat(q.codebook, q.block_size, stored[q.scale.dtype], stored[q.tau.dtype])
+        layer = cls(q.cols, q.codes.shape[0], fmt, bias=False, device="meta")
+        for suffix, tensor in q.parts().items():
+            parameter = nn.Parameter(tensor.detach(), requires_grad=False)
+            layer.register_parameter(f"weight{suffix}", parameter)
+        if bias is not None:
+            if bias.shape != (layer.out_features,):
+                raise UsageError(
+                    f"bias has shape {list(bias.shape)}, the weight {layer.out_features} rows"
+                )
+            layer.bias = nn.Parameter(bias.detach())
+        return layer
+
+    def reset_parameters(self) -> None:
+        """Do nothing: packed codes have no random start."""
+
+    def packed_parts(self) -> dict[str, nn.Parameter]:
+        """The packed parameters by name: codes, statistics and grids, without the bias."""
+        found = {name: self._parameters.get(name) for name in PARTS}
+        return {name: part for name, part in found.items() if part is not None}
+
+    def quantized(self) -> QuantizedTensor:
+        """The weight as a `QuantizedTensor` that shares the parameters' memory."""
+        return QuantizedTensor(
+            self.weight,
+            self.weight_scale,
+            self.weight_tau,
+            self.weight_scale_grid,
+            self.weight_tau_grid,
+            self.in_features,
+            self.fmt.codebook,
+            self.fmt.block_size,
+        )
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The dense weight, `[out_features, in_features]` in `dtype`."""
+        return dequantize_tensor(self.quantized(), dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`x` floating `[..., in_features]` to `[..., out_features]` of the same dtype.
+
+        Under autocast both are in its dtype. Raises `IrqError` for an input that is not floating:
+        some models cast activations to the dtype of `weight`, which is packed here.
+        """
+        x = _autocast(x)
+        if not x.is_floating_point():
+            raise IrqError(
+                f"a quantized layer got an input of {x.dtype}: the model seems to cast activations "
+                "to the dtype of this layer's weight; convert it with this layer left dense"
+            )
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return packed_linear(x, self.quantized(), bias)
+
+    def _apply(self, fn: Callable[..., torch.Tensor], recurse: bool = True) -> IrqLinear:
+        """Let `fn` move the packed parts but not change their dtypes."""
+        packed = {id(part) for part in self.packed_parts().values()}
+
+        def keep_dtype(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            if id(tensor) in packed and moved.dtype != tensor.dtype:
+                return tensor.to(moved.device)
+            return moved
+
+        super()._apply(keep_dtype, recurse)
+        return self
+
+    def bits_per_weight(self) -> float:
+        """Stored bits of a weight, statistics and grids included."""
+        stored = sum(part.numel() * part.element_size() for part in self.packed_parts().values())
+        return 8 * stored / max(1, self.in_features * self.out_features)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, codebook={self.fmt.codebook}, "
+            f"block_size={self.fmt.block_size}, bits_per_weight={self.bits_per_weight():.3f}"
+        )
+
+
+def _autocast(x: torch.Tensor) -> torch.Tensor:
+    """`x` in autocast's dtype where autocast would cast the input of a dense layer."""
+    kind = x.device.type
+    eligible = x.is_floating_point() and x.dtype != torch.float64 and kind != "meta"
+    if eligible and torch.is_autocast_enabled(kind):
+        return x.to(torch.get_autocast_dtype(kind))
+    return x
+
+
+def _exact_columns(fmt: ModuleFormat, in_features: int) -> ModuleFormat:
+    """`fmt` with `columns` exactly where the packed width does not tell it."""
+    if fmt.columns is not None and fmt.columns != in_features:
+        raise UsageError(f"the format is of {fmt.columns} columns, the layer has {in_features}")
+    row_bytes = BlockShape(1, in_features, fmt.block_size, fmt.bits).row_bytes
+    implied = replace(fmt, columns=None).columns_of(row_bytes) == in_features
+    return replace(fmt, columns=None if implied else in_features)

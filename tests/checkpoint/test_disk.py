@@ -1,0 +1,248 @@
+"""Output folders: refused when they would hurt, whole when they appear, recoverable when killed."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from irq_convert.checkpoint.disk import (
+    check_output,
+    discard_output,
+    output_folder,
+    prepare_output,
+    require_space,
+)
+from irq_convert.checkpoint.layout import LOCK_NAME
+from irq_convert.checkpoint.source import open_checkpoint
+from irq_convert.checkpoint.system import free_bytes
+from irq_convert.errors import IrqError, UsageError
+
+from .helpers import assert_one_line, make_checkpoint, snapshot
+
+
+def fill(out: Path, text: str = "new", error: BaseException | None = None, **options: bool) -> Path:
+    """Write one file through `output_folder`, then perhaps fail; return the staging folder."""
+    with output_folder(out, **options) as staging:  # type: ignore[arg-type]
+        (staging / "sub").mkdir(exist_ok=True)
+        (staging / "sub" / "file").write_text(text)
+        if error is not None:
+            raise error
+        return staging
+
+
+def test_require_space(tmp_path: Path) -> None:
+    require_space(tmp_path / "not" / "yet", 1, "write a model")
+    assert not (tmp_path / "not").exists()
+    needed = free_bytes(tmp_path) + (1 << 50)
+    with pytest.raises(IrqError) as caught:
+        require_space(tmp_path / "not", needed, "write a model")
+    assert_one_line(str(caught.value), str(tmp_path / "not"), "write a model", str(needed), "free")
+
+
+def test_unusable_outputs(tmp_path: Path) -> None:
+    source = make_checkpoint(tmp_path / "models" / "source")
+    (tmp_path / "file").touch()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").touch()
+    (tmp_path / "alias").symlink_to(source)
+    before = snapshot(tmp_path)
+    for out, overwrite, word in (
+        (tmp_path / "file", True, "a file"),
+        (tmp_path / "full", False, "not empty"),
+        (source, True, "the source itself"),
+        (tmp_path / "alias", True, "the source itself"),
+        (source / "out", True, "inside the source"),
+        (tmp_path / "alias" / "out", True, "inside the source"),
+        (tmp_path / "models", True, "holds the source"),
+        (tmp_path / "models" / ".." / "models", True, "holds the source"),
+    ):
+        for check in (check_output, prepare_output, _enter):
+            with pytest.raises(UsageError) as caught:
+                check(out, source, overwrite)
+            assert_one_line(str(caught.value), str(out), word)
+    assert snapshot(tmp_path) == before
+
+
+def _enter(out: Path, source: Path, overwrite: bool) -> None:
+    with output_folder(out, source, overwrite):
+        pass
+
+
+def test_mount_point_is_refused() -> None:
+    with pytest.raises(UsageError, match="mount point"):
+        _enter(Path("/proc"), Path("/nowhere"), True)
+
+
+def test_prepare_and_discard(tmp_path: Path) -> None:
+    out = tmp_path / "a" / "b"
+    assert prepare_output(out, None, False) is True
+    (out / "x").touch()
+    assert prepare_output(out, None, True) is False
+    discard_output(out, False)
+    assert (out / "x").exists()
+    discard_output(out, True)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("state", ["absent", "empty", "deep"])
+def test_folder_appears_at_the_end(tmp_path: Path, state: str) -> None:
+    out = tmp_path / "deep" / "er" / "out" if state == "deep" else tmp_path / "out"
+    if state == "empty":
+        out.mkdir()
+    with output_folder(out) as staging:
+        assert staging.parent == out.parent
+        assert staging.name == "out.partial"
+        (staging / "file").write_text("x")
+        assert not out.exists() or not any(out.iterdir())
+    assert snapshot(out) == {"file": b"x"}
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+def test_link_to_a_folder_is_followed(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    fill(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert snapshot(tmp_path / "real") == {"sub/file": b"new"}
+
+
+@pytest.mark.parametrize("error", [IrqError("x"), KeyboardInterrupt(), SystemExit(1)])
+def test_a_failure_leaves_nothing(tmp_path: Path, error: BaseException) -> None:
+    with pytest.raises(type(error)):
+        fill(tmp_path / "new" / "out", error=error)
+    assert not list(tmp_path.iterdir())
+
+
+def test_overwrite_keeps_the_old_until_the_new_is_whole(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    fill(out, "old")
+    (out / "gone").touch()
+    with pytest.raises(UsageError, match="not empty"):
+        fill(out)
+    with pytest.raises(IrqError, match="boom"):
+        fill(out, error=IrqError("boom"), overwrite=True)
+    assert snapshot(out) == {"sub/file": b"old", "gone": b""}
+    fill(out, overwrite=True)
+    assert snapshot(out) == {"sub/file": b"new"}
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_keep_partial_and_resume(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        fill(out, "half", error=KeyboardInterrupt(), keep_partial=True)
+    partial = tmp_path / "out.partial"
+    assert snapshot(partial)["sub/file"] == b"half"
+    (partial / "sub" / ".x.tmp-1-0").touch()
+    with output_folder(out, resume=True) as staging:
+        assert sorted(snapshot(staging)) == [LOCK_NAME, "sub/file"]
+        (staging / "more").touch()
+    assert snapshot(out) == {"sub/file": b"half", "more": b""}
+
+
+def test_stale_partial_is_emptied_without_resume(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        fill(out, error=KeyboardInterrupt(), keep_partial=True)
+    with output_folder(out) as staging:
+        assert [path.name for path in staging.iterdir()] == [LOCK_NAME]
+
+
+def test_a_folder_that_no_run_made_is_not_deleted(tmp_path: Path) -> None:
+    precious = tmp_path / "out.partial" / "thesis.tex"
+    precious.parent.mkdir()
+    precious.write_text("42")
+    with pytest.raises(UsageError) as caught:
+        fill(tmp_path / "out")
+    assert_one_line(str(caught.value), "out.partial", "not made by a run")
+    assert precious.read_text() == "42"
+    (tmp_path / "o2.partial").write_text("a file")
+    with pytest.raises(UsageError, match="in the way"):
+        fill(tmp_path / "o2")
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with output_folder(out) as staging:
+        (staging / "mine").touch()
+        with pytest.raises(UsageError) as caught:
+            fill(out)
+        assert_one_line(str(caught.value), "out.partial", str(os.getpid()))
+        assert (staging / "mine").exists()
+    assert snapshot(out) == {"mine": b""}
+
+
+WRITER = """
+import sys, time, pathlib
+from irq_convert.checkpoint import disk, writer
+out = pathlib.Path(sys.argv[1])
+if sys.argv[2] == "swap":  # stop between moving the old folder aside and moving the new one in
+    rename = pathlib.Path.rename
+    def stop(self, target):
+        if self.name.endswith(".partial"):
+            print("ready", flush=True)
+            time.sleep(60)
+        return rename(self, target)
+    pathlib.Path.rename = stop
+with disk.output_folder(out, overwrite=True, keep_partial=True) as staging:
+    (staging / "config.json").write_text("{}")
+    with writer.ShardWriter(staging / "model.safetensors",
+                            [writer.TensorSpec("a", "U8", (4,))]) as shard:
+        shard.write("a", b"newa")
+    if sys.argv[2] == "write":
+        print("ready", flush=True)
+        time.sleep(60)
+"""
+
+
+def kill_a_run(out: Path, when: str) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(out), when], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        with pytest.raises(UsageError, match=str(process.pid)):
+            fill(out, overwrite=True)
+        process.send_signal(signal.SIGKILL)
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_killed_while_writing(tmp_path: Path, old: bool) -> None:
+    out = tmp_path / "out"
+    if old:
+        fill(out, "old")
+    kill_a_run(out, "write")
+    if old:
+        assert snapshot(out) == {"sub/file": b"old"}
+    else:
+        assert not out.exists()
+        with pytest.raises(UsageError, match="no such folder"):
+            open_checkpoint(out)
+    fill(out, overwrite=True)
+    assert snapshot(out) == {"sub/file": b"new"}
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_killed_between_the_two_renames(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    fill(out, "old")
+    kill_a_run(out, "swap")
+    assert not out.exists()
+    with pytest.raises(UsageError, match="not empty"):
+        fill(out)
+    assert snapshot(out) == {"sub/file": b"old"}
+    with output_folder(out, overwrite=True, resume=True):
+        pass
+    assert list(open_checkpoint(out).tensors) == ["a"]
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_leftover_of_a_replaced_folder_is_removed(tmp_path: Path) -> None:
+    fill(tmp_path / "out", "old")
+    (tmp_path / "out.replaced-123" / "x").mkdir(parents=True)
+    (tmp_path / "out.replaced-by-me").mkdir()
+    fill(tmp_path / "out", overwrite=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "out.replaced-by-me"]
