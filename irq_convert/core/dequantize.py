@@ -59,7 +59,9 @@ def dequantize_rows(
 ) -> torch.Tensor:
     """Rows `begin .. end` of `dequantize_tensor(q, dtype)`, `[end - begin, cols]`."""
     if dtype not in DTYPES:
-        raise UsageError(f"cannot dequantize to {dtype}: choose one of {', '.join(map(str, DTYPES))}")
+        raise UsageError(
+            f"cannot dequantize to {dtype}: choose one of {', '.join(map(str, DTYPES))}"
+        )
     if backend not in BACKENDS:
         raise UsageError(f"unknown backend {backend!r}: choose one of {', '.join(BACKENDS)}")
     on_cpu = q.codes.device.type == "cpu"

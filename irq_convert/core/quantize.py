@@ -16,6 +16,7 @@ from irq_convert.core.stats import TensorStats
 from irq_convert.errors import IrqError, UsageError
 
 BACKENDS = ("auto", "numba", "torch")
+_MOST_THREADS = numba.get_num_threads()
 
 
 def quantize_tensor(

@@ -75,7 +75,9 @@ def _quantize_groups(flat: torch.Tensor, lengths: torch.Tensor, spec: QuantSpec)
     plan, tables = make_plan(spec), make_tables(spec.codebook, spec.block_size)
     blocks = Blocks.profile(torch.where(inside, flat + 0.0, flat), lengths, plan)
     tau_grid, scale_grid = _fit_groups(blocks, plan)
-    best = search(blocks, plan, tables, tau_grid.of_blocks(blocks.n), scale_grid.of_blocks(blocks.n))
+    best = search(
+        blocks, plan, tables, tau_grid.of_blocks(blocks.n), scale_grid.of_blocks(blocks.n)
+    )
     mids = torch.tensor(tables.mids[: tables.n_levels - 1], device=flat.device)
     edges = best.tau[:, None] + mids * best.scale[:, None]
     codes = (flat[:, :, None] >= edges[:, None, :]).sum(2).to(torch.uint8)

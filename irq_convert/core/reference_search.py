@@ -158,7 +158,11 @@ def _candidates(
 
 
 def _choose(
-    plan: Plan, table_sum: torch.Tensor, error: torch.Tensor, away: torch.Tensor, valid: torch.Tensor
+    plan: Plan,
+    table_sum: torch.Tensor,
+    error: torch.Tensor,
+    away: torch.Tensor,
+    valid: torch.Tensor,
 ) -> torch.Tensor:
     """Index of the winner: objective, lower error, nearest the center, first."""
     worst = torch.iinfo(torch.int64).max
@@ -173,9 +177,7 @@ def _choose(
     return alive.to(torch.uint8).argmax(1, keepdim=True)
 
 
-def search(
-    blocks: Blocks, plan: Plan, tables: Tables, tau_grid: Grid, scale_grid: Grid
-) -> Best:
+def search(blocks: Blocks, plan: Plan, tables: Tables, tau_grid: Grid, scale_grid: Grid) -> Best:
     """The stored pair of every block; grids come one entry a block."""
     fixed = _Fixed(blocks, plan.fixed_bits)
     best: Best | None = None

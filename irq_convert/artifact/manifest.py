@@ -1,0 +1,98 @@
+"""`irq_manifest.json`: where an artifact comes from, what is in it, and what it lost."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from irq_convert.artifact.config import FORMAT_VERSION
+from irq_convert.checkpoint.header import TensorInfo
+from irq_convert.checkpoint.source import Checkpoint, read_json_object
+from irq_convert.core.stats import TensorStats
+from irq_convert.errors import IrqError
+
+MANIFEST_NAME = "irq_manifest.json"
+
+
+def fingerprint(tensors: Iterable[TensorInfo]) -> str:
+    """SHA-256 over names, dtypes, shapes and files of tensors (specification, section 7)."""
+    digest = hashlib.sha256()
+    for info in sorted(tensors, key=lambda info: info.name):
+        shape = "x".join(map(str, info.shape))
+        digest.update(f"{info.name}\t{info.dtype}\t{shape}\t{info.shard.name}\n".encode())
+    return digest.hexdigest()
+
+
+def describe_source(checkpoint: Checkpoint, model: str) -> dict[str, Any]:
+    """The manifest's `source`. A local folder is named without its path."""
+    return {
+        "model": checkpoint.repo_id or Path(model).resolve().name,
+        "revision": checkpoint.revision,
+        "tensors_sha256": fingerprint(checkpoint.tensors.values()),
+    }
+
+
+def describe_tensor(
+    info: TensorInfo, codebook: str, block_size: int, stats: TensorStats
+) -> dict[str, Any]:
+    """The manifest's entry of one quantized tensor."""
+    return {
+        "shape": list(info.shape),
+        "dtype": info.dtype,
+        "codebook": codebook,
+        "block_size": block_size,
+        "entropy_plain": stats.entropy_plain,
+        "entropy": stats.entropy,
+        "relative_error": stats.relative_error,
+    }
+
+
+def total_stats(stats: Iterable[TensorStats]) -> dict[str, float]:
+    """Entropy and error over all quantized weights."""
+    every = list(stats)
+    weights = sum(s.weights for s in every)
+    energy = math.fsum(s.energy for s in every)
+    return {
+        "entropy_plain": math.fsum(s.entropy_plain * s.weights for s in every) / weights,
+        "entropy": math.fsum(s.entropy * s.weights for s in every) / weights,
+        "relative_error": math.fsum(s.squared_error for s in every) / energy if energy else 0.0,
+    }
+
+
+def build_manifest(
+    *,
+    producer: str,
+    source: Mapping[str, Any],
+    options: Mapping[str, Any],
+    files: Mapping[str, Mapping[str, Any]],
+    tensors: Mapping[str, Mapping[str, Any]],
+    totals: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The whole document, in the specification's order."""
+    return {
+        "format": "irq",
+        "format_version": FORMAT_VERSION,
+        "producer": producer,
+        "source": dict(source),
+        "options": dict(options),
+        "files": {name: dict(files[name]) for name in sorted(files)},
+        "tensors": {name: dict(tensors[name]) for name in sorted(tensors)},
+        "totals": dict(totals),
+    }
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Read and check the outline; `IrqError` when it is missing or of another format."""
+    path = folder / MANIFEST_NAME
+    if not path.is_file():
+        raise IrqError(f"{path}: missing; only `irq-convert quantize` writes it")
+    manifest = read_json_object(path)
+    if manifest.get("format") != "irq" or manifest.get("format_version") != FORMAT_VERSION:
+        raise IrqError(f"{path}: not a manifest of format irq version {FORMAT_VERSION}")
+    for key in ("source", "options", "files", "tensors", "totals"):
+        if not isinstance(manifest.get(key), dict):
+            raise IrqError(f"{path}: lacks the object {key!r}; quantize again")
+    return manifest

@@ -1,0 +1,70 @@
+"""The progress bar of a conversion: tensors, speed, memory and the time left."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from irq_convert.convert.progress import Progress as Listener
+
+if TYPE_CHECKING:
+    from irq_convert.convert.plan import ConversionPlan
+
+
+def peak_memory() -> int:
+    """The most bytes of memory that this process has held."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class ConversionBar(Listener):
+    """Draws on stderr, and only on a terminal; notes are printed in any case."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True)
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.fields[tensors]}"),
+            TransferSpeedColumn(),
+            TextColumn("{task.fields[memory]}"),
+            TimeRemainingColumn(),
+            console=self._console,
+            transient=True,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._bar.add_task("reading", total=None, tensors="", memory="")
+        self._tensors = self._done = 0
+
+    def __enter__(self) -> ConversionBar:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bar.stop()
+
+    def start(self, plan: ConversionPlan) -> None:
+        self._tensors = len(plan.tensors)
+        self._bar.update(self._task, description="quantizing", total=plan.checkpoint.nbytes)
+
+    def note(self, text: str) -> None:
+        self._console.print(text, highlight=False, soft_wrap=True)
+
+    def advance(self, nbytes: int, finished: bool) -> None:
+        self._done += finished
+        self._bar.update(
+            self._task,
+            advance=nbytes,
+            tensors=f"{self._done}/{self._tensors} tensors",
+            memory=f"{peak_memory() / 1e6:.0f} MB",
+        )

@@ -1,0 +1,5 @@
+"""Placeholder."""
+
+
+def inspect_command(folder: str) -> None:
+    """Not yet."""

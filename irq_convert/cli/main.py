@@ -1,0 +1,60 @@
+"""The `irq-convert` program: its commands, and how errors reach a person."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from irq_convert import __version__
+from irq_convert.cli.eval import eval_command
+from irq_convert.cli.inspect import inspect_command
+from irq_convert.cli.quantize import quantize_command
+from irq_convert.cli.verify import verify_command
+from irq_convert.errors import IrqError
+
+app = typer.Typer(
+    name="irq-convert",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Quantize language models to 2, 3 or 4 bits; check, measure and load the result.",
+)
+app.command("quantize")(quantize_command)
+app.command("inspect")(inspect_command)
+app.command("verify")(verify_command)
+app.command("eval")(eval_command)
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        typer.echo(f"irq-convert {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run a command; an `IrqError` becomes one line on stderr and its exit code."""
+    try:
+        app()
+    except IrqError as error:
+        print(f"irq-convert: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("irq-convert: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader of our output went away: nothing is left to say, not even at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

@@ -1,0 +1,181 @@
+"""The `quantize` command: parse, call, show."""
+
+from __future__ import annotations
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from irq_convert.errors import UsageError
+
+if TYPE_CHECKING:
+    from irq_convert.convert.estimate import Estimate
+    from irq_convert.convert.options import ConvertOptions
+    from irq_convert.convert.report import ConvertReport
+
+
+class Objective(StrEnum):
+    """Objectives by name; spelled out here so that help needs no numerics."""
+
+    ENTROPY = "entropy"
+    MSE = "mse"
+    NONE = "none"
+
+
+def quantize_command(
+    model: Annotated[str, typer.Argument(help="Local folder or Hub id of the source model.")],
+    out: Annotated[
+        Path | None,
+        typer.Argument(help="Folder to create.  [default: NAME-irq-CODEBOOK here]"),
+    ] = None,
+    bits: Annotated[int, typer.Option(help="Bits per weight: 2, 3 or 4.")] = 4,
+    codebook: Annotated[
+        str, typer.Option(help="nf (normal-float) or int (uniform levels).")
+    ] = "nf",
+    block_size: Annotated[int, typer.Option(help="Weights that share a scale and a tau.")] = 64,
+    objective: Annotated[
+        Objective,
+        typer.Option(help="entropy (ICQ), mse (tau and scale by squared error) or none (plain)."),
+    ] = Objective.ENTROPY,
+    refine: Annotated[
+        int, typer.Option(help="Most rounds of least squares on tau, scale and codes.")
+    ] = 0,
+    keep: Annotated[
+        list[str] | None, typer.Option(metavar="REGEX", help="Copy tensors that match; repeatable.")
+    ] = None,
+    bits_for: Annotated[
+        list[str] | None,
+        typer.Option(metavar="REGEX=BITS", help="Other bits for tensors that match; repeatable."),
+    ] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit of a Hub repository.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where to search: cpu, cuda, cuda:1, mps.")] = "cpu",
+    threads: Annotated[int | None, typer.Option(help="CPU threads.  [default: all]")] = None,
+    max_shard_size: Annotated[float, typer.Option(help="Largest shard, in GB (10^9 bytes).")] = 5.0,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be written, and stop.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace OUT once the new one is whole.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Quantize a model to 2, 3 or 4 bits, calibrated block by block.
+
+    Linear layers are quantized; embeddings, heads, norms and all other files are kept.
+
+    Example: irq-convert quantize --bits 3 meta-llama/Llama-2-13b
+    """
+    from irq_convert.convert.options import ConvertOptions, codebook_name
+    from irq_convert.core.spec import QuantSpec
+
+    name = codebook_name(codebook, bits)
+    spec = QuantSpec(name, block_size, objective.value, refine)
+    if not max_shard_size > 0:
+        raise UsageError(f"--max-shard-size {max_shard_size}: must be positive")
+    options = ConvertOptions(
+        spec=spec,
+        keep=tuple(keep or ()),
+        bits_for=tuple(_bits_for(item) for item in bits_for or ()),
+        device=_check_device(device),
+        threads=threads,
+        overwrite=overwrite,
+        max_shard_bytes=int(max_shard_size * 1e9),
+    )
+    folder = out or Path(f"{Path(model).name or 'model'}-irq-{name}")
+    if dry_run:
+        _dry_run(model, folder, options, revision, as_json)
+        return
+    _convert(model, folder, options, revision, as_json)
+
+
+def _bits_for(text: str) -> tuple[str, int]:
+    pattern, found, number = text.rpartition("=")
+    if not found or not pattern or not number.isdigit():
+        raise UsageError(f"--bits-for {text!r}: write REGEX=BITS, as in 'down_proj=4'")
+    return pattern, int(number)
+
+
+def _check_device(device: str) -> str:
+    if device == "cpu":
+        return device
+    import torch
+
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"--device {device}: not usable here ({reason})") from None
+    return device
+
+
+def _dry_run(
+    model: str, out: Path, options: ConvertOptions, revision: str | None, as_json: bool
+) -> None:
+    from irq_convert.convert.estimate import estimate
+
+    found = estimate(model, out, options, revision=revision)
+    if as_json:
+        typer.echo(json.dumps(found.to_dict(), indent=2))
+    else:
+        _print_estimate(found)
+
+
+def _convert(
+    model: str, out: Path, options: ConvertOptions, revision: str | None, as_json: bool
+) -> None:
+    from irq_convert.cli.bar import ConversionBar
+    from irq_convert.convert.run import quantize_checkpoint
+
+    with ConversionBar() as bar:
+        report = quantize_checkpoint(model, out, options, revision=revision, progress=bar)
+    if as_json:
+        typer.echo(json.dumps(report.to_dict(), indent=2))
+    else:
+        _print_report(report, options)
+
+
+def _print_estimate(found: Estimate) -> None:
+    from irq_convert.cli.show import facts, gigabytes, seconds
+
+    facts(
+        [
+            ("source", f"{found.model}, {gigabytes(found.bytes_in)}"),
+            ("would write", f"{found.out}, {found.bytes_out:,} bytes + manifest"),
+            ("shards", str(found.shards)),
+            ("quantized", f"{found.share:.1%} of {found.weights:,} weights"),
+            ("", f"({found.quantized_tensors} of {found.tensors} tensors, by {found.decided_by})"),
+            ("bits per weight", f"{found.bits_per_weight:.4f}"),
+            ("time", f"about {seconds(found.seconds)} ({found.rate / 1e6:.0f} M weights/s here)"),
+            ("disk needed", f"{found.disk_needed:,} bytes ({gigabytes(found.disk_free)} free)"),
+        ]
+    )
+
+
+def _print_report(report: ConvertReport, options: ConvertOptions) -> None:
+    from irq_convert.cli.show import facts, gigabytes, seconds
+
+    before, after = report.entropy_plain, report.entropy
+    rows = [
+        ("artifact", report.out),
+        ("size", f"{gigabytes(report.bytes_in)} -> {gigabytes(report.bytes_out)}"),
+        ("quantized", f"{report.share:.1%} of {report.weights:,} weights, {options.spec.codebook}"),
+        ("", f"(decided by {report.decided_by})"),
+        ("bits per weight", f"{report.bits_per_weight:.4f}"),
+        ("entropy", f"{before:.4f} -> {after:.4f} bits a code, of {options.spec.bits}"),
+        ("relative error", f"{report.relative_error:.5f} (squared, of the weights' energy)"),
+        ("worst tensors", ""),
+        *((f"  {w.relative_error:.5f}", f"{w.name} ({w.codebook})") for w in report.worst),
+        ("time", f"{seconds(report.seconds)}"),
+    ]
+    facts(rows)
+    if report.share < 0.5:
+        typer.echo(
+            f"irq-convert: only {report.share:.0%} of the weights are quantized: embeddings, heads "
+            "and unknown tensors are kept as they are",
+            err=True,
+        )

@@ -1,0 +1,35 @@
+"""How commands print: aligned facts, human sizes and times."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+def facts(rows: Iterable[tuple[str, str]]) -> None:
+    """Print `label   value` lines; long values are not broken, so that paths can be copied."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console()
+    for label, value in rows:
+        console.print(Text(f"{label:<16} ", style="bold") + Text(value), soft_wrap=True)
+
+
+def gigabytes(count: int) -> str:
+    """Bytes in the unit that reads best, powers of ten."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count} bytes"
+
+
+def seconds(value: float) -> str:
+    """`95.2` to `1 min 35 s`."""
+    if value < 10:
+        return f"{value:.1f} s"
+    whole = round(value)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"

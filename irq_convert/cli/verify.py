@@ -1,0 +1,5 @@
+"""Placeholder."""
+
+
+def verify_command(folder: str) -> None:
+    """Not yet."""

@@ -1,0 +1,253 @@
+"""The plan of a conversion, from headers alone: every tensor's fate, every output byte."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from irq_convert import __version__
+from irq_convert.artifact.config import (
+    PART_SUFFIXES,
+    ModuleFormat,
+    QuantizationConfig,
+    module_name,
+)
+from irq_convert.checkpoint.header import TensorInfo
+from irq_convert.checkpoint.shards import INDEX_NAME, build_index, plan_shards, shard_name
+from irq_convert.checkpoint.source import Checkpoint
+from irq_convert.checkpoint.writer import TensorSpec, build_header
+from irq_convert.convert.linears import find_linears
+from irq_convert.convert.options import ConvertOptions, codebook_name
+from irq_convert.core.blocks import BlockShape
+from irq_convert.core.spec import QuantSpec
+from irq_convert.errors import IrqError, UsageError
+
+MANIFEST_NAME = "irq_manifest.json"
+REPLACED_FILES = ("config.json", MANIFEST_NAME, INDEX_NAME)
+SOURCE_DTYPES = ("F32", "BF16", "F16", "F64")
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """One source tensor: quantized by `spec`, or copied when `spec` is None."""
+
+    info: TensorInfo
+    spec: QuantSpec | None
+
+    @property
+    def shape(self) -> BlockShape:
+        """Block geometry of a quantized tensor."""
+        assert self.spec is not None
+        rows, cols = self.info.shape
+        return BlockShape(rows, cols, self.spec.block_size, self.spec.bits)
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """The stored tensors (specification, section 3)."""
+        if self.spec is None:
+            return (TensorSpec(self.info.name, self.info.dtype, self.info.shape),)
+        name, shape = self.info.name, self.shape
+        blocks = (shape.rows, shape.blocks_per_row)
+        return (
+            TensorSpec(name, "U8", (shape.rows, shape.row_bytes)),
+            TensorSpec(f"{name}_scale", "U8", blocks),
+            TensorSpec(f"{name}_tau", "U8", blocks),
+            TensorSpec(f"{name}_scale_grid", "F32", (shape.groups, 2)),
+            TensorSpec(f"{name}_tau_grid", "F32", (shape.groups, 2)),
+        )
+
+    @property
+    def nbytes(self) -> int:
+        return sum(spec.nbytes for spec in self.outputs)
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """One output file and the tensors whose parts it holds."""
+
+    name: str
+    tensors: tuple[TensorPlan, ...]
+
+    @property
+    def outputs(self) -> list[TensorSpec]:
+        return [spec for tensor in self.tensors for spec in tensor.outputs]
+
+    @property
+    def nbytes(self) -> int:
+        """The exact size of the file."""
+        header = len(build_header(self.outputs, {"format": "pt"}))
+        return header + sum(tensor.nbytes for tensor in self.tensors)
+
+
+@dataclass(frozen=True)
+class ConversionPlan:
+    """Everything that is known before any weight is read."""
+
+    checkpoint: Checkpoint
+    shards: tuple[ShardPlan, ...]
+    config: QuantizationConfig
+    decided_by: str
+
+    @property
+    def tensors(self) -> list[TensorPlan]:
+        return [tensor for shard in self.shards for tensor in shard.tensors]
+
+    @property
+    def quantized(self) -> list[TensorPlan]:
+        return [tensor for tensor in self.tensors if tensor.spec is not None]
+
+    @property
+    def weights(self) -> int:
+        """Numbers in the source, of any kind."""
+        return sum(tensor.info.numel for tensor in self.tensors)
+
+    @property
+    def quantized_weights(self) -> int:
+        return sum(tensor.info.numel for tensor in self.quantized)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of a quantized weight with its share of scales, taus and grids."""
+        return 8 * sum(t.nbytes for t in self.quantized) / max(1, self.quantized_weights)
+
+    @property
+    def shard_bytes(self) -> int:
+        return sum(shard.nbytes for shard in self.shards)
+
+    @property
+    def carried_files(self) -> tuple[str, ...]:
+        """Files of the source that are copied unchanged."""
+        return tuple(n for n in self.checkpoint.other_files if n not in REPLACED_FILES)
+
+    @property
+    def carried_bytes(self) -> int:
+        return sum((self.checkpoint.folder / n).stat().st_size for n in self.carried_files)
+
+    def config_json(self) -> dict[str, object]:
+        """The artifact's config.json."""
+        return {**(self.checkpoint.config or {}), "quantization_config": self.config.to_dict()}
+
+    def index_json(self) -> dict[str, object] | None:
+        """The index, where there is more than one shard."""
+        if len(self.shards) == 1:
+            return None
+        weight_map = {spec.name: shard.name for shard in self.shards for spec in shard.outputs}
+        return build_index(weight_map, sum(tensor.nbytes for tensor in self.tensors))
+
+    @property
+    def bytes_out(self) -> int:
+        """Size of the artifact without its manifest, whose text depends on the results."""
+        documents = [doc for doc in (self.config_json(), self.index_json()) if doc is not None]
+        text = sum(len(json.dumps(doc, indent=2).encode()) + 1 for doc in documents)
+        return self.shard_bytes + self.carried_bytes + text
+
+
+def make_plan(checkpoint: Checkpoint, options: ConvertOptions) -> ConversionPlan:
+    """Decide the fate of every tensor of `checkpoint`.
+
+    Raises `IrqError` for a source that is already quantized, a linear weight in a dtype that is
+    not a float of 16 bits or more, a name that an output would collide with, or a model without
+    linears; `UsageError` for an expression in `options` that matches nothing.
+    """
+    _refuse_quantized(checkpoint)
+    linears = find_linears(checkpoint)
+    _check_expressions(options, linears.tensors, checkpoint)
+    tensors = [
+        TensorPlan(info, _spec_of(info, options) if name in linears.tensors else None)
+        for name, info in checkpoint.tensors.items()
+    ]
+    if not any(tensor.spec for tensor in tensors):
+        raise IrqError(
+            f"{checkpoint.folder}: nothing to quantize: no linear layer found by "
+            f"{linears.decided_by} is left after --keep"
+        )
+    _check_names(tensors)
+    kept = sorted(linears.tensors - {t.info.name for t in tensors if t.spec})
+    config = _config(tensors, (*linears.modules_kept, *map(module_name, kept)), options)
+    by_name = {tensor.info.name: tensor for tensor in tensors}
+    sizes = [(tensor.info.name, tensor.nbytes) for tensor in tensors]
+    parts = plan_shards(sizes, options.max_shard_bytes)
+    shards = tuple(
+        ShardPlan(shard_name(number, len(parts)), tuple(by_name[name] for name in names))
+        for number, names in enumerate(parts, start=1)
+    )
+    return ConversionPlan(checkpoint, shards, config, linears.decided_by)
+
+
+def _refuse_quantized(checkpoint: Checkpoint) -> None:
+    found = (checkpoint.config or {}).get("quantization_config")
+    if found:
+        method = found.get("quant_method", "unknown") if isinstance(found, dict) else "unknown"
+        raise IrqError(
+            f"{checkpoint.folder}: already quantized (quant_method {method!r}); give the original "
+            "model, in float32, bfloat16 or float16"
+        )
+
+
+def _check_expressions(
+    options: ConvertOptions, names: frozenset[str], checkpoint: Checkpoint
+) -> None:
+    for option, patterns in (
+        ("--keep", options.keep),
+        ("--bits-for", tuple(pattern for pattern, _ in options.bits_for)),
+    ):
+        for pattern in patterns:
+            if any(re.search(pattern, name) for name in names):
+                continue
+            elsewhere = [name for name in checkpoint.tensors if re.search(pattern, name)]
+            hint = f"; {elsewhere[0]} is copied in any case" if elsewhere else ""
+            example = min(names) if names else "none"
+            raise UsageError(
+                f"{option} {pattern!r} matches no tensor that would be quantized{hint} "
+                f"(they are named like {example})"
+            )
+
+
+def _spec_of(info: TensorInfo, options: ConvertOptions) -> QuantSpec | None:
+    """How a linear weight is quantized; None when it is to be kept."""
+    if any(re.search(pattern, info.name) for pattern in options.keep):
+        return None
+    if info.dtype not in SOURCE_DTYPES:
+        raise IrqError(
+            f"{info.name} {list(info.shape)} in {info.shard.name} is {info.dtype}: the source is "
+            "already quantized; give the original model, in float32, bfloat16 or float16"
+        )
+    if len(info.shape) != 2:
+        raise IrqError(f"{info.name} {list(info.shape)} is not a matrix: keep it with --keep")
+    spec = options.spec
+    for pattern, bits in options.bits_for:
+        if re.search(pattern, info.name):
+            spec = replace(spec, codebook=codebook_name(spec.book.kind, bits))
+    return spec
+
+
+def _check_names(tensors: Sequence[TensorPlan]) -> None:
+    """No source tensor may bear a name that means a part of a quantized one."""
+    names = {tensor.info.name for tensor in tensors}
+    for tensor in tensors:
+        for suffix in PART_SUFFIXES:
+            if tensor.spec and tensor.info.name + suffix in names:
+                raise IrqError(
+                    f"{tensor.info.name}{suffix} exists in the source, so {tensor.info.name} "
+                    "cannot be quantized (is the source quantized already?): keep it with --keep"
+                )
+
+
+def _config(
+    tensors: Sequence[TensorPlan], kept: Sequence[str], options: ConvertOptions
+) -> QuantizationConfig:
+    default = ModuleFormat(options.spec.codebook, options.spec.block_size)
+    overrides = {}
+    for tensor in tensors:
+        if tensor.spec is None:
+            continue
+        own = ModuleFormat(tensor.spec.codebook, tensor.spec.block_size)
+        shape = tensor.shape
+        if own.columns_of(shape.row_bytes) != shape.cols:
+            own = replace(own, columns=shape.cols)
+        if own != default:
+            overrides[module_name(tensor.info.name)] = own
+    meta = {"producer": f"irq-convert {__version__}"}
+    return QuantizationConfig(default, tuple(sorted(set(kept))), overrides, meta)

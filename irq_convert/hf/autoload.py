@@ -1,0 +1,84 @@
+"""Registering "irq" with transformers at the moment transformers itself is imported.
+
+transformers has no discovery of plugins. A finder on `sys.meta_path` lets the module that holds
+its quantizers load as usual and registers ours right after, so that neither package has to be
+imported before the other and importing this one stays cheap.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+QUANT_METHOD = "irq"
+TARGET = "transformers.quantizers.auto"
+
+
+class _Finder:
+    """Finds nothing itself: wraps the loader that the other finders give for `TARGET`."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != TARGET:
+            return None
+        for finder in list(sys.meta_path):
+            find = getattr(finder, "find_spec", None)
+            if isinstance(finder, _Finder) or find is None:
+                continue
+            spec = find(fullname, path, target)
+            if spec is not None:
+                _register_after(spec)
+                return spec
+        return None
+
+
+def _register_after(spec: ModuleSpec) -> None:
+    loader = spec.loader
+    execute = getattr(loader, "exec_module", None)
+    if execute is None:
+        return
+
+    def exec_module(module: ModuleType) -> None:
+        execute(module)
+        register(module)
+
+    try:
+        loader.exec_module = exec_module  # type: ignore[union-attr, method-assign]
+    except AttributeError:  # a loader without instance attributes: left as it is
+        return
+
+
+def register(module: ModuleType) -> None:
+    """Add the quantizer and its configuration to `module`, `transformers.quantizers.auto`.
+
+    Doing it again changes nothing. Never raises: whoever imports transformers for something else
+    must not suffer, and loading an artifact without a quantizer fails by itself.
+    """
+    try:
+        if QUANT_METHOD not in module.AUTO_QUANTIZATION_CONFIG_MAPPING:
+            config = import_module("irq_convert.hf.config").IrqConfig
+            module.AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = config
+        if QUANT_METHOD not in module.AUTO_QUANTIZER_MAPPING:
+            quantizer = import_module("irq_convert.hf.quantizer").IrqQuantizer
+            module.AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = quantizer
+    except Exception as error:  # any failure of a foreign import
+        import logging
+
+        logging.getLogger("irq_convert").warning(
+            "this version of transformers cannot load irq artifacts: %s: %s",
+            type(error).__name__,
+            error,
+        )
+
+
+def install() -> None:
+    """Register now if transformers' quantizers are loaded, otherwise once they are; idempotent."""
+    module = sys.modules.get(TARGET)
+    if module is not None and hasattr(module, "AUTO_QUANTIZER_MAPPING"):
+        register(module)
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())

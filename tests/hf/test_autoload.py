@@ -1,0 +1,145 @@
+"""Registration with transformers: in either order of import, cheaply, and loudly without us."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from .artifact import tiny_llama, write_artifact
+
+
+def python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def test_import_is_light() -> None:
+    done = python(
+        "import sys, irq_convert\n"
+        "heavy = {'torch', 'numpy', 'numba', 'transformers', 'safetensors', 'typer'}\n"
+        "print(sorted(heavy & set(sys.modules)), irq_convert.__version__)"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split(maxsplit=1)[0] == "[]"
+
+
+def test_exports() -> None:
+    import irq_convert
+
+    for name in irq_convert.__all__:
+        assert getattr(irq_convert, name) is not None
+        assert name in dir(irq_convert)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        irq_convert.nothing  # noqa: B018
+    from irq_convert import hf
+
+    assert hf.load is irq_convert.load
+    assert hf.IrqQuantizer.__name__ == "IrqQuantizer"
+
+
+LOAD = """
+import sys
+{imports}
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+print(type(model.model.layers[0].mlp.up_proj).__name__)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import irq_convert",
+        "import transformers.quantizers.auto, irq_convert",
+        "import transformers, irq_convert",
+        "import irq_convert, transformers.quantizers.auto",
+        "import irq_convert.hf.quantizer",
+        "from irq_convert.hf import IrqConfig",
+        "import irq_convert; irq_convert.load; import importlib; importlib.reload(irq_convert)",
+    ],
+)
+def test_any_order_of_imports(tmp_path: Path, imports: str) -> None:
+    write_artifact(tmp_path, tiny_llama())
+    done = python(LOAD.format(imports=imports), str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "IrqLinear"
+    assert "cannot load irq artifacts" not in done.stderr
+
+
+def test_stock_transformers_fails_loudly(tmp_path: Path) -> None:
+    write_artifact(tmp_path, tiny_llama())
+    done = python(LOAD.format(imports=""), str(tmp_path))
+    assert done.returncode != 0
+    assert "Error" in done.stderr
+    assert "IrqLinear" not in done.stdout
+
+
+FINDER = """
+import sys, threading, warnings
+warnings.simplefilter("error")
+import irq_convert
+from irq_convert.hf import autoload
+for _ in range(3):
+    autoload.install()
+finders = [f for f in sys.meta_path if type(f).__name__ == "_Finder"]
+assert len(finders) == 1
+import importlib.util
+assert finders[0].find_spec("json", None) is None
+for _ in range(3):  # asking for a spec changes nothing
+    assert importlib.util.find_spec("transformers.quantizers.auto") is not None
+threads = [
+    threading.Thread(target=__import__, args=("transformers.quantizers.auto",)) for _ in range(4)
+]
+[t.start() for t in threads]
+[t.join() for t in threads]
+auto = sys.modules["transformers.quantizers.auto"]
+assert auto.AUTO_QUANTIZER_MAPPING["irq"].__name__ == "IrqQuantizer"
+assert auto.AUTO_QUANTIZATION_CONFIG_MAPPING["irq"].__name__ == "IrqConfig"
+import inspect
+assert "AUTO_QUANTIZER_MAPPING" in inspect.getsource(auto)
+"""
+
+
+def test_finder() -> None:
+    done = python(FINDER)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_failing_registration_does_not_reach_the_importer() -> None:
+    done = python(
+        "import sys, types\n"
+        "sys.modules['irq_convert.hf.quantizer'] = None\n"
+        "import irq_convert, transformers.quantizers.auto as auto\n"
+        "assert 'irq' not in auto.AUTO_QUANTIZER_MAPPING"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "cannot load irq artifacts" in done.stderr
+
+
+def test_configuration_is_given_back_exactly(tmp_path: Path) -> None:
+    import copy
+
+    from irq_convert.hf import IrqConfig
+
+    write_artifact(tmp_path, tiny_llama())
+    raw = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    config = IrqConfig.from_dict(raw)
+    assert config.to_dict() == raw == dict(config) == copy.deepcopy(config).to_dict()
+    assert config.to_dict() is not raw
+    assert config.update(bits=2, dtype="x") == {"bits": 2, "dtype": "x"}
+    assert config.to_dict() == raw
+    assert config.quant_method == "irq"
+    assert config.modules_to_not_convert == ["lm_head"]
+    assert json.loads(config.to_json_string()) == raw
+    assert config == IrqConfig(**raw)
+    assert config != IrqConfig(**(raw | {"meta": {}}))
