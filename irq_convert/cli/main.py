@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from irq_convert import __version__
+from irq_convert.cli.demo import demo_command
 from irq_convert.cli.eval import eval_command
 from irq_convert.cli.inspect import inspect_command
 from irq_convert.cli.quantize import quantize_command
@@ -26,6 +27,7 @@ app.command("quantize")(quantize_command)
 app.command("inspect")(inspect_command)
 app.command("verify")(verify_command)
 app.command("eval")(eval_command)
+app.command("demo")(demo_command)
 
 
 def _show_version(value: bool) -> None:

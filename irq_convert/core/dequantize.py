@@ -13,6 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch.nn import functional
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 BACKENDS = ("auto", "numba", "torch")
-SERIAL_WEIGHTS = 1 << 18
+SERIAL_WEIGHTS = 1 << 20
 """Below this many weights handing rows to threads costs more than it saves."""
 TILE_WEIGHTS = 1 << 20
 """Weights that pass through a float32 tile where a dtype needs one."""
@@ -120,16 +121,15 @@ def _numba(q: QuantizedTensor, begin: int, end: int, out: torch.Tensor) -> None:
 
     args = _kernel_arguments(q)
     if out.dtype == torch.float32:
-        _split(kernels.dequantize_rows, begin, end, args, out.numpy())
+        _split(kernels.dequantize_rows, begin, end, args, out.numpy().view(np.uint32))
     elif out.dtype == torch.bfloat16:
-        bits = out.view(torch.uint16).numpy()
-        _split(kernels.dequantize_rows_bf16, begin, end, args, bits)
+        _split(kernels.dequantize_rows, begin, end, args, out.view(torch.uint16).numpy())
     else:
         tiles = _tiles(q, begin, end)
         rows = max((high - low for low, high in tiles), default=0)
         buffer = torch.empty(rows, q.cols, dtype=torch.float32, device="cpu")
         for low, high in tiles:
-            _split(kernels.dequantize_rows, low, high, args, buffer.numpy())
+            _split(kernels.dequantize_rows, low, high, args, buffer.numpy().view(np.uint32))
             out[low - begin : high - begin] = buffer[: high - low]
 
 
@@ -147,8 +147,9 @@ def _kernel_arguments(q: QuantizedTensor) -> tuple[Any, ...]:
 
 
 @functools.cache
-def _levels(codebook: str) -> Any:
-    return get_codebook(codebook).level_array()
+def _levels(codebook: str) -> np.ndarray:
+    """The levels repeated to the 16 that kernels look up in."""
+    return np.resize(get_codebook(codebook).level_array(), 16)
 
 
 @functools.cache

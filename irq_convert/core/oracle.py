@@ -28,6 +28,8 @@ RESOLUTION = 2.0**-44
 """Intervals of t narrower than this fraction of a piece's unit are rounding, not intervals."""
 MARGIN = 2.0**-18
 """Fraction of the unit by which a chosen t stays away from a crossing where there is room."""
+ENDS = 1 + 2.0**-20
+"""Windows are wider by this, so that they hold their ends however those are rounded to float32."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +80,8 @@ class _Piece:
 def search_window(codebook: Codebook, objective: str) -> tuple[float, tuple[float, ...]]:
     """How far a search goes, as a fraction of its unit, and the factors on the scale it tries."""
     if objective == "mse":
-        return JOINT_RADIUS, SHRINKS
-    return (INT_RADIUS if codebook.kind == "int" else NF_RADIUS), (1.0,)
+        return JOINT_RADIUS * ENDS, SHRINKS
+    return (INT_RADIUS if codebook.kind == "int" else NF_RADIUS) * ENDS, (1.0,)
 
 
 def _read(blocks: torch.Tensor, lengths: torch.Tensor | None, codebook: Codebook) -> _Blocks:

@@ -70,11 +70,13 @@ def make_tables(codebook: str, block_size: int) -> Tables:
     levels[: len(book.levels)] = book.level_array()
     mids = np.full(16, 2.0, np.float32)
     mids[: len(book.levels) - 1] = book.midpoint_array()
+    table = entropy_table(block_size)
     return Tables(
         mids=mids,
         levels=levels,
         level_fixed=np.rint(levels.astype(np.float64) * 2**LEVEL_BITS).astype(np.int64),
-        entropy=entropy_table(block_size),
+        entropy=table,
+        pairs=table[:, None] + table[None, :],
         network=merge_network(block_size),
         n_levels=len(book.levels),
         bits=book.bits,

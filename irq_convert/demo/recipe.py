@@ -30,8 +30,9 @@ class Recipe:
     steps: int = 2500
     seed: int = 1
     threads: int = 1
-    batch: int = 16
+    batch: int = 8
     context: int = 256
+    short_share: float = 0.5
     vocabulary: int = 1024
     hidden: int = 128
     intermediate: int = 352
@@ -104,9 +105,15 @@ def make_model(recipe: Recipe, vocabulary: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
+def story_pairs(recipe: Recipe, count: int) -> list[str]:
+    """`count` texts of two stories each: long enough to fill half a context in one piece."""
+    rng = random.Random(f"pairs {recipe.seed}")
+    return [SEPARATOR.join([story(rng), story(rng)]) for _ in range(count)]
+
+
 def training_tokens(recipe: Recipe, tokenizer: Tokenizer, count: int) -> list[int]:
     """At least `count` token ids of stories, six to a document between start and end tokens."""
-    rng = random.Random(recipe.seed)
+    rng = random.Random(f"packed {recipe.seed}")
     ids: list[int] = []
     while len(ids) < count:
         documents = [SEPARATOR.join(story(rng) for _ in range(6)) for _ in range(500)]

@@ -59,12 +59,11 @@ def register(module: ModuleType) -> None:
     must not suffer, and loading an artifact without a quantizer fails by itself.
     """
     try:
-        if QUANT_METHOD not in module.AUTO_QUANTIZATION_CONFIG_MAPPING:
-            config = import_module("irq_convert.hf.config").IrqConfig
-            module.AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = config
-        if QUANT_METHOD not in module.AUTO_QUANTIZER_MAPPING:
-            quantizer = import_module("irq_convert.hf.quantizer").IrqQuantizer
-            module.AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = quantizer
+        ours = import_module("irq_convert.hf.quantizer")
+        if not hasattr(ours, "IrqQuantizer"):
+            return  # its own import led here; it installs when it is complete
+        module.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(QUANT_METHOD, ours.IrqConfig)
+        module.AUTO_QUANTIZER_MAPPING.setdefault(QUANT_METHOD, ours.IrqQuantizer)
     except Exception as error:  # any failure of a foreign import
         import logging
 

@@ -82,7 +82,9 @@ def _check_method(where: str, quantization: Any) -> None:
     method = raw.get("quant_method") or getattr(quantization, "quant_method", None)
     if method != "irq":
         found = f"quantized with {method}" if method else "not quantized"
-        raise UsageError(f"{where}: not an irq artifact ({found}): make one with irq-convert quantize")
+        raise UsageError(
+            f"{where}: not an irq artifact ({found}): make one with irq-convert quantize"
+        )
 
 
 def _check_complete(where: str, info: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from torch import nn
 from transformers.quantizers.base import HfQuantizer
 
 from irq_convert.errors import IrqError, UsageError
+from irq_convert.hf import autoload
 from irq_convert.hf.config import IrqConfig
 
 if TYPE_CHECKING:
@@ -121,3 +122,6 @@ class IrqQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """`torch.compile` passes through the layers."""
         return True
+
+
+autoload.install()  # where importing this module is what first imported transformers

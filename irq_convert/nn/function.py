@@ -16,8 +16,10 @@ from irq_convert.core.dequantize import dequantize_rows, dequantize_tensor
 from irq_convert.core.quantized import QuantizedTensor
 
 FEW_ROWS = 16
-"""Inputs of at most this many rows go tile by tile: the weights of a tile stay in the cache."""
-TILE_BYTES = 1 << 20
+"""Inputs of at most this many rows use small tiles, which stay in the cache until multiplied."""
+SMALL_TILE = 1 << 21
+LARGE_TILE = 1 << 25
+"""Bytes of dense weights at a time on the CPU; fresh memory costs more than filling it."""
 
 
 def packed_linear(
@@ -35,9 +37,7 @@ def packed_linear(
 
 class _PackedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, bias: torch.Tensor | None, *parts: Any
-    ) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, bias: torch.Tensor | None, *parts: Any) -> torch.Tensor:
         ctx.save_for_backward(*parts[:5])
         ctx.layout = parts[5:]
         if _is_plain(x):
@@ -66,13 +66,13 @@ def _is_plain(tensor: torch.Tensor) -> bool:
 
 
 def _linear(x: torch.Tensor, q: QuantizedTensor, bias: torch.Tensor | None) -> torch.Tensor:
-    rows, itemsize = q.codes.shape[0], x.element_size()
-    few = x.numel() <= FEW_ROWS * q.cols
-    if x.device.type != "cpu" or not few or rows * q.cols * itemsize <= 2 * TILE_BYTES:
+    rows, row_bytes = q.codes.shape[0], q.cols * x.element_size()
+    tile_bytes = SMALL_TILE if x.numel() <= FEW_ROWS * q.cols else LARGE_TILE
+    step = max(1, tile_bytes // row_bytes)
+    if x.device.type != "cpu" or rows <= step:
         return functional.linear(x, dequantize_tensor(q, x.dtype), bias)
     y = x.new_empty(*x.shape[:-1], rows)
-    step = max(1, TILE_BYTES // (q.cols * itemsize))
-    tile = x.new_empty(min(step, rows), q.cols)
+    tile = x.new_empty(step, q.cols)
     for begin in range(0, rows, step):
         end = min(begin + step, rows)
         weight = dequantize_rows(q, begin, end, x.dtype, out=tile[: end - begin])

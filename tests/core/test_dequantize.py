@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numba.core import codegen
 
 from irq_convert.core.codebook import CODEBOOKS
 from irq_convert.core.dequantize import dequantize_rows, dequantize_tensor
@@ -47,9 +50,7 @@ def bits_of(tensor: torch.Tensor) -> bytes:
 
 @settings(max_examples=120, deadline=None)
 @given(samples=samples, dtype=st.sampled_from(DTYPES))
-def test_backends_give_the_formula_bit_for_bit(
-    samples: dict[str, Any], dtype: torch.dtype
-) -> None:
+def test_backends_give_the_formula_bit_for_bit(samples: dict[str, Any], dtype: torch.dtype) -> None:
     sample = random_sample(**samples)
     wanted = torch.from_numpy(sample.dense).to(dtype)
     for backend in BACKENDS:
@@ -90,7 +91,7 @@ def test_rows_are_a_part_of_the_whole(backend: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_threads_do_not_change_a_bit(threads: int) -> None:
-    sample = random_sample(4, 601, 1030, "nf4")
+    sample = random_sample(4, 1301, 1030, "nf4")
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
@@ -102,7 +103,7 @@ def test_threads_do_not_change_a_bit(threads: int) -> None:
 
 
 def test_several_callers_at_once() -> None:
-    many = [random_sample(seed, 300, 1000) for seed in range(8)]
+    many = [random_sample(seed, 1100, 1000) for seed in range(8)]
     with ThreadPoolExecutor(8) as pool:
         for sample, found in zip(many, pool.map(lambda s: dequantize_tensor(s.q), many)):
             np.testing.assert_array_equal(found.numpy(), sample.dense)
@@ -113,8 +114,8 @@ import os, torch
 from irq_convert.core.dequantize import dequantize_tensor
 from irq_convert.core.quantized import QuantizedTensor
 torch.set_num_threads(2)
-ones = torch.ones(1024, 16)
-q = QuantizedTensor(torch.zeros(1024, 512, dtype=torch.uint8), ones, ones, None, None, 1024, "nf4", 64)
+ones = torch.ones(2048, 16)
+q = QuantizedTensor(torch.zeros(2048, 512, dtype=torch.uint8), ones, ones, None, None, 1024, "nf4", 64)
 before = dequantize_tensor(q)
 child = os.fork()
 if child == 0:
@@ -128,6 +129,42 @@ raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 def test_works_after_a_fork() -> None:
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", FORK], timeout=120, check=False)
     assert done.returncode == 0
+
+
+MACHINE = """
+import sys
+import numpy as np, torch
+sys.path.insert(0, sys.argv[1])
+from core.oracle import random_sample
+from irq_convert.core.dequantize import dequantize_tensor
+from irq_convert.core.kernels.lookup import LANES
+assert str(LANES) == sys.argv[2], LANES
+for codebook in ("nf4", "int3", "nf2"):
+    for cols in (1, 15, 16, 33, 100, 257):
+        sample = random_sample(cols, 9, cols, codebook, 32)
+        for dtype in (torch.float32, torch.bfloat16):
+            wanted = torch.from_numpy(sample.dense).to(dtype)
+            assert torch.equal(dequantize_tensor(sample.q, dtype, backend="numba"), wanted)
+"""
+
+
+@pytest.mark.parametrize(("features", "lanes"), [("+avx,+avx2", 8), ("", 0)])
+def test_machines_with_fewer_instructions(tmp_path: Path, features: str, lanes: int) -> None:
+    if platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("the instructions are those of x86")
+    if lanes and "+avx2" not in codegen.get_host_cpu_features():
+        pytest.skip("this machine has no AVX2")
+    own = {"NUMBA_CPU_NAME": "x86-64", "NUMBA_CPU_FEATURES": features}
+    tests = str(Path(__file__).parent.parent)
+    done = subprocess.run(
+        [sys.executable, "-c", MACHINE, tests, str(lanes)],
+        env={**os.environ, **own, "NUMBA_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

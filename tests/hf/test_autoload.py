@@ -85,8 +85,7 @@ def test_stock_transformers_fails_loudly(tmp_path: Path) -> None:
 
 
 FINDER = """
-import sys, threading, warnings
-warnings.simplefilter("error")
+import sys, threading
 import irq_convert
 from irq_convert.hf import autoload
 for _ in range(3):

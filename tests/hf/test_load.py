@@ -57,9 +57,7 @@ def test_logits_are_those_of_the_decoded_weights(
     assert not any(p.requires_grad for n, p in model.named_parameters() if "_proj." in n)
     assert model.lm_head.weight.requires_grad
     made = model.generate(IDS, max_new_tokens=8, do_sample=False, pad_token_id=0)
-    assert torch.equal(
-        made, twin.generate(IDS, max_new_tokens=8, do_sample=False, pad_token_id=0)
-    )
+    assert torch.equal(made, twin.generate(IDS, max_new_tokens=8, do_sample=False, pad_token_id=0))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, "auto", "bfloat16"])
@@ -239,9 +237,7 @@ def test_load_refuses_a_missing_dense_tensor(tmp_path: Path) -> None:
 
 def test_load_takes_the_options_of_from_pretrained(tmp_path: Path) -> None:
     write_artifact(tmp_path, tiny_llama())
-    model, info = irq_convert.load(
-        tmp_path, output_loading_info=True, attn_implementation="eager"
-    )
+    model, info = irq_convert.load(tmp_path, output_loading_info=True, attn_implementation="eager")
     assert not info["missing_keys"]
     assert model.config._attn_implementation == "eager"
 

@@ -62,7 +62,11 @@ def refusal(folder: Path) -> str:
         ),
         (
             lambda t: t.update(
-                {"model.extra.weight" + n.removeprefix(Q): t[n] for n in list(t) if n.startswith(Q)}
+                {
+                    "model.extra.weight" + n.removeprefix(Q): t[n].clone()
+                    for n in list(t)
+                    if n.startswith(Q)
+                }
             ),
             ["quantized tensor model.extra.weight [96, 48] belongs to no linear layer"],
         ),

@@ -2,8 +2,8 @@
 
 A block's weights take only `2**bits` values, so each block first gets a table of those (two
 float32 roundings: numba does not contract the multiplication and the addition) and then looks its
-codes up. Conversion to bfloat16 happens in the table, once a block and value. Kernels release the
-GIL and work on a range of rows: callers split rows over threads.
+codes up. Conversion to bfloat16 happens in the table, once a block and value. Kernels move bit
+patterns, release the GIL and work on a range of rows: callers split rows over threads.
 """
 
 from __future__ import annotations
@@ -11,15 +11,23 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from irq_convert.core.kernels.lookup import (
+    LANES,
+    bfloat16_patterns,
+    look_up_2,
+    look_up_3,
+    look_up_4,
+    patterns,
+)
+from irq_convert.core.kernels.simd import fadd, fmul, load16, splat16, store
+
 OPTIONS = {"error_model": "numpy", "nogil": True, "cache": True}
 F32 = np.float32
-U32 = np.uint32
 GROUP_SHIFT = 8  # log2 of blocks.GROUP_SIZE
-# Indices are unsigned throughout: numba checks signed ones for being negative.
+TABLE = 16
+# Indices are unsigned: numba would check signed ones for being negative.
 U = np.uint64
-U0, U1, U2, U3, U4, U5, U6, U7, U8, U9, U12, U15, U18, U21 = (
-    U(i) for i in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 15, 18, 21)
-)
+U1, U3, U4, U7, U8, U16 = U(1), U(3), U(4), U(7), U(8), U(16)
 
 
 @njit(**OPTIONS)
@@ -32,110 +40,56 @@ def _statistic(stored, grid, row, block, number):  # type: ignore[no-untyped-def
 
 
 @njit(**OPTIONS)
-def _look_up_4(packed, at, n, table, out, to):  # type: ignore[no-untyped-def]
-    """`out[to + i] = table[code i]` for `n` codes of 4 bits that begin at byte `at`."""
-    for i in range(n >> U1):
-        byte = U(packed[at + i])
-        out[to + U2 * i] = table[byte & U15]
-        out[to + U2 * i + U1] = table[byte >> U4]
-    if n & U1:
-        out[to + n - U1] = table[U(packed[at + (n >> U1)]) & U15]
-
-
-@njit(**OPTIONS)
-def _look_up_3(packed, at, n, table, out, to):  # type: ignore[no-untyped-def]
-    """The same for 3 bits: eight codes in three bytes."""
-    for i in range(n >> U3):
-        first = at + U3 * i
-        word = U(packed[first]) | U(packed[first + U1]) << U8 | U(packed[first + U2]) << (U8 + U8)
-        start = to + U8 * i
-        out[start] = table[word & U7]
-        out[start + U1] = table[word >> U3 & U7]
-        out[start + U2] = table[word >> U6 & U7]
-        out[start + U3] = table[word >> U9 & U7]
-        out[start + U4] = table[word >> U12 & U7]
-        out[start + U5] = table[word >> U15 & U7]
-        out[start + U6] = table[word >> U18 & U7]
-        out[start + U7] = table[word >> U21 & U7]
-    for i in range(n & ~U7, n):
-        bit = U3 * i
+def _look_up(packed, at, n, bits, values, table, out, to):  # type: ignore[no-untyped-def]
+    """`out[to + i] = table[code i]` for `n` codes that begin at byte `at`; `values` is the table."""
+    done = U(0)
+    if LANES > 0:
+        done = n & ~(U16 - U1)
+        step = U(2) * bits
+        if bits == U4:
+            for i in range(n >> U4):
+                look_up_4(values, packed, at + step * i, out, to + U16 * i)
+        elif bits == U3:
+            for i in range(n >> U4):
+                look_up_3(values, packed, at + step * i, out, to + U16 * i)
+        else:
+            for i in range(n >> U4):
+                look_up_2(values, packed, at + step * i, out, to + U16 * i)
+    if done == n:
+        return
+    store(table, 0, values)
+    mask = (U1 << bits) - U1
+    for i in range(done, n):
+        bit = bits * i
         byte = at + (bit >> U3)
         word = U(packed[byte])
-        if (bit & U7) > U5:  # the code ends in the next byte
+        if (bit & U7) + bits > U8:  # the code ends in the next byte
             word |= U(packed[byte + U1]) << U8
-        out[to + i] = table[word >> (bit & U7) & U7]
-
-
-@njit(**OPTIONS)
-def _look_up_2(packed, at, n, table, out, to):  # type: ignore[no-untyped-def]
-    """The same for 2 bits: four codes in a byte."""
-    for i in range(n >> U2):
-        byte = U(packed[at + i])
-        start = to + U4 * i
-        out[start] = table[byte & U3]
-        out[start + U1] = table[byte >> U2 & U3]
-        out[start + U2] = table[byte >> U4 & U3]
-        out[start + U3] = table[byte >> U6]
-    for i in range(n & ~U3, n):
-        out[to + i] = table[U(packed[at + (i >> U2)]) >> (U2 * (i & U3)) & U3]
-
-
-@njit(**OPTIONS)
-def _look_up(packed, at, n, bits, table, out, to):  # type: ignore[no-untyped-def]
-    if bits == 4:
-        _look_up_4(packed, at, n, table, out, to)
-    elif bits == 3:
-        _look_up_3(packed, at, n, table, out, to)
-    else:
-        _look_up_2(packed, at, n, table, out, to)
+        out[to + i] = table[word >> (bit & U7) & mask]
 
 
 @njit(**OPTIONS)
 def dequantize_rows(  # type: ignore[no-untyped-def]
     begin, end, first, packed, scale, tau, scale_grid, tau_grid, levels, bits, block_size, out
 ):  # fmt: skip
-    """Write rows `begin .. end` of the matrix to `out[begin - first : end - first]` as float32.
+    """Write rows `begin .. end` of the matrix to `out[begin - first : end - first]`.
 
     `packed` uint8 `[rows, row_bytes]`; `scale` and `tau` uint8 or float32 `[rows, blocks_per_row]`,
-    with grids float32 `[groups, 2]`, or `[0, 2]` where there is none; `levels` float32
-    `[2**bits]`; `out` float32 `[>= end - first, cols]`, contiguous.
+    with grids float32 `[groups, 2]`, or `[0, 2]` where there is none; `levels` float32 `[16]`, the
+    codebook repeated; `out` the bits of float32 (uint32) or bfloat16 (uint16)
+    `[>= end - first, cols]`.
     """
-    blocks, cols, n_levels = scale.shape[1], out.shape[1], levels.shape[0]
-    table = np.empty(16, np.float32)
+    blocks, cols, narrow = scale.shape[1], out.shape[1], out.itemsize == 2
+    level = load16(levels, 0)
+    table = np.empty(TABLE, np.uint32)
     for row in range(begin, end):
         source, target = packed[row], out[row - first]
         for block in range(blocks):
             number = row * blocks + block
             s = _statistic(scale, scale_grid, row, block, number)
             t = _statistic(tau, tau_grid, row, block, number)
-            for k in range(n_levels):
-                table[k] = levels[k] * s + t
+            weights = fadd(fmul(level, splat16(s)), splat16(t))
+            values = bfloat16_patterns(weights) if narrow else patterns(weights)
             start = block * block_size
             n = min(block_size, cols - start)
-            _look_up(source, U(start * bits // 8), U(n), bits, table, target, U(start))
-
-
-@njit(**OPTIONS)
-def dequantize_rows_bf16(  # type: ignore[no-untyped-def]
-    begin, end, first, packed, scale, tau, scale_grid, tau_grid, levels, bits, block_size, out
-):  # fmt: skip
-    """`dequantize_rows` rounded to bfloat16, to nearest even; `out` uint16 holds its bits."""
-    blocks, cols, n_levels = scale.shape[1], out.shape[1], levels.shape[0]
-    values = np.empty(16, np.float32)
-    pattern = values.view(np.uint32)
-    table = np.empty(16, np.uint16)
-    for row in range(begin, end):
-        source, target = packed[row], out[row - first]
-        for block in range(blocks):
-            number = row * blocks + block
-            s = _statistic(scale, scale_grid, row, block, number)
-            t = _statistic(tau, tau_grid, row, block, number)
-            for k in range(n_levels):
-                values[k] = levels[k] * s + t
-            for k in range(n_levels):
-                kept = pattern[k] + U32(0x7FFF) + (pattern[k] >> U32(16) & U32(1))
-                quiet = values[k] != values[k]
-                table[k] = np.uint16(U32(0x7FC0) if quiet else kept >> U32(16))
-            start = block * block_size
-            n = min(block_size, cols - start)
-            _look_up(source, U(start * bits // 8), U(n), bits, table, target, U(start))
+            _look_up(source, U(start * bits // 8), U(n), U(bits), values, table, target, U(start))

@@ -94,12 +94,24 @@ def _spans(keys, n, mids, tau, scale, first, last, slack, low, high):
 
 
 @kernel
+def _below(keys, low, high, edge):
+    """Keys below `edge`, lane by lane: `low` surely are, those from `high` on are not."""
+    total = isplat64(low)
+    for i in range(low, high):
+        total = count(total, fless(splat64(keys[i]), edge))
+    return total
+
+
+@kernel
 def score_entropy(keys, n, n_mids, mids, tau, scale, size, slack, table, low, high, out):
-    """`out[j]` = sum over bins of `table[count]` for candidate j; the minimum has most entropy.
+    """`out[j]` = sum over bins of the entropy table for candidate j; the minimum has most entropy.
 
     `keys`: sorted float32 block of `n` weights; `tau`, `scale`: float32 candidates, room for
     whole vectors past `size`; `slack` bounds how far rounding takes a boundary off its path.
+    `table`, int32 `[counts, counts]`, holds the sum of two bins: one look-up for both.
     """
+    width = np.int32(table.shape[0])
+    flat = table.reshape(-1)
     for j in range(0, size, WIDE):
         last = min(j + WIDE, size) - 1
         _spans(keys, n, mids, tau, scale, j, last, slack, low, high)
@@ -107,15 +119,19 @@ def score_entropy(keys, n, n_mids, mids, tau, scale, size, slack, table, low, hi
         scales = load64(scale, j)
         total = isplat64(ZERO)
         before = isplat64(ZERO)
-        for k in range(n_mids):
+        for k in range(0, n_mids - 1, 2):
             edge = fadd(taus, fmul(splat64(mids[k]), scales))
-            below = isplat64(low[k])
-            for i in range(low[k], high[k]):
-                below = count(below, fless(splat64(keys[i]), edge))
-            total = iadd(total, gather(table, isub(below, before)))
-            before = below
-        total = iadd(total, gather(table, isub(isplat64(np.int32(n)), before)))
-        store(out, j, total)
+            middle = _below(keys, low[k], high[k], edge)
+            edge = fadd(taus, fmul(splat64(mids[k + 1]), scales))
+            after = _below(keys, low[k + 1], high[k + 1], edge)
+            pair = iadd(imul(isub(middle, before), isplat64(width)), isub(after, middle))
+            total = iadd(total, gather(flat, pair))
+            before = after
+        edge = fadd(taus, fmul(splat64(mids[n_mids - 1]), scales))
+        middle = _below(keys, low[n_mids - 1], high[n_mids - 1], edge)
+        after = isplat64(np.int32(n))
+        pair = iadd(imul(isub(middle, before), isplat64(width)), isub(after, middle))
+        store(out, j, iadd(total, gather(flat, pair)))
 
 
 @kernel

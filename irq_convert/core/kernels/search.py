@@ -24,6 +24,7 @@ class Tables(NamedTuple):
     levels: np.ndarray  # float32 [16]
     level_fixed: np.ndarray  # int64 [16], levels times 2**LEVEL_BITS
     entropy: np.ndarray  # int32 [block_size + 1], fixed-point c * log2(c)
+    pairs: np.ndarray  # int32 [block_size + 1, block_size + 1], sums of two entries
     network: np.ndarray  # int64 [comparators, 2]
     n_levels: int
     bits: int
@@ -159,7 +160,7 @@ def _shortlist(keys, n, plan, tables, work, size, slack):
         return size
     score_entropy(
         keys, n, tables.n_levels - 1, tables.mids, work.tau, work.scale, size, slack,
-        tables.entropy, work.low, work.high, work.entropy,
+        tables.pairs, work.low, work.high, work.entropy,
     )  # fmt: skip
     best = work.entropy[0]
     for j in range(1, size):

@@ -21,7 +21,9 @@ CHUNK = 256
 # Narrower intervals than this fraction of the path's unit are rounding of one and the same
 # crossing time; no float32 boundary could tell their two ends apart.
 RESOLUTION = 2.0**-44
-# Distance from a crossing at which float32 boundaries are surely on their side, same unit.
+# Distances from a crossing, same unit, at which float32 boundaries are often and mostly on their
+# side of it.
+FINE_MARGIN = 2.0**-22
 MARGIN = 2.0**-18
 IDEAL, HELD = 0, 1
 
@@ -170,10 +172,11 @@ def _search_pair(keys, n, book, path, low, high, walk):
 def _hold(keys, n, book, path, low, high, t, walk):
     """Put a float32 pair with the codes of this interval in `walk.pair`, near t; False if none."""
     tau, scale = walk.pair[0], walk.pair[1]
-    margin = min(0.25 * (high - low), MARGIN * path.unit)
-    _round_pair(path, min(max(t, low + margin), high - margin), walk)
-    if _holds(keys, n, book, walk.pair[0], walk.pair[1], walk):
-        return True
+    for margin in (0.0, FINE_MARGIN, MARGIN):
+        away = min(0.25 * (high - low), margin * path.unit)
+        _round_pair(path, min(max(t, low + away), high - away), walk)
+        if _holds(keys, n, book, walk.pair[0], walk.pair[1], walk):
+            return True
     if _search_pair(keys, n, book, path, low, high, walk):
         return True
     walk.pair[0], walk.pair[1] = tau, scale

@@ -1,0 +1,163 @@
+"""Is an artifact whole, legal and, given its source, what the manifest says it is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from irq_convert.artifact.checksums import check_files, files_bytes
+from irq_convert.artifact.compare import Comparison
+from irq_convert.artifact.contents import Artifact, examine_artifact, find_manifest
+from irq_convert.artifact.manifest import MANIFEST_NAME
+from irq_convert.artifact.structure import WAY_OUT, is_number
+from irq_convert.artifact.values import Measured, check_values
+from irq_convert.checkpoint.reader import TileReader
+from irq_convert.checkpoint.source import Checkpoint
+from irq_convert.errors import IrqError, UsageError
+
+Progress = Callable[[int, int], None]
+"""Called with bytes done and bytes in all."""
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What was checked, and one line for each thing that is wrong.
+
+    `files` and `bytes` are those that the manifest lists. `relative_error` and `entropy` (bits a
+    code) are recomputed over all quantized weights; None where nothing was compared.
+    """
+
+    folder: str
+    failures: tuple[str, ...]
+    files: int
+    bytes: int
+    quantized: int
+    copied: int
+    relative_error: float | None = None
+    entropy: float | None = None
+
+    @property
+    def ok(self) -> bool:
+        return not self.failures
+
+    def to_dict(self) -> dict[str, object]:
+        """All fields, for JSON."""
+        return {"ok": self.ok, **asdict(self)}
+
+
+def verify_artifact(
+    folder: Path, *, against: Checkpoint | None = None, progress: Progress | None = None
+) -> VerifyReport:
+    """Check the artifact in `folder`: structure, checksums, legal values; `against` its source too.
+
+    With the source every tensor is accounted for, copied ones are compared byte for byte, and error
+    and entropy of quantized ones are recomputed; where checksums show damage, the tensors that
+    differ are found by quantizing again. Memory is bounded by a tile, whatever the sizes. What is
+    wrong is in the report's `failures`. Raises `UsageError` when `folder` is no irq artifact and
+    `IrqError` when the source cannot be read.
+    """
+    folder = Path(folder)
+    failures: list[str] = []
+    manifest = _manifest(folder, failures)
+    artifact, problems = _artifact(folder, manifest)
+    if not failures and manifest is None:
+        failures.append(
+            f"{MANIFEST_NAME}: missing, so checksums and losses cannot be checked: only "
+            "`irq-convert quantize` writes it"
+        )
+    files = {} if manifest is None else manifest["files"]
+    advance = _meter(progress, files_bytes(files) + (against.nbytes if against else 0))
+    changed = {} if manifest is None else check_files(folder, files, advance)
+    failures += [*changed.values(), *problems]
+    results: dict[str, Measured] = {}
+    if artifact is not None:
+        illegal = _illegal(artifact)
+        failures += illegal.values()
+        if not problems:
+            failures += _totals(artifact)
+        if against is not None:
+            comparison = Comparison(artifact, against, frozenset(changed), frozenset(illegal))
+            failures += comparison.run(advance, complete=not problems)
+            results = comparison.results
+    return _report(folder, failures, files, artifact, results)
+
+
+def _manifest(folder: Path, failures: list[str]) -> dict[str, Any] | None:
+    try:
+        return find_manifest(folder)
+    except IrqError as error:
+        failures.append(str(error))
+        return None
+
+
+def _artifact(
+    folder: Path, manifest: dict[str, Any] | None
+) -> tuple[Artifact | None, tuple[str, ...]]:
+    try:
+        return examine_artifact(folder, manifest)
+    except UsageError:
+        raise
+    except IrqError as error:
+        return None, (str(error),)
+
+
+def _meter(progress: Progress | None, total: int) -> Callable[[int], None]:
+    """Add up bytes for `progress`."""
+    done = 0
+
+    def advance(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        if progress is not None:
+            progress(done, total)
+
+    return advance
+
+
+def _illegal(artifact: Artifact) -> dict[str, str]:
+    """Tensors that hold a number the format forbids, with one line each."""
+    with TileReader() as reader:
+        found = {tensor.name: check_values(reader, tensor) for tensor in artifact.quantized}
+    return {name: line for name, line in found.items() if line is not None}
+
+
+def _totals(artifact: Artifact) -> Iterator[str]:
+    """The manifest's sums against the headers'."""
+    if artifact.manifest is None:
+        return
+    totals: Mapping[str, Any] = artifact.manifest["totals"]
+    known = {
+        "weights": artifact.weights,
+        "quantized_weights": artifact.quantized_weights,
+        "bits_per_weight": artifact.bits_per_weight,
+    }
+    for key, value in known.items():
+        noted: Any = totals.get(key)
+        if not is_number(noted) or not math.isclose(noted, value, rel_tol=1e-9):
+            yield f"{MANIFEST_NAME}: totals.{key} is {noted!r}, the files hold {value!r}: {WAY_OUT}"
+
+
+def _report(
+    folder: Path,
+    failures: list[str],
+    files: Mapping[str, Any],
+    artifact: Artifact | None,
+    results: Mapping[str, Measured],
+) -> VerifyReport:
+    energy = math.fsum(r.energy for r in results.values())
+    error = math.fsum(r.squared_error for r in results.values())
+    weights = sum(r.weights for r in results.values())
+    bits = math.fsum(r.code_bits for r in results.values())
+    return VerifyReport(
+        folder=str(folder),
+        failures=tuple(failures),
+        files=len(files),
+        bytes=files_bytes(files),
+        quantized=len(artifact.quantized) if artifact else 0,
+        copied=len(artifact.copied) if artifact else 0,
+        relative_error=(error / energy if energy else 0.0) if results else None,
+        entropy=bits / max(1, weights) if results else None,
+    )

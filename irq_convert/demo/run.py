@@ -1,0 +1,76 @@
+"""The demo: quantize the shipped model at 4, 3 and 2 bits, load each result and measure it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from irq_convert.artifact.verify import verify_artifact
+from irq_convert.convert.options import ConvertOptions
+from irq_convert.convert.run import open_source, quantize_checkpoint
+from irq_convert.core.spec import QuantSpec
+from irq_convert.demo import MODEL_DIR
+from irq_convert.demo.corpus import heldout
+from irq_convert.errors import IrqError
+from irq_convert.evaluate.load import load_causal_lm, load_tokenizer
+from irq_convert.evaluate.options import EvalOptions
+from irq_convert.evaluate.run import evaluate
+from irq_convert.evaluate.text import cut_windows, encode_stream
+
+CONTEXT = 256
+BITS = (4, 3, 2)
+VARIANTS = (("plain", "none", 0), ("ICQ", "entropy", 0), ("ICQ, refined", "entropy", 10))
+
+
+@dataclass(frozen=True)
+class DemoRow:
+    """One line of the table: `entropy` in bits a code, `kl` in nats a token, None at the source."""
+
+    name: str
+    megabytes: float
+    bits_per_weight: float
+    entropy: float | None
+    perplexity: float
+    perplexity_se: float | None
+    kl: float | None
+    kl_se: float | None
+
+    def to_dict(self) -> dict[str, object]:
+        """All fields, for JSON."""
+        return asdict(self)
+
+
+def run_demo(folder: Path, note: Callable[[str], None] = lambda text: None) -> Iterator[DemoRow]:
+    """Yield the source's row, then one for each width and variant, quantized into `folder`.
+
+    Perplexity is that of held-out text from the same generator, in windows of 256 tokens. Every
+    artifact is verified against the source before it is loaded.
+    """
+    reference = load_causal_lm(str(MODEL_DIR))
+    windows = cut_windows(encode_stream(load_tokenizer(str(MODEL_DIR)), heldout()), CONTEXT)
+    options = EvalOptions(context=CONTEXT)
+    base = evaluate(reference, windows, options)
+    size = sum(path.stat().st_size for path in MODEL_DIR.iterdir()) / 1e6
+    yield DemoRow("source", size, 16.0, None, base.perplexity, base.perplexity_se, None, None)
+    for bits in BITS:
+        for label, objective, refine in VARIANTS:
+            name = f"{bits} bit, {label}"
+            note(name)
+            out = folder / f"{bits}bit-{objective}-{refine}"
+            spec = QuantSpec(f"nf{bits}", 64, objective, refine)
+            report = quantize_checkpoint(str(MODEL_DIR), out, ConvertOptions(spec))
+            failures = verify_artifact(out, against=open_source(str(MODEL_DIR))).failures
+            if failures:
+                raise IrqError(f"{out}: {failures[0]}")
+            found = evaluate(load_causal_lm(str(out)), windows, options, reference=reference)
+            yield DemoRow(
+                name,
+                report.bytes_out / 1e6,
+                report.bits_per_weight,
+                report.entropy,
+                found.perplexity,
+                found.perplexity_se,
+                found.kl,
+                found.kl_se,
+            )
