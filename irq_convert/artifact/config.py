@@ -28,9 +28,9 @@ class ModuleFormat:
     columns: int | None = None
 
     def __post_init__(self) -> None:
-        if self.codebook not in CODEBOOKS:
+        if not isinstance(self.codebook, str) or self.codebook not in CODEBOOKS:
             raise IrqError(f"quantization_config: unknown codebook {self.codebook!r}")
-        if self.block_size not in BLOCK_SIZES:
+        if type(self.block_size) is not int or self.block_size not in BLOCK_SIZES:
             raise IrqError(f"quantization_config: unknown block_size {self.block_size!r}")
         for name in (self.scale_dtype, self.tau_dtype):
             if name not in STATISTIC_DTYPES:
@@ -94,26 +94,28 @@ class QuantizationConfig:
                     f"quantization_config has the unknown key {key!r}: upgrade irq-convert"
                 )
         _expect(raw["quant_method"] == QUANT_METHOD, "quant_method", raw["quant_method"])
-        if raw["format_version"] != FORMAT_VERSION:
+        version = raw["format_version"]
+        if type(version) is bool or version != FORMAT_VERSION:
             raise IrqError(
-                f"the artifact has format version {raw['format_version']!r}, this program reads "
+                f"the artifact has format version {version!r}, this program reads "
                 f"{FORMAT_VERSION}: upgrade irq-convert"
             )
         _expect(raw["group_size"] == GROUP_SIZE, "group_size", raw["group_size"])
         default = _module_format(raw, "quantization_config", None)
-        names = raw.get("modules_to_not_convert") or []
+        names = raw.get("modules_to_not_convert", [])
         _expect(
             isinstance(names, list) and all(isinstance(n, str) for n in names),
             "modules_to_not_convert",
             names,
         )
-        overrides = raw.get("overrides") or {}
+        overrides = raw.get("overrides", {})
         _expect(isinstance(overrides, Mapping), "overrides", overrides)
         parsed = {}
         for name, own in overrides.items():
             _expect(isinstance(own, Mapping), f"overrides[{name}]", own)
             parsed[name] = _module_format(own, f"overrides[{name}]", default)
-        return cls(default, tuple(names), parsed, dict(raw.get("meta") or {}))
+        meta = raw.get("meta")
+        return cls(default, tuple(names), parsed, dict(meta) if isinstance(meta, Mapping) else {})
 
 
 _REQUIRED = (
@@ -140,6 +142,7 @@ def _module_format(
     if default is not None:
         for key in raw:
             _expect(key in _MODULE_KEYS, where, key)
+            _expect(raw[key] is not None, f"{where}: {key}", None)
     kept = {k: raw[k] for k in _MODULE_KEYS if k in raw and k != "bits"}
     own = replace(default, **kept) if default is not None else ModuleFormat(**kept)
     bits = raw.get("bits")

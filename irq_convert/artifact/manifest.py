@@ -6,13 +6,15 @@ import hashlib
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from irq_convert.artifact.config import FORMAT_VERSION
 from irq_convert.checkpoint.header import TensorInfo
 from irq_convert.checkpoint.source import Checkpoint, read_json_object
-from irq_convert.core.stats import TensorStats
 from irq_convert.errors import IrqError
+
+if TYPE_CHECKING:
+    from irq_convert.core.stats import TensorStats
 
 MANIFEST_NAME = "irq_manifest.json"
 

@@ -24,6 +24,8 @@ from irq_convert.core.blocks import BlockShape
 from irq_convert.errors import IrqError
 
 WAY_OUT = "the artifact is damaged: convert or download it again"
+ROUNDING = 1e-4
+"""How far below 0 a figure may lie: a writer may compute entropies from rounded logarithms."""
 STATISTIC_NAMES = {"uint8": "U8", "float16": "F16", "float32": "F32"}
 
 
@@ -243,7 +245,7 @@ def _entry_problems(tensor: StoredTensor, entry: Any) -> Iterator[str]:
             yield f"{where} says {key} {entry.get(key)!r}, the files hold {stored!r}: {WAY_OUT}"
     for key in ("entropy_plain", "entropy", "relative_error"):
         value: Any = entry.get(key)
-        if not is_number(value) or value < 0:
+        if not is_number(value) or value < -ROUNDING:
             yield f"{where} says {key} {value!r}, which must be a number of at least 0: {WAY_OUT}"
 
 

@@ -23,13 +23,17 @@ def peak_memory() -> int:
 
 
 class ConversionBar(Listener):
-    """Draws on stderr, and only on a terminal; notes are printed in any case."""
+    """Draws on stderr, and only on a terminal; notes are printed in any case.
+
+    It appears with the first `stage`: before, a download may be drawing bars of its own. One line
+    of at most 80 columns, whatever the counts.
+    """
 
     def __init__(self) -> None:
         self._console = Console(stderr=True)
         self._bar = Progress(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
+            BarColumn(bar_width=16),
             TextColumn("{task.fields[tensors]}"),
             TransferSpeedColumn(),
             TextColumn("{task.fields[memory]}"),
@@ -38,11 +42,10 @@ class ConversionBar(Listener):
             transient=True,
             disable=not self._console.is_terminal,
         )
-        self._task = self._bar.add_task("reading", total=None, tensors="", memory="")
+        self._task = self._bar.add_task("", total=None, tensors="", memory="")
         self._tensors = self._done = 0
 
     def __enter__(self) -> ConversionBar:
-        self._bar.start()
         return self
 
     def __exit__(
@@ -53,12 +56,17 @@ class ConversionBar(Listener):
     ) -> None:
         self._bar.stop()
 
+    def stage(self, text: str) -> None:
+        self._bar.update(self._task, description=text)
+        self._bar.start()
+
     def start(self, plan: ConversionPlan) -> None:
         self._tensors = len(plan.tensors)
-        self._bar.update(self._task, description="quantizing", total=plan.checkpoint.nbytes)
+        self._bar.reset(self._task, description="quantizing", total=plan.checkpoint.nbytes)
+        self._bar.start()
 
     def note(self, text: str) -> None:
-        self._console.print(text, highlight=False, soft_wrap=True)
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def advance(self, nbytes: int, finished: bool) -> None:
         self._done += finished
@@ -66,5 +74,5 @@ class ConversionBar(Listener):
             self._task,
             advance=nbytes,
             tensors=f"{self._done}/{self._tensors} tensors",
-            memory=f"{peak_memory() / 1e6:.0f} MB",
+            memory=f"{peak_memory() / 1e9:.2f} GB",
         )

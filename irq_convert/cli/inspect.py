@@ -103,7 +103,7 @@ def _print_table(rows: Sequence[Row], total: Row, by: By) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, show_footer=False)
+    table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
     table.add_column(by.value, overflow="fold")
     headings = ("weights", *(() if by is By.TENSOR else ("quant.",)), "book", "bits/w")
     for heading in (*headings, "entropy", "error"):
@@ -114,7 +114,9 @@ def _print_table(rows: Sequence[Row], total: Row, by: By) -> None:
     table.add_row(*_cells(total, by))
     Console().print(table)
     if total.entropy is not None and by is not By.TENSOR:
-        typer.echo("entropy: bits a code before -> after calibration; error: mean over weights")
+        typer.echo(
+            "entropy: bits a code, before -> after; error: squared, relative; rows are means"
+        )
 
 
 def _cells(row: Row, by: By) -> Iterator[str]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -46,8 +48,16 @@ def _root(
     pass
 
 
+def _stop(number: int, frame: FrameType | None) -> None:
+    """Leave as after Ctrl-C, so that what is half written is removed."""
+    sys.exit(128 + number)
+
+
 def main() -> None:
     """Run a command; an `IrqError` becomes one line on stderr and its exit code."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores SIGHUP: leave it so
+            signal.signal(number, _stop)
     try:
         app()
     except IrqError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -75,8 +76,8 @@ def quantize_command(
 
     name = codebook_name(codebook, bits)
     spec = QuantSpec(name, block_size, objective.value, refine)
-    if not max_shard_size > 0:
-        raise UsageError(f"--max-shard-size {max_shard_size}: must be positive")
+    if not 1e-9 <= max_shard_size < 1e9:
+        raise UsageError(f"--max-shard-size {max_shard_size}: a positive number of GB is needed")
     options = ConvertOptions(
         spec=spec,
         keep=tuple(keep or ()),
@@ -86,16 +87,22 @@ def quantize_command(
         overwrite=overwrite,
         max_shard_bytes=int(max_shard_size * 1e9),
     )
-    folder = out or Path(f"{Path(model).name or 'model'}-irq-{name}")
+    folder = out or _default_output(model, name)
     if dry_run:
         _dry_run(model, folder, options, revision, as_json)
         return
     _convert(model, folder, options, revision, as_json)
 
 
+def _default_output(model: str, codebook: str) -> Path:
+    """`NAME-irq-CODEBOOK` in the current folder; "." and ".." have names, too."""
+    name = os.path.basename(os.path.abspath(model))  # noqa: PTH100, PTH119 - links keep their name
+    return Path(f"{name or 'model'}-irq-{codebook}")
+
+
 def _bits_for(text: str) -> tuple[str, int]:
     pattern, found, number = text.rpartition("=")
-    if not found or not pattern or not number.isdigit():
+    if not found or not pattern or not (number.isascii() and number.isdigit()):
         raise UsageError(f"--bits-for {text!r}: write REGEX=BITS, as in 'down_proj=4'")
     return pattern, int(number)
 
@@ -106,9 +113,9 @@ def _check_device(device: str) -> str:
     import torch
 
     try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        torch.ones(1, device=device).item()  # "meta" allocates and holds nothing
+    except Exception as error:  # each backend fails in its own way
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UsageError(f"--device {device}: not usable here ({reason})") from None
     return device
 
@@ -116,9 +123,11 @@ def _check_device(device: str) -> str:
 def _dry_run(
     model: str, out: Path, options: ConvertOptions, revision: str | None, as_json: bool
 ) -> None:
+    from irq_convert.cli.bar import ConversionBar
     from irq_convert.convert.estimate import estimate
 
-    found = estimate(model, out, options, revision=revision)
+    with ConversionBar() as bar:
+        found = estimate(model, out, options, revision=revision, progress=bar)
     if as_json:
         typer.echo(json.dumps(found.to_dict(), indent=2))
     else:
@@ -142,6 +151,7 @@ def _convert(
 def _print_estimate(found: Estimate) -> None:
     from irq_convert.cli.show import facts, gigabytes, seconds
 
+    free = "free" if found.disk_needed <= found.disk_free else "free: not enough"
     facts(
         [
             ("source", f"{found.model}, {gigabytes(found.bytes_in)}"),
@@ -151,7 +161,7 @@ def _print_estimate(found: Estimate) -> None:
             ("", f"({found.quantized_tensors} of {found.tensors} tensors, by {found.decided_by})"),
             ("bits per weight", f"{found.bits_per_weight:.4f}"),
             ("time", f"about {seconds(found.seconds)} ({found.rate / 1e6:.0f} M weights/s here)"),
-            ("disk needed", f"{found.disk_needed:,} bytes ({gigabytes(found.disk_free)} free)"),
+            ("disk needed", f"{found.disk_needed:,} bytes ({gigabytes(found.disk_free)} {free})"),
         ]
     )
 

@@ -6,11 +6,13 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from irq_convert.checkpoint.disk import check_output
+import torch
+
 from irq_convert.checkpoint.system import free_bytes
 from irq_convert.convert.options import ConvertOptions
 from irq_convert.convert.plan import make_plan
-from irq_convert.convert.run import MANIFEST_ROOM, open_source
+from irq_convert.convert.progress import Progress
+from irq_convert.convert.run import check_target, compile_kernels, open_source
 from irq_convert.core.quantize import quantize_tensor
 
 _SAMPLE = (256, 4096)
@@ -18,7 +20,7 @@ _SAMPLE = (256, 4096)
 
 @dataclass(frozen=True)
 class Estimate:
-    """`bytes_out` is exact up to the manifest; `seconds` comes from `rate`, measured here and now.
+    """`bytes_out` is exact, without the manifest; `seconds` comes from `rate`, measured here.
 
     `rate` is in weights a second, for the search alone; reading and writing overlap with it.
     """
@@ -50,24 +52,32 @@ class Estimate:
 
 
 def estimate(
-    model: str, out: Path, options: ConvertOptions, *, revision: str | None = None
+    model: str,
+    out: Path,
+    options: ConvertOptions,
+    *,
+    revision: str | None = None,
+    progress: Progress | None = None,
 ) -> Estimate:
     """Plan the conversion of `model` into `out` from headers alone.
 
-    Raises what the conversion would raise before reading any weight.
+    Raises what the conversion would raise before reading any weight, but for a full disk.
     """
-    local = Path(model) if Path(model).exists() else None
-    check_output(out, local, options.overwrite)
+    progress = progress or Progress()
+    check_target(model, out, options)
     checkpoint = open_source(model, revision, headers_only=True)
+    progress.stage("planning")
     plan = make_plan(checkpoint, options)
+    compile_kernels(options, progress)
+    progress.stage("measuring")
     rate = measure_rate(options)
     return Estimate(
         model=model,
         out=str(out),
         decided_by=plan.decided_by,
-        bytes_in=checkpoint.nbytes,
+        bytes_in=plan.bytes_in,
         bytes_out=plan.bytes_out,
-        disk_needed=plan.bytes_out + MANIFEST_ROOM,
+        disk_needed=plan.bytes_needed,
         disk_free=free_bytes(out),
         shards=len(plan.shards),
         tensors=len(plan.tensors),
@@ -82,11 +92,8 @@ def estimate(
 
 def measure_rate(options: ConvertOptions) -> float:
     """Weights a second of the search with these options on this machine."""
-    import torch
-
     generator = torch.Generator().manual_seed(0)
     sample = torch.randn(_SAMPLE, generator=generator).to(options.device)
-    quantize_tensor(sample[:16], options.spec, threads=options.threads)  # compiles
     begun = time.perf_counter()
     quantize_tensor(sample, options.spec, threads=options.threads)
     return sample.numel() / (time.perf_counter() - begun)

@@ -13,18 +13,20 @@ MAX_SHARD_BYTES = 5_000_000_000
 TILE_WEIGHTS = 1 << 22
 
 
-def codebook_name(family: str, bits: int) -> str:
+def codebook_name(family: str, bits: int, option: str = "--bits") -> str:
     """`("nf", 3)` to `"nf3"`; a full name such as `"int4"` has to agree with `bits`.
 
-    Raises `UsageError` for bits other than 2, 3 or 4 and for an unknown family.
+    Raises `UsageError` for bits other than 2, 3 or 4, naming the `option` that gave them, and for
+    an unknown family.
     """
     if bits not in (2, 3, 4):
-        raise UsageError(f"--bits {bits}: weights are stored in 2, 3 or 4 bits")
+        raise UsageError(f"{option} {bits}: weights are stored in 2, 3 or 4 bits")
     name = family if family in CODEBOOKS else f"{family}{bits}"
     if name not in CODEBOOKS:
         raise UsageError(f"--codebook {family}: choose nf (normal-float) or int (uniform levels)")
     if CODEBOOKS[name].bits != bits:
-        raise UsageError(f"--codebook {family} has {CODEBOOKS[name].bits} bits, not {bits}")
+        own = CODEBOOKS[name].bits
+        raise UsageError(f"--codebook {family} has {own} bits, not {bits}: add --bits {own}")
     return name
 
 
@@ -47,15 +49,17 @@ class ConvertOptions:
     tile_weights: int = TILE_WEIGHTS
 
     def __post_init__(self) -> None:
-        for pattern in (*self.keep, *(pattern for pattern, _ in self.bits_for)):
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise UsageError(f"{pattern!r} is not a regular expression: {error}") from None
-        for _, bits in self.bits_for:
-            codebook_name(self.spec.book.kind, bits)
+        for pattern in self.keep:
+            _check_expression("--keep", pattern)
+        for pattern, bits in self.bits_for:
+            _check_expression("--bits-for", pattern)
+            codebook_name(self.spec.book.kind, bits, f"--bits-for {pattern!r} =")
         if self.threads is not None and self.threads < 1:
             raise UsageError(f"--threads {self.threads}: at least 1")
+        if self.max_shard_bytes < 1:
+            raise UsageError(f"a shard of {self.max_shard_bytes} bytes holds nothing: at least 1")
+        if self.tile_weights < 1:
+            raise UsageError(f"tiles of {self.tile_weights} weights: at least 1")
 
     def to_dict(self) -> dict[str, object]:
         """What decides the bytes of the artifact, for the manifest."""
@@ -68,3 +72,10 @@ class ConvertOptions:
             "bits_for": [list(pair) for pair in self.bits_for],
             "max_shard_bytes": self.max_shard_bytes,
         }
+
+
+def _check_expression(option: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise UsageError(f"{option} {pattern!r} is not a regular expression: {error}") from None

@@ -14,9 +14,11 @@ from irq_convert.artifact.config import (
     QuantizationConfig,
     module_name,
 )
+from irq_convert.artifact.manifest import MANIFEST_NAME
 from irq_convert.checkpoint.header import TensorInfo
 from irq_convert.checkpoint.shards import INDEX_NAME, build_index, plan_shards, shard_name
 from irq_convert.checkpoint.source import Checkpoint
+from irq_convert.checkpoint.system import os_errors
 from irq_convert.checkpoint.writer import TensorSpec, build_header
 from irq_convert.convert.linears import find_linears
 from irq_convert.convert.options import ConvertOptions, codebook_name
@@ -24,9 +26,11 @@ from irq_convert.core.blocks import BlockShape
 from irq_convert.core.spec import QuantSpec
 from irq_convert.errors import IrqError, UsageError
 
-MANIFEST_NAME = "irq_manifest.json"
-REPLACED_FILES = ("config.json", MANIFEST_NAME, INDEX_NAME)
+CONFIG_NAME = "config.json"
+REPLACED_FILES = (CONFIG_NAME, MANIFEST_NAME, INDEX_NAME)
 SOURCE_DTYPES = ("F32", "BF16", "F16", "F64")
+_MANIFEST_BASE = 1 << 16
+_MANIFEST_ENTRY = 1 << 10
 
 
 @dataclass(frozen=True)
@@ -123,7 +127,14 @@ class ConversionPlan:
 
     @property
     def carried_bytes(self) -> int:
-        return sum((self.checkpoint.folder / n).stat().st_size for n in self.carried_files)
+        folder = self.checkpoint.folder
+        with os_errors("look at its files", folder):
+            return sum((folder / name).stat().st_size for name in self.carried_files)
+
+    @property
+    def bytes_in(self) -> int:
+        """Size of what is read: all tensors and the files beside them."""
+        return self.checkpoint.nbytes + self.carried_bytes
 
     def config_json(self) -> dict[str, object]:
         """The artifact's config.json."""
@@ -137,11 +148,28 @@ class ConversionPlan:
         return build_index(weight_map, sum(tensor.nbytes for tensor in self.tensors))
 
     @property
+    def documents(self) -> dict[str, bytes]:
+        """The JSON files, by name.
+
+        Written as transformers writes them, in ASCII, and with the Infinity that some
+        configurations hold: strict JSON has none, but they mean it.
+        """
+        index = self.index_json()
+        found = {CONFIG_NAME: self.config_json()} | ({INDEX_NAME: index} if index else {})
+        return {name: f"{json.dumps(doc, indent=2)}\n".encode() for name, doc in found.items()}
+
+    @property
     def bytes_out(self) -> int:
         """Size of the artifact without its manifest, whose text depends on the results."""
-        documents = [doc for doc in (self.config_json(), self.index_json()) if doc is not None]
-        text = sum(len(json.dumps(doc, indent=2).encode()) + 1 for doc in documents)
+        text = sum(map(len, self.documents.values()))
         return self.shard_bytes + self.carried_bytes + text
+
+    @property
+    def bytes_needed(self) -> int:
+        """Room to ask for: `bytes_out` and what the manifest takes at most."""
+        entries = len(self.quantized) + len(self.carried_files) + len(self.shards)
+        names = sum(len(json.dumps(tensor.info.name)) for tensor in self.quantized)
+        return self.bytes_out + _MANIFEST_BASE + entries * _MANIFEST_ENTRY + names
 
 
 def make_plan(checkpoint: Checkpoint, options: ConvertOptions) -> ConversionPlan:
@@ -161,9 +189,10 @@ def make_plan(checkpoint: Checkpoint, options: ConvertOptions) -> ConversionPlan
     if not any(tensor.spec for tensor in tensors):
         raise IrqError(
             f"{checkpoint.folder}: nothing to quantize: no linear layer found by "
-            f"{linears.decided_by} is left after --keep"
+            f"{linears.decided_by}{' is left after --keep' if options.keep else ''}"
         )
     _check_names(tensors)
+    _check_copied(tensors)
     kept = sorted(linears.tensors - {t.info.name for t in tensors if t.spec})
     config = _config(tensors, (*linears.modules_kept, *map(module_name, kept)), options)
     by_name = {tensor.info.name: tensor for tensor in tensors}
@@ -177,8 +206,9 @@ def make_plan(checkpoint: Checkpoint, options: ConvertOptions) -> ConversionPlan
 
 
 def _refuse_quantized(checkpoint: Checkpoint) -> None:
-    found = (checkpoint.config or {}).get("quantization_config")
-    if found:
+    config = checkpoint.config or {}
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    for found in filter(None, (part.get("quantization_config") for part in parts)):
         method = found.get("quant_method", "unknown") if isinstance(found, dict) else "unknown"
         raise IrqError(
             f"{checkpoint.folder}: already quantized (quant_method {method!r}); give the original "
@@ -233,6 +263,19 @@ def _check_names(tensors: Sequence[TensorPlan]) -> None:
                     f"{tensor.info.name}{suffix} exists in the source, so {tensor.info.name} "
                     "cannot be quantized (is the source quantized already?): keep it with --keep"
                 )
+
+
+def _check_copied(tensors: Sequence[TensorPlan]) -> None:
+    """A copied tensor of bytes must not look like the codes of a quantized one."""
+    names = {tensor.info.name for tensor in tensors}
+    for tensor in tensors:
+        if tensor.spec is None and tensor.info.dtype == "U8":
+            for suffix in PART_SUFFIXES:
+                if tensor.info.name + suffix in names:
+                    raise IrqError(
+                        f"{tensor.info.name} is U8 and has {tensor.info.name}{suffix} beside it: "
+                        "the source is already quantized; give the original model"
+                    )
 
 
 def _config(

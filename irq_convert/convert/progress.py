@@ -11,8 +11,11 @@ if TYPE_CHECKING:
 class Progress:
     """Receives the course of a conversion. Override what should be shown."""
 
+    def stage(self, text: str) -> None:
+        """What is going on where nothing can be counted, in a word."""
+
     def start(self, plan: ConversionPlan) -> None:
-        """The plan stands; reading is about to begin."""
+        """The first tensor is about to be read."""
 
     def note(self, text: str) -> None:
         """A remark that a person should see."""

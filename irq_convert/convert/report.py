@@ -18,6 +18,8 @@ class WorstTensor:
 class ConvertReport:
     """Sizes in bytes, entropies in bits a code, `seconds` for the whole run.
 
+    `bytes_in` counts tensors and the files beside them, `bytes_out` the whole folder.
+
     `relative_error` is the sum of squared errors over the sum of squares of the quantized weights.
     """
 

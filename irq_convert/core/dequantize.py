@@ -11,6 +11,7 @@ import functools
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -169,10 +170,7 @@ def _split(
         return
     edges = [begin + rows * i // threads for i in range(threads + 1)]
     pool = _pool(os.getpid(), threads - 1)
-    jobs = [
-        pool.submit(kernel, low, high, begin, *args, out)
-        for low, high in zip(edges[1:-1], edges[2:], strict=True)
-    ]
+    jobs = [pool.submit(kernel, low, high, begin, *args, out) for low, high in pairwise(edges[1:])]
     kernel(begin, edges[1], begin, *args, out)
     for job in jobs:
         job.result()

@@ -46,7 +46,8 @@ def icq_search(
     above times c, for c from 0.6 to 1 by 0.05; integer with tau = (lo + hi) / 2 + t,
     |t| <= 0.2 * half and s = c * half, where half = (hi - lo) / 2.
 
-    Each range is searched whole, not sampled: boundaries `tau + m_k * s` are piecewise linear in
+    Windows hold their ends however those are rounded (they are wider by a factor 1 + 2**-20).
+    Each is searched whole, not sampled: boundaries `tau + m_k * s` are piecewise linear in
     t, so codes only change at crossings known in closed form, and between two of them the squared
     error is a quadratic. Equal entropy goes to the lower squared error, then to the smaller |t|
     (|p - 1|). A block without range gets scale 0 and tau its value; tau is then exact.

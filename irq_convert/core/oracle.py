@@ -26,8 +26,8 @@ from irq_convert.core.plan import (
 BATCH_ELEMENTS = 1 << 22
 RESOLUTION = 2.0**-44
 """Intervals of t narrower than this fraction of a piece's unit are rounding, not intervals."""
-MARGIN = 2.0**-18
-"""Fraction of the unit by which a chosen t stays away from a crossing where there is room."""
+MARGINS = (2.0**-18, 2.0**-10)
+"""Fractions of the unit by which t is kept away from crossings, where there is room."""
 ENDS = 1 + 2.0**-20
 """Windows are wider by this, so that they hold their ends however those are rounded to float32."""
 
@@ -39,8 +39,9 @@ class IcqResult:
     `tau`, `scale`: float32 `[n]`. `table_sum` int64 `[n]` (sum over codes of the integer entropy
     table, lower is better), `entropy_bits` float64 `[n]` (`-sum p log2 p`) and `squared_error`
     float64 `[n]` are those of the codes that float32 arithmetic gives for that pair.
-    `ideal_table_sum` and `ideal_squared_error` are the optimum in real numbers, which float32
-    reaches unless no float32 pair lies in its interval.
+    `ideal_table_sum` and `ideal_squared_error` are the optimum in real numbers. Float32 reaches it
+    unless no float32 pair gives the codes of its interval; then the best interval with one is
+    taken (where a whole block spans a few ulps, rounding may even do better than the ideal).
     """
 
     tau: torch.Tensor
@@ -160,7 +161,8 @@ def grid_search(
         sums = _table_sum(counts, blocks.shape[1])
         best = sums.argmin(dim=1, keepdim=True)
         found.append(torch.cat([x.gather(1, best).double() for x in (sums, tau, scale)], dim=1))
-    sums, tau, scale = torch.cat(found).unbind(dim=1)
+    nothing = torch.zeros(0, 3, dtype=torch.float64, device=blocks.device)
+    sums, tau, scale = torch.cat([*found, nothing]).unbind(dim=1)
     return sums.to(torch.int64), tau, scale
 
 
@@ -253,10 +255,13 @@ def _try_piece(
     """Winners of one piece: ideal (sum, error, |t|) and the rows of `_held` in float32."""
     low, high, real = _intervals(batch, codebook.midpoint_array(), piece)
     sums, errors, t = _ideal(batch, codebook, piece, low, high)
-    margin = torch.minimum((high - low) / 4, MARGIN * piece.unit)
-    inner = torch.minimum(torch.maximum(t, low + margin), high - margin)
+    inner = []
+    for part in MARGINS:
+        margin = torch.minimum((high - low) / 4, part * piece.unit)
+        inner.append(torch.minimum(torch.maximum(t, low + margin), high - margin))
+    held = _held(batch, codebook, piece, torch.cat(inner, dim=1))
     ideal = _winner((sums, errors, t.abs()), real, by_entropy)
-    return ideal, _winner(_held(batch, codebook, piece, inner), real, by_entropy)
+    return ideal, _winner(held, real.repeat(1, len(MARGINS)), by_entropy)
 
 
 def breakpoint_search(

@@ -43,7 +43,8 @@ class TensorStats:
         s = self.shape
         whole = (s.blocks_per_row - 1) * s.block_size * math.log2(s.block_size)
         lengths = s.rows * (whole + s.tail * math.log2(s.tail))
-        return (lengths - table_sum / 2 ** entropy_shift(s.block_size)) / self.weights
+        # The table is rounded, so blocks of one code could come out a hair below zero.
+        return max(0.0, (lengths - table_sum / 2 ** entropy_shift(s.block_size)) / self.weights)
 
     @property
     def entropy_plain(self) -> float:

@@ -27,7 +27,7 @@ UNITS = r"\n+| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+"
 class Recipe:
     """Every figure that decides what a training run produces, beside the library versions."""
 
-    steps: int = 2500
+    steps: int = 2200
     seed: int = 1
     threads: int = 1
     batch: int = 8
@@ -39,7 +39,7 @@ class Recipe:
     layers: int = 4
     heads: int = 8
     key_value_heads: int = 4
-    learning_rate: float = 6e-3
+    learning_rate: float = 5e-3
     weight_decay: float = 0.05
     warmup: int = 100
     clip: float = 1.0

@@ -39,8 +39,9 @@ def load(
         raise IrqError(f"{where}: cannot be read as a model: {_first_line(error)}") from error
     _check_method(where, getattr(config, "quantization_config", None))
     with_info = kwargs.pop("output_loading_info", False)
+    loaded: Any
     try:
-        model, info = _model_class(config).from_pretrained(
+        loaded = _model_class(config).from_pretrained(
             where,
             config=config,
             dtype=dtype or "auto",
@@ -50,8 +51,10 @@ def load(
         )
     except OSError as error:
         raise IrqError(f"{where}: cannot be loaded: {_first_line(error)}") from error
+    model, info = loaded
     _check_complete(where, info)
-    return (model, info) if with_info else model
+    result: Any = loaded if with_info else model
+    return result
 
 
 _HUB_OPTIONS = (

@@ -26,8 +26,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 from rich.console import Console
 from speed import describe_machine, number, spread, table
 
@@ -257,7 +258,7 @@ def measure_depth(
 
 
 def settle(source: Path, cold: bool) -> None:
-    """Give every run the same start: nothing left to be written, the source cached or not at all."""
+    """Give every run the same start: nothing left to write, the source cached or not at all."""
     os.sync()
     if cold:
         evict(source)
@@ -321,16 +322,19 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def show(depths: Sequence[Depth], report: dict[str, object], args: argparse.Namespace) -> None:
+def show(depths: Sequence[Depth], report: dict[str, Any], args: argparse.Namespace) -> None:
     """Print everything in 80 columns."""
-    torch_bytes = int(str(report["torch_rss"]))
+    machine, torch_bytes = report["machine"], report["torch_rss"]
     console = Console(width=80, highlight=False)
-    machine = describe_machine(())
     console.print(f"{machine['processor']}, {machine['cores']} cores, load {machine['load']}")
     cache = "dropped from the page cache" if args.cold else "read once"
     console.print(f"before each run: all files synced, source {cache}; kernels compiled before")
     console.print(f"medians of {args.rounds} rounds, command and plain copy in turn")
-    console.print(f"import torch alone: {torch_bytes / 1e6:.0f} MB")
+    first, again = report["tiny"]
+    console.print(
+        f"import torch alone: {torch_bytes / 1e6:.0f} MB; a tiny source: first run "
+        f"{first['seconds']:.1f} s, then {again['seconds']:.1f} s, {again['peak_rss'] / 1e6:.0f} MB"
+    )
     columns = ["", *(f"{depth.layers} layers" for depth in depths)]
     console.print(table("irq-convert quantize", columns, depth_rows(depths, torch_bytes)))
     for depth in depths[1:]:
@@ -352,16 +356,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     machine = describe_machine(("torch", "numba", "numpy", "safetensors"))
     torch_bytes = torch_rss()
     with scratch(args.dir, args.keep) as folder:
-        note("compiling kernels on a tiny source")
+        note("twice on a tiny source: kernels, then start-up alone")
         tiny = make_source(folder / "tiny", *TINY)
-        first = run_watched(command(tiny, folder / "tiny-out"))
+        starts = [run_watched(command(tiny, folder / f"tiny-out-{turn}")) for turn in (1, 2)]
         depths = [measure_depth(folder, layers, command, args) for layers in args.layers]
-    report: dict[str, object] = {
+    report: dict[str, Any] = {
         "machine": machine,
         "cold": args.cold,
         "command": args.command.replace(sys.executable, "python"),
         "torch_rss": torch_bytes,
-        "tiny_first_run": asdict(first),
+        "tiny": [asdict(start) for start in starts],
         "depths": [asdict(depth) for depth in depths],
     }
     show(depths, report, args)

@@ -37,11 +37,11 @@ CODEBOOKS = ("nf4", "nf3", "nf2", "int4", "int3", "int2")
 SEARCHES = (("none", 0), ("entropy", 0), ("mse", 0), ("entropy", 10))
 OURS, PEER, AUTHORS, HQQ, FLOOR = "ours nf4", "bitsandbytes", "authors", "hqq", "floor"
 MEANING = {
-    OURS: "search, statistics, codes, packing",
+    OURS: "search, codes, packing",
     PEER: "quantize_4bit nf4, no search",
-    AUTHORS: "201 x (shift, quantize_4bit, entropy)",
-    HQQ: "Quantizer.quantize, 4 bit, group 64",
-    FLOOR: "read weights, write as much as ours",
+    AUTHORS: "201 x quantize_4bit + entropy",
+    HQQ: "its optimizer, 4 bit, group 64",
+    FLOOR: "read, write as much as ours",
 }
 RATIOS = {
     f"{OURS} / {PEER}": ("<=", 1.0),
@@ -62,7 +62,11 @@ class Case:
 
 @dataclass
 class Report:
-    """All that was measured; `times` are nanoseconds a weight, one for each round."""
+    """All that was measured; times are nanoseconds a weight, one for each round.
+
+    `cpu_times` add up all threads: less sensitive to a busy machine, but threads that spin while
+    they wait count too, so compare them with `--threads 1`.
+    """
 
     machine: dict[str, Any]
     options: dict[str, Any]
@@ -70,6 +74,7 @@ class Report:
     first_call_s: float
     compiled: bool
     times: dict[str, list[float]] = field(default_factory=dict)
+    cpu_times: dict[str, list[float]] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -265,21 +270,20 @@ def variant_name(codebook: str, objective: str, refine: int) -> str:
     return f"ours {codebook}{extra}" + (f" refine {refine}" if refine else "")
 
 
-def measure(cases: Sequence[Case], rounds: int) -> dict[str, list[float]]:
-    """Nanoseconds a weight, by name: one untimed round, then `rounds` timed ones."""
-    times: dict[str, list[float]] = {case.name: [] for case in cases}
+def measure(report: Report, cases: Sequence[Case], rounds: int) -> None:
+    """Fill in the times: one untimed round, then `rounds` timed ones."""
     for number in range(rounds + 1):
         for case in cases:
             if sys.stderr.isatty():
                 label = f"round {number} of {rounds}: {case.name}"
                 print(f"\r{label:<60}", end="\r", file=sys.stderr, flush=True)
             gc.collect()
-            start = time.perf_counter()
+            start, cpu_start = time.perf_counter_ns(), time.process_time_ns()
             case.run()
-            seconds = time.perf_counter() - start
+            wall, cpu = time.perf_counter_ns() - start, time.process_time_ns() - cpu_start
             if number:
-                times[case.name].append(seconds / case.weights * 1e9)
-    return times
+                report.times.setdefault(case.name, []).append(wall / case.weights)
+                report.cpu_times.setdefault(case.name, []).append(cpu / case.weights)
 
 
 def number(value: float) -> str:
@@ -294,8 +298,8 @@ def spread(values: Sequence[float]) -> str:
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     """Rows under `columns`; all but the first column are aligned to the right."""
     made = Table(*columns, title=title, title_justify="left")
-    for column in made.columns[1:]:
-        column.justify, column.no_wrap = "right", True
+    for at, column in enumerate(made.columns):
+        column.justify, column.no_wrap = "right" if at else "left", True
     for row in rows:
         made.add_row(*row)
     return made
@@ -331,10 +335,12 @@ def show(report: Report, console: Console) -> None:
     """Print everything in 80 columns."""
     machine, options = report.machine, report.options
     how = "kernels compiled" if report.compiled else "kernels from the cache on disk"
+    busy = machine["load"] != "unknown" and float(machine["load"]) > machine["cores"] / 2
     lines = [
         f"{machine['processor']}, {machine['cores']} cores, load average {machine['load']}",
         f"{report.weights}; threads {options['threads']}; median of {options['rounds']} rounds",
         f"first call {report.first_call_s:.2f} s ({how})",
+        *(["the machine is busy: these numbers are preliminary"] if busy else []),
         *(f"{name}: {reason}" for name, reason in report.skipped.items()),
     ]
     for line in lines:
@@ -408,7 +414,7 @@ def run(args: argparse.Namespace) -> Report:
     report = Report(machine, options, what, seconds, compiled)
     with torch.inference_mode():
         cases = make_cases(tensors, args, report.skipped)
-        report.times = measure(cases, args.rounds)
+        measure(report, cases, args.rounds)
     return report
 
 
@@ -420,7 +426,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         report = run(args)
     show(report, Console(width=80))
     if args.json:
-        parts = {"times_ns": report.times, "ratios": report.ratios}
+        parts = {"times": report.times, "cpu_times": report.cpu_times, "ratios": report.ratios}
         medians = {
             f"median_{key}": {name: statistics.median(rounds) for name, rounds in part.items()}
             for key, part in parts.items()

@@ -105,7 +105,9 @@ def test_threads_do_not_change_a_bit(threads: int) -> None:
 def test_several_callers_at_once() -> None:
     many = [random_sample(seed, 1100, 1000) for seed in range(8)]
     with ThreadPoolExecutor(8) as pool:
-        for sample, found in zip(many, pool.map(lambda s: dequantize_tensor(s.q), many)):
+        for sample, found in zip(
+            many, pool.map(lambda s: dequantize_tensor(s.q), many), strict=True
+        ):
             np.testing.assert_array_equal(found.numpy(), sample.dense)
 
 
@@ -115,7 +117,8 @@ from irq_convert.core.dequantize import dequantize_tensor
 from irq_convert.core.quantized import QuantizedTensor
 torch.set_num_threads(2)
 ones = torch.ones(2048, 16)
-q = QuantizedTensor(torch.zeros(2048, 512, dtype=torch.uint8), ones, ones, None, None, 1024, "nf4", 64)
+codes = torch.zeros(2048, 512, dtype=torch.uint8)
+q = QuantizedTensor(codes, ones, ones, None, None, 1024, "nf4", 64)
 before = dequantize_tensor(q)
 child = os.fork()
 if child == 0:

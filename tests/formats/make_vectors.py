@@ -59,7 +59,9 @@ def with_plain_statistics(tensor: QuantizedTensor, dtype: torch.dtype) -> Quanti
     return replace(tensor, scale=scale, tau=tau, scale_grid=None, tau_grid=None)
 
 
-def write_vector(folder: Path, tensors: dict[str, QuantizedTensor], **sources: torch.Tensor) -> None:
+def write_vector(
+    folder: Path, tensors: dict[str, QuantizedTensor], **sources: torch.Tensor
+) -> None:
     """One vector: config.json, model.safetensors, dense.safetensors and source.safetensors."""
     folder.mkdir(parents=True, exist_ok=True)
     first = tensors["tail.weight"]

@@ -76,6 +76,7 @@ def test_any_order_of_imports(tmp_path: Path, imports: str) -> None:
     assert "cannot load irq artifacts" not in done.stderr
 
 
+@pytest.mark.slow
 def test_stock_transformers_fails_loudly(tmp_path: Path) -> None:
     write_artifact(tmp_path, tiny_llama())
     done = python(LOAD.format(imports=""), str(tmp_path))
@@ -109,11 +110,13 @@ assert "AUTO_QUANTIZER_MAPPING" in inspect.getsource(auto)
 """
 
 
+@pytest.mark.slow
 def test_finder() -> None:
     done = python(FINDER)
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_a_failing_registration_does_not_reach_the_importer() -> None:
     done = python(
         "import sys, types\n"

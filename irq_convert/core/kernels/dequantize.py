@@ -8,9 +8,11 @@ patterns, release the GIL and work on a range of rows: callers split rows over t
 
 from __future__ import annotations
 
-import numpy as np
-from numba import njit
+from collections.abc import Callable
 
+import numpy as np
+
+from irq_convert.core.kernels.jit import entry_point, kernel
 from irq_convert.core.kernels.lookup import (
     LANES,
     bfloat16_patterns,
@@ -21,7 +23,6 @@ from irq_convert.core.kernels.lookup import (
 )
 from irq_convert.core.kernels.simd import fadd, fmul, load16, splat16, store
 
-OPTIONS = {"error_model": "numpy", "nogil": True, "cache": True}
 F32 = np.float32
 GROUP_SHIFT = 8  # log2 of blocks.GROUP_SIZE
 TABLE = 16
@@ -30,8 +31,8 @@ U = np.uint64
 U1, U3, U4, U7, U8, U16 = U(1), U(3), U(4), U(7), U(8), U(16)
 
 
-@njit(**OPTIONS)
-def _statistic(stored, grid, row, block, number):  # type: ignore[no-untyped-def]
+@kernel
+def _statistic(stored, grid, row, block, number):
     """The statistic of one block; an empty `grid` means that it is stored as it is."""
     if grid.shape[0] == 0:
         return F32(stored[row, block])
@@ -39,9 +40,9 @@ def _statistic(stored, grid, row, block, number):  # type: ignore[no-untyped-def
     return grid[group, 0] * (F32(stored[row, block]) + grid[group, 1])
 
 
-@njit(**OPTIONS)
-def _look_up(packed, at, n, bits, values, table, out, to):  # type: ignore[no-untyped-def]
-    """`out[to + i] = table[code i]` for `n` codes that begin at byte `at`; `values` is the table."""
+@kernel
+def _look_up(packed, at, n, bits, values, table, out, to):
+    """`out[to + i] = values[code i]` for `n` codes that begin at byte `at`; `table` is scratch."""
     done = U(0)
     if LANES > 0:
         done = n & ~(U16 - U1)
@@ -68,28 +69,37 @@ def _look_up(packed, at, n, bits, values, table, out, to):  # type: ignore[no-un
         out[to + i] = table[word >> (bit & U7) & mask]
 
 
-@njit(**OPTIONS)
-def dequantize_rows(  # type: ignore[no-untyped-def]
-    begin, end, first, packed, scale, tau, scale_grid, tau_grid, levels, bits, block_size, out
-):  # fmt: skip
-    """Write rows `begin .. end` of the matrix to `out[begin - first : end - first]`.
+def _make(digest: str) -> Callable[..., None]:
+    """`dequantize_rows(...)`, which writes rows `begin .. end` to `out[begin - first:]`.
 
-    `packed` uint8 `[rows, row_bytes]`; `scale` and `tau` uint8 or float32 `[rows, blocks_per_row]`,
-    with grids float32 `[groups, 2]`, or `[0, 2]` where there is none; `levels` float32 `[16]`, the
-    codebook repeated; `out` the bits of float32 (uint32) or bfloat16 (uint16)
-    `[>= end - first, cols]`.
+    `packed` uint8 `[rows, row_bytes]`; `scale` and `tau` uint8 or float32 `[rows, blocks]`, with
+    grids float32 `[groups, 2]`, or `[0, 2]` where there is none; `levels` float32 `[16]`, the
+    codebook repeated; `out` the bits of float32 (uint32) or bfloat16 (uint16) `[.., cols]`. That it
+    mentions `digest` makes its cache on disk follow the source of every kernel.
     """
-    blocks, cols, narrow = scale.shape[1], out.shape[1], out.itemsize == 2
-    level = load16(levels, 0)
-    table = np.empty(TABLE, np.uint32)
-    for row in range(begin, end):
-        source, target = packed[row], out[row - first]
-        for block in range(blocks):
-            number = row * blocks + block
-            s = _statistic(scale, scale_grid, row, block, number)
-            t = _statistic(tau, tau_grid, row, block, number)
-            weights = fadd(fmul(level, splat16(s)), splat16(t))
-            values = bfloat16_patterns(weights) if narrow else patterns(weights)
-            start = block * block_size
-            n = min(block_size, cols - start)
-            _look_up(source, U(start * bits // 8), U(n), U(bits), values, table, target, U(start))
+
+    def dequantize_rows(
+        begin, end, first, packed, scale, tau, scale_grid, tau_grid, levels, bits, block_size, out
+    ):  # fmt: skip
+        assert digest
+        blocks, cols, narrow = scale.shape[1], out.shape[1], out.itemsize == 2
+        level = load16(levels, 0)
+        table = np.empty(TABLE, np.uint32)
+        for row in range(begin, end):
+            source, target = packed[row], out[row - first]
+            for block in range(blocks):
+                number = row * blocks + block
+                s = _statistic(scale, scale_grid, row, block, number)
+                t = _statistic(tau, tau_grid, row, block, number)
+                weights = fadd(fmul(level, splat16(s)), splat16(t))
+                values = bfloat16_patterns(weights) if narrow else patterns(weights)
+                start = block * block_size
+                n = min(block_size, cols - start)
+                _look_up(
+                    source, U(start * bits // 8), U(n), U(bits), values, table, target, U(start)
+                )
+
+    return dequantize_rows
+
+
+dequantize_rows = entry_point(_make, parallel=False)

@@ -25,12 +25,12 @@ def _source_digest() -> str:
     return digest.hexdigest()
 
 
-def entry_point(make: Callable[[str], Callable[..., Any]]) -> Any:
-    """Compile the function that `make(digest)` returns, in parallel, with a cache on disk.
+def entry_point(make: Callable[[str], Callable[..., Any]], parallel: bool = True) -> Any:
+    """Compile the function that `make(digest)` returns, with a cache on disk.
 
     numba notices a change of the file that holds a cached function but not of the files it calls.
     It does key on closure variables, so the function has to mention `digest`, a hash of
     all kernels.
     """
-    compile_parallel = njit(parallel=True, cache=True, error_model="numpy", nogil=True)
-    return compile_parallel(make(_source_digest()))
+    compiled = njit(parallel=parallel, cache=True, error_model="numpy", nogil=True)
+    return compiled(make(_source_digest()))

@@ -25,7 +25,7 @@ LOOKED_UP = 16
 
 def _lanes() -> int:
     """Values that one permutation instruction of this machine looks up; 0 without any."""
-    known = config.CPU_FEATURES
+    known = getattr(config, "CPU_FEATURES", None)
     features = (codegen.get_host_cpu_features() if known is None else known).split(",")
     if "+avx512f" in features:
         return 16
@@ -95,8 +95,8 @@ def _look_up(builder: Any, table: Any, first: Any, last: Any, bits: int) -> Any:
 
 def _make(bits: int) -> Callable[..., Any]:
     @intrinsic
-    def look_up(typingctx, table, packed, at, out, to):  # type: ignore[no-untyped-def]
-        def emit(context, builder, sig, args):  # type: ignore[no-untyped-def]
+    def look_up(typingctx, table, packed, at, out, to):
+        def emit(context, builder, sig, args):
             kinds = sig.args
 
             def word(offset: int) -> Any:
@@ -123,7 +123,7 @@ int32."""
 
 
 @intrinsic
-def patterns(typingctx, values):  # type: ignore[no-untyped-def]
+def patterns(typingctx, values):
     """The bit patterns of float32 lanes as int32 lanes."""
     out = values.like("i32")
     wide = ir.VectorType(_I32, values.lanes)
@@ -131,12 +131,12 @@ def patterns(typingctx, values):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def bfloat16_patterns(typingctx, values):  # type: ignore[no-untyped-def]
+def bfloat16_patterns(typingctx, values):
     """The bit patterns of float32 lanes rounded to bfloat16, to nearest even, as int32 lanes."""
     out = values.like("i32")
     lanes = values.lanes
 
-    def emit(context, builder, sig, args):  # type: ignore[no-untyped-def]
+    def emit(context, builder, sig, args):
         def same(value: int) -> ir.Constant:
             return _constant([value] * lanes)
 

@@ -21,10 +21,11 @@ CHUNK = 256
 # Narrower intervals than this fraction of the path's unit are rounding of one and the same
 # crossing time; no float32 boundary could tell their two ends apart.
 RESOLUTION = 2.0**-44
-# Distances from a crossing, same unit, at which float32 boundaries are often and mostly on their
-# side of it.
-FINE_MARGIN = 2.0**-22
-MARGIN = 2.0**-18
+# Distances from a crossing that are tried, same unit: float32 boundaries that move slowly need more
+# to be surely on their side of it.
+MARGINS = (0.0, 2.0**-22, 2.0**-18, 2.0**-14, 2.0**-10)
+# In a narrow interval: how many ulps around a pair are tried.
+NEIGHBORS = 4
 IDEAL, HELD = 0, 1
 
 
@@ -152,17 +153,23 @@ def _round_pair(path, t, walk):
 
 
 @kernel
+def _ulp(value):
+    size = abs(value)
+    return np.nextafter(size, F32(np.inf)) - size
+
+
+@kernel
 def _search_pair(keys, n, book, path, low, high, walk):
     """Look for a float32 pair in a narrow interval: inner points and their nearest neighbors."""
-    infinite = F32(np.inf)
     for quarter in (2, 1, 3):
         _round_pair(path, low + 0.25 * quarter * (high - low), walk)
         tau, scale = walk.pair[0], walk.pair[1]
-        for i in range(3):
-            t = tau if i == 0 else np.nextafter(tau, -infinite if i == 1 else infinite)
-            for j in range(3):
-                s = scale if j == 0 else np.nextafter(scale, F32(0.0) if j == 1 else infinite)
-                if _holds(keys, n, book, t, s, walk):
+        tau_ulp, scale_ulp = _ulp(tau), _ulp(scale)
+        for i in range(2 * NEIGHBORS + 1):
+            t = tau + F32((i + 1) // 2 * (1 - 2 * (i % 2))) * tau_ulp
+            for j in range(2 * NEIGHBORS + 1):
+                s = scale + F32((j + 1) // 2 * (1 - 2 * (j % 2))) * scale_ulp
+                if s > F32(0.0) and _holds(keys, n, book, t, s, walk):
                     walk.pair[0], walk.pair[1] = t, s
                     return True
     return False
@@ -172,7 +179,7 @@ def _search_pair(keys, n, book, path, low, high, walk):
 def _hold(keys, n, book, path, low, high, t, walk):
     """Put a float32 pair with the codes of this interval in `walk.pair`, near t; False if none."""
     tau, scale = walk.pair[0], walk.pair[1]
-    for margin in (0.0, FINE_MARGIN, MARGIN):
+    for margin in MARGINS:
         away = min(0.25 * (high - low), margin * path.unit)
         _round_pair(path, min(max(t, low + away), high - away), walk)
         if _holds(keys, n, book, walk.pair[0], walk.pair[1], walk):

@@ -1,0 +1,75 @@
+"""`quantize` of a Hub id, with the Hub played by a server on loopback."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from checkpoint.hub_server import COMMIT, FakeHub, serve
+
+from .process import Result, assert_fails, fresh, listing, nothing_left
+from .sources import make_source
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[FakeHub]:
+    with serve(make_source(tmp_path / "repo")) as server:
+        yield server
+
+
+def run(hub: FakeHub, home: Path, *args: object) -> Result:
+    return fresh(
+        "quantize",
+        *args,
+        cwd=home.parent,
+        HF_ENDPOINT=hub.url,
+        HF_HOME=str(home),
+        HF_HUB_CACHE=str(home / "hub"),
+        HF_HUB_DISABLE_XET="1",
+        HF_HUB_DISABLE_TELEMETRY="1",
+        HF_HUB_OFFLINE="0",
+        NO_PROXY="127.0.0.1",
+        no_proxy="127.0.0.1",
+    )
+
+
+def test_a_model_from_the_hub(hub: FakeHub, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    home = work / "home"
+    result = run(hub, home, "org/model", "--bits", 3, "--dry-run", "--json")
+    assert result.code == 0, result
+    assert json.loads(result.out)["out"] == "model-irq-nf3"
+    assert [p.name for p in work.iterdir()] == ["home"]
+    assert hub.sent["model.safetensors"] < (tmp_path / "repo" / "model.safetensors").stat().st_size
+    result = run(hub, home, "org/model", "--bits", 3, "--json")
+    assert result.code == 0, result
+    manifest = json.loads((work / "model-irq-nf3" / "irq_manifest.json").read_text())
+    assert manifest["source"]["model"] == "org/model"
+    assert manifest["source"]["revision"] == COMMIT
+    local = fresh("quantize", tmp_path / "repo", work / "local", "--bits", 3)
+    assert local.code == 0
+    both = listing(work / "local"), listing(work / "model-irq-nf3")
+    assert both[0].pop("irq_manifest.json") != both[1].pop("irq_manifest.json")
+    assert both[0] == both[1]
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ("org/missing", ["org/missing", "check the spelling"]),
+        ("org/gated", ["org/gated", "accept its terms", "hf auth login"]),
+    ],
+)
+def test_models_that_the_hub_refuses(
+    hub: FakeHub, tmp_path: Path, model: str, words: list[str]
+) -> None:
+    (tmp_path / "work").mkdir()
+    with nothing_left(tmp_path / "repo"):
+        assert_fails(run(hub, tmp_path / "work" / "home", model), 1, *words)
+    assert [p.name for p in (tmp_path / "work").iterdir() if p.name != "home"] == []
