@@ -1,4 +1,4 @@
-"""The two errors a person can meet: `UsageError` for a wrong request, `IrqError` for everything else.
+"""The two errors a person can meet: `UsageError` for a wrong request, `IrqError` for the rest.
 
 Messages are one line and name the tensor or file, the rule broken and the way out. The command line
 prints the message alone and exits with `exit_code`; anything else that escapes is a bug.

@@ -88,7 +88,7 @@ def _run_numba(dense: np.ndarray, shape: BlockShape, spec: QuantSpec, threads: i
     counts = np.zeros((shape.groups, 3), np.int64)
     energies = np.zeros((shape.groups, 2), np.float64)
     before = numba.get_num_threads()
-    numba.set_num_threads(min(threads or before, numba.config.NUMBA_NUM_THREADS))
+    numba.set_num_threads(min(threads or before, _MOST_THREADS))
     try:
         quantize_tile(
             dense,

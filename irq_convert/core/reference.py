@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from irq_convert.core.blocks import GROUP_SIZE, BlockShape
-from irq_convert.core.kernels.group import LIMIT, PLAIN, RANGE
+from irq_convert.core.kernels.group import LIMIT, RANGE
+from irq_convert.core.kernels.search import Plan
 from irq_convert.core.packing import pack_codes
 from irq_convert.core.plan import make_plan, make_tables
 from irq_convert.core.reference_grid import Grid, fit_grid
@@ -112,9 +113,9 @@ def _per_group(values: np.ndarray) -> np.ndarray:
     return np.array([np.cumsum(values[i : i + GROUP_SIZE])[-1] for i in starts])
 
 
-def _fit_groups(blocks: Blocks, plan: object) -> tuple[Grid, Grid]:
+def _fit_groups(blocks: Blocks, plan: Plan) -> tuple[Grid, Grid]:
     """Second level of every group, from the profiles of its blocks (kernel: `fit_group`)."""
-    low, high, reach = [], [], []
+    low, high = [], []
     narrow, wide, anchor = [], [], []
     narrowest = blocks.narrowest(plan)
     for start in range(0, blocks.n, GROUP_SIZE):
@@ -123,7 +124,6 @@ def _fit_groups(blocks: Blocks, plan: object) -> tuple[Grid, Grid]:
         around = radius if plan.path == RANGE else radius.sort().values[len(radius) // 2]
         low.append((center - around).min())
         high.append((center + around).max())
-        reach.append(around)
         narrow.append(narrowest[part].min())
         wide.append(blocks.widest[part].max())
         flat = (blocks.lo[part] == blocks.hi[part]) & (center != 0)
@@ -133,6 +133,3 @@ def _fit_groups(blocks: Blocks, plan: object) -> tuple[Grid, Grid]:
         fit_grid(torch.stack(low), torch.stack(high), torch.stack(anchor)),
         fit_grid(torch.stack(narrow), torch.stack(wide), zero),
     )
-
-
-__all__ = ["PLAIN", "quantize_portable"]

@@ -111,6 +111,11 @@ class _Fixed:
         """Sum of the keys of each bin, int64 like `edges` without its last entry."""
         return self.prefix.gather(1, edges.flatten(1)).view(edges.shape).diff(dim=2)
 
+    def best(self, columns: list[torch.Tensor]) -> Best:
+        """A `Best` of tau, scale, their codes and the error."""
+        tau, scale, tau_code, scale_code, error = columns
+        return Best(tau, scale, tau_code, scale_code, error, self.factor, self.squares)
+
     def error(
         self, blocks: Blocks, tau: torch.Tensor, scale: torch.Tensor, tables: Tables
     ) -> torch.Tensor:
@@ -188,8 +193,8 @@ def search(blocks: Blocks, plan: Plan, tables: Tables, tau_grid: Grid, scale_gri
         start = (scale, blocks.half) if plan.path == RANGE else (tau, blocks.center)
         away = (start[0] - start[1][:, None]).abs()
         at = _choose(plan, blocks.table_sum(tau, scale, tables), error, away, valid)
-        took = [t.gather(1, at)[:, 0] for t in (tau, scale, tau_code, scale_code, error)]
-        found = Best(*took, fixed.factor, fixed.squares)
+        columns = (tau, scale, tau_code, scale_code, error)
+        found = fixed.best([column.gather(1, at)[:, 0] for column in columns])
         best = found if best is None else _where(found.error < best.error, found, best)
     assert best is not None
     if plan.rounds:
@@ -216,8 +221,7 @@ def _refine(
         scale_code = scale_grid.encode(scale[:, None])
         t, s = tau_grid.decode(tau_code), scale_grid.decode(scale_code)
         error = fixed.error(blocks, t, s, tables)
-        columns = [x[:, 0] for x in (t, s, tau_code, scale_code, error)]
-        found = Best(*columns, fixed.factor, fixed.squares)
+        found = fixed.best([x[:, 0] for x in (t, s, tau_code, scale_code, error)])
         active = active & (found.error < best.error)
         best = _where(active, found, best)
     return best

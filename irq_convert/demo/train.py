@@ -57,8 +57,9 @@ def perplexity(model: PreTrainedModel, ids: list[int], context: int) -> float:
 
 
 def batches(recipe: Recipe, tokenizer: Tokenizer) -> list[torch.Tensor]:
-    """One int64 tensor of windows a step: short ones `[2 * batch, context / 2 + 1]` that begin with
-    a story in the first part of a run, then `[batch, context + 1]` cut anywhere from a packed stream.
+    """One int64 tensor of windows a step: short ones `[2 * batch, context / 2 + 1]` that begin
+    with a story in the first part of a run, then `[batch, context + 1]` cut anywhere from a
+    packed stream.
 
     Without other stories in sight a model learns sooner to look facts up in its context. No window
     occurs twice.

@@ -2,9 +2,9 @@
 
     python tests/bench/quality.py MODEL --text FILE --from-fraction 0.9 --max-tokens 12800
 
-quantizes MODEL with each codebook, objective and refinement, verifies and loads the artifact, checks
-that its dense weights equal those of the independent numpy reader bit for bit, generates a few
-tokens, and prints one table against the dense model.
+quantizes MODEL with each codebook, objective and refinement, verifies and loads the artifact,
+checks that its dense weights equal those of the independent numpy reader bit for bit, generates
+a few tokens, and prints one table against the dense model.
 """
 
 from __future__ import annotations

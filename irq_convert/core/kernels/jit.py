@@ -14,8 +14,9 @@ _OPTIONS: dict[str, Any] = {"error_model": "numpy", "nogil": True, "forceinline"
 
 # Kernels borrow their arrays and allocate nothing. Reference counts would be atomic operations
 # on every call, half of the whole run time, so the runtime that keeps them is off.
-kernel: Callable[..., Any] = njit(_nrt=False, **_OPTIONS)
-allocator: Callable[..., Any] = njit(**_OPTIONS)
+_njit: Any = njit  # its annotations leave options out
+kernel: Callable[..., Any] = _njit(_nrt=False, **_OPTIONS)
+allocator: Callable[..., Any] = _njit(**_OPTIONS)
 
 
 def _source_digest() -> str:
