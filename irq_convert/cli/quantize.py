@@ -30,7 +30,7 @@ def quantize_command(
     model: Annotated[str, typer.Argument(help="Local folder or Hub id of the source model.")],
     out: Annotated[
         Path | None,
-        typer.Argument(help="Folder to create.  [default: NAME-irq-CODEBOOK here]"),
+        typer.Argument(help="Folder to create.  \\[default: NAME-irq-CODEBOOK here]"),
     ] = None,
     bits: Annotated[int, typer.Option(help="Bits per weight: 2, 3 or 4.")] = 4,
     codebook: Annotated[
@@ -55,7 +55,7 @@ def quantize_command(
         str | None, typer.Option(help="Branch, tag or commit of a Hub repository.")
     ] = None,
     device: Annotated[str, typer.Option(help="Where to search: cpu, cuda, cuda:1, mps.")] = "cpu",
-    threads: Annotated[int | None, typer.Option(help="CPU threads.  [default: all]")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads.  \\[default: all]")] = None,
     max_shard_size: Annotated[float, typer.Option(help="Largest shard, in GB (10^9 bytes).")] = 5.0,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be written, and stop.")
@@ -146,6 +146,12 @@ def _convert(
         typer.echo(json.dumps(report.to_dict(), indent=2))
     else:
         _print_report(report, options)
+    if report.share < 0.5:
+        typer.echo(
+            f"irq-convert: only {report.share:.0%} of the weights are quantized: embeddings, heads "
+            "and tensors that are no linear layers are kept as they are",
+            err=True,
+        )
 
 
 def _print_estimate(found: Estimate) -> None:
@@ -183,9 +189,3 @@ def _print_report(report: ConvertReport, options: ConvertOptions) -> None:
         ("time", f"{seconds(report.seconds)}"),
     ]
     facts(rows)
-    if report.share < 0.5:
-        typer.echo(
-            f"irq-convert: only {report.share:.0%} of the weights are quantized: embeddings, heads "
-            "and unknown tensors are kept as they are",
-            err=True,
-        )

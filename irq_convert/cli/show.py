@@ -17,15 +17,16 @@ def facts(rows: Iterable[tuple[str, str]]) -> None:
 
 def gigabytes(count: int) -> str:
     """Bytes in the unit that reads best, powers of ten."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
+    # A unit begins where the one below would be rounded to 1000.00.
+    for unit, size, first in (("GB", 1e9, 999.995e6), ("MB", 1e6, 999.995e3), ("kB", 1e3, 1e3)):
+        if count >= first:
             return f"{count / size:.2f} {unit}"
     return f"{count} bytes"
 
 
 def seconds(value: float) -> str:
     """`95.2` to `1 min 35 s`."""
-    if value < 10:
+    if value < 9.95:
         return f"{value:.1f} s"
     whole = round(value)
     if whole < 60:

@@ -27,7 +27,7 @@ from irq_convert.checkpoint.files import (
 )
 from irq_convert.checkpoint.locate import locate
 from irq_convert.checkpoint.source import Checkpoint, open_checkpoint
-from irq_convert.checkpoint.system import os_errors
+from irq_convert.checkpoint.system import existing_parent, os_errors
 from irq_convert.convert.options import ConvertOptions
 from irq_convert.convert.pipeline import convert_shard
 from irq_convert.convert.plan import ConversionPlan, make_plan
@@ -85,11 +85,14 @@ def quantize_checkpoint(
 def check_target(model: str, out: Path, options: ConvertOptions) -> None:
     """Refuse an `out` that cannot be written before anything is downloaded or computed.
 
-    Raises `UsageError` as `check_output`, and for a folder that holds something else than an
-    artifact: --overwrite deletes what it replaces.
+    Raises `UsageError` as `check_output`, for a path that leads through a file, and for a folder
+    that holds something else than an artifact: --overwrite deletes what it replaces.
     """
     real = check_output(out, _local_folder(model), options.overwrite)
     with os_errors("look at it", out):
+        parent = existing_parent(real)
+        if not parent.is_dir():
+            raise UsageError(f"{out}: {parent} is a file, not a folder; choose another output")
         if real.is_dir() and any(real.iterdir()) and not (real / MANIFEST_NAME).is_file():
             raise UsageError(
                 f"{out}: holds no artifact, and only artifacts are overwritten; remove it "

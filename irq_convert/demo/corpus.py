@@ -15,20 +15,20 @@ from irq_convert.demo.tale import Tale
 
 SEPARATOR = "\n\n"
 HELDOUT_SEED = 7_000_003
-HELDOUT_STORIES = 160
+HELDOUT_STORIES = 150
 
 
 def story(rng: random.Random) -> str:
-    """One story, a single paragraph of some 60 to 140 words, drawn from `rng`."""
+    """One story, a single paragraph of some 60 to 150 words, drawn from `rng`."""
     tale = Tale(rng)
     lines = scenes.opening(tale)
     told: set[str] = set()
-    for _ in range(rng.randint(2, 4)):
+    for _ in range(rng.randint(3, 5)):
         scene = tale.pick([scene for scene in scenes.MIDDLE if scene.__name__ not in told])
         told.add(scene.__name__)
         lines += scene(tale)
     facts = sorted(tale.recalls)
-    for key in rng.sample(facts, min(len(facts), rng.randint(3, 5))):
+    for key in rng.sample(facts, min(len(facts), rng.randint(2, 4))):
         lines.append(tale.pick(tale.recalls[key]))
     lines += scenes.closing(tale)
     return " ".join(lines)

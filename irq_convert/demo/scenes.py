@@ -29,9 +29,6 @@ def opening(t: Tale) -> Lines:
         )
     )
     t.others()
-    if t.chance(0.4):
-        sight = t.pick(("quiet", "full of people", "a long way from home", "close to the road"))
-        lines.append(f"The {place} was {sight}.")
     t.remember("place", f"{hero.name} and {friend.name} walked home from the {place}.")
     if t.chance(0.4):
         before, after = t.pick(words.MOODS)

@@ -47,7 +47,6 @@ def _remember_count(
         "count",
         f"{owner.name} still had {amount(have, colour, thing)}.",
         t.asked(question, NUMBERS[have] if have else "none", other, owner),
-        t.asked(f"what colour were the {thing.many}", colour, other, owner),
     )
     if given:
         t.remember(
@@ -77,7 +76,6 @@ def hiding(t: Tale) -> Lines:
     t.remember(
         "hidden",
         f"The {colour} {thing} was still in the {material} {box}.",
-        f"The {thing} in the {material} {box} was {colour}.",
         f"{keeper.name} looked in the {material} {box} and found the {colour} {thing}.",
         t.asked(f"where is the {colour} {thing}", f"it is in the {material} {box}", keeper, other),
     )
@@ -94,8 +92,6 @@ def looking(t: Tale) -> Lines:
     lines.append(f"{t.who(finder)} looked {listing(spots)}.")
     lines.append(f"The {colour} {thing} was {spots[-1]}.")
     t.others()
-    if t.chance(0.4):
-        lines.append(f"{helper.name} was glad to see the {colour} {thing} again.")
     t.remember(
         "lost",
         f"{loser.name} thanked {helper.name} for the {colour} {thing}.",
@@ -109,8 +105,6 @@ def lending(t: Tale) -> Lines:
     lender, borrower = t.pair()
     thing, colour = t.fresh(words.BELONGINGS), t.fresh(words.COLOURS)
     lines = [f"{t.who(lender)} lent {lender.hers} {colour} {thing} to {borrower.name}."]
-    if t.chance(0.6):
-        lines.append(f"{t.who(borrower)} was careful with the {colour} {thing}.")
     t.remember(
         "lent",
         f"{borrower.name} gave the {colour} {thing} back to {lender.name}.",
@@ -127,10 +121,6 @@ def painting(t: Tale) -> Lines:
     coats = [f"the {x} {colour}" for x, colour in zip(things, colours, strict=True)]
     painter, other = t.pair()
     lines = [f"{t.who(painter)} painted {listing(coats)}."]
-    if t.chance(0.6):
-        best = t.number(0, count - 1)
-        t.others()
-        lines.append(f"{other.name} said that the {things[best]} looked fine in {colours[best]}.")
     i = t.number(0, count - 1)
     t.remember(
         "paint",

@@ -18,15 +18,7 @@ from typing import TYPE_CHECKING
 
 from irq_convert.demo import card
 from irq_convert.demo.corpus import HELDOUT_SEED, SEPARATOR, heldout
-from irq_convert.demo.recipe import (
-    BOS,
-    EOS,
-    EOS_ID,
-    Recipe,
-    make_model,
-    make_tokenizer,
-    story_pairs,
-)
+from irq_convert.demo.recipe import BOS, EOS, EOS_ID, Recipe, make_model, make_tokenizer
 from irq_convert.demo.recipe import training_tokens as make_tokens
 from irq_convert.errors import IrqError, UsageError
 
@@ -56,31 +48,20 @@ def perplexity(model: PreTrainedModel, ids: list[int], context: int) -> float:
     return math.exp(total / count)
 
 
-def batches(recipe: Recipe, tokenizer: Tokenizer) -> list[torch.Tensor]:
-    """One int64 tensor of windows a step: short ones `[2 * batch, context / 2 + 1]` that begin
-    with a story in the first part of a run, then `[batch, context + 1]` cut anywhere from a
-    packed stream.
-
-    Without other stories in sight a model learns sooner to look facts up in its context. No window
-    occurs twice.
-    """
+def batches(recipe: Recipe, tokenizer: Tokenizer) -> torch.Tensor:
+    """Training windows `[steps, batch, context + 1]` int64 in random order, each seen once."""
     import torch
 
-    early = int(recipe.steps * recipe.short_share)
-    short = recipe.context // 2 + 1
-    texts = story_pairs(recipe, early * recipe.batch * 2)
-    rows = [encoding.ids[:short] for encoding in tokenizer.encode_batch(texts)]
-    steps = list(torch.tensor(rows).view(early, 2 * recipe.batch, short)) if rows else []
-    windows = (recipe.steps - early) * recipe.batch
+    windows = recipe.steps * recipe.batch
     ids = make_tokens(recipe, tokenizer, windows * recipe.context + 1)
     stream = torch.tensor(ids[: windows * recipe.context + 1])
     cut = stream.unfold(0, recipe.context + 1, recipe.context)
     order = torch.randperm(windows, generator=torch.Generator().manual_seed(recipe.seed))
-    return steps + list(cut[order].view(-1, recipe.batch, recipe.context + 1))
+    return cut[order].view(recipe.steps, recipe.batch, recipe.context + 1)
 
 
-def optimise(model: LlamaForCausalLM, data: list[torch.Tensor], recipe: Recipe) -> None:
-    """AdamW over `data`, one tensor of windows a step; weights change in place."""
+def optimise(model: LlamaForCausalLM, data: torch.Tensor, recipe: Recipe) -> None:
+    """AdamW over `data`, one row of batches a step; weights change in place."""
     import torch
 
     matrices = [p for p in model.parameters() if p.dim() > 1]

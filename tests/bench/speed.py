@@ -1,9 +1,11 @@
 """How fast a matrix is quantized: this package beside others, side by side in one run.
 
 Run `python tests/bench/speed.py` (needs the extras `bench` and `dev`). Every contestant is timed
-once a round, round after round, so that a busy machine slows all of them alike; medians over the
-rounds are printed, and ratios are medians of the ratio within a round. By default the weights are
-4096 x 4096 bfloat16 drawn from a normal distribution; `--model` takes those of a checkpoint.
+once a round, round after round, so that changes of the machine meet all of them; medians over the
+rounds are printed, and ratios are medians of the ratio within a round. A busy machine still
+flatters us with two threads and more, for the others enter and leave many short parallel regions
+and wait at each end: quote numbers of an idle one. By default the weights are 4096 x 4096 bfloat16
+drawn from a normal distribution; `--model` takes those of a checkpoint.
 """
 
 from __future__ import annotations
@@ -27,12 +29,15 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from irq_convert.errors import IrqError
+
 if TYPE_CHECKING:
     import torch
 
     from irq_convert.core.spec import QuantSpec
 
 BLOCK = 64
+BUSY = 0.8
 CODEBOOKS = ("nf4", "nf3", "nf2", "int4", "int3", "int2")
 SEARCHES = (("none", 0), ("entropy", 0), ("mse", 0), ("entropy", 10))
 OURS, PEER, AUTHORS, HQQ, FLOOR = "ours nf4", "bitsandbytes", "authors", "hqq", "floor"
@@ -76,6 +81,12 @@ class Report:
     times: dict[str, list[float]] = field(default_factory=dict)
     cpu_times: dict[str, list[float]] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def share(self) -> float:
+        """Processor time of our main row over its seconds times threads; 1 on an idle machine."""
+        pairs = zip(self.cpu_times[OURS], self.times[OURS], strict=True)
+        return statistics.median(cpu / wall for cpu, wall in pairs) / self.options["threads"]
 
     @property
     def ratios(self) -> dict[str, list[float]]:
@@ -335,12 +346,13 @@ def show(report: Report, console: Console) -> None:
     """Print everything in 80 columns."""
     machine, options = report.machine, report.options
     how = "kernels compiled" if report.compiled else "kernels from the cache on disk"
-    busy = machine["load"] != "unknown" and float(machine["load"]) > machine["cores"] / 2
+    busy = report.share < BUSY
+    warning = ": busy machine, preliminary" if busy else ""
     lines = [
         f"{machine['processor']}, {machine['cores']} cores, load average {machine['load']}",
-        f"{report.weights}; threads {options['threads']}; median of {options['rounds']} rounds",
+        f"{report.weights}; {options['threads']} threads, {options['rounds']} rounds",
         f"first call {report.first_call_s:.2f} s ({how})",
-        *(["the machine is busy: these numbers are preliminary"] if busy else []),
+        f"ours had {report.share:.0%} of its threads' processor time{warning}",
         *(f"{name}: {reason}" for name, reason in report.skipped.items()),
     ]
     for line in lines:
@@ -423,7 +435,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as cache:
         if args.cold:
             os.environ["NUMBA_CACHE_DIR"] = cache
-        report = run(args)
+        try:
+            report = run(args)
+        except IrqError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(error.exit_code)
     show(report, Console(width=80))
     if args.json:
         parts = {"times": report.times, "cpu_times": report.cpu_times, "ratios": report.ratios}
@@ -431,7 +447,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"median_{key}": {name: statistics.median(rounds) for name, rounds in part.items()}
             for key, part in parts.items()
         }
-        whole = {**asdict(report), "ratios": report.ratios, **medians}
+        derived = {"ratios": report.ratios, "share": report.share, **medians}
+        whole = {**asdict(report), **derived}
         args.json.write_text(json.dumps(whole, indent=2) + "\n")
 
 

@@ -1,7 +1,7 @@
-"""The program as a user runs it, in processes of its own, a few of them with imports made before.
+"""The program as a user runs it, in processes of its own.
 
 A fresh interpreter takes seconds to import what `quantize` needs. `Commands` has one that has
-imported it all and forks for each command, so a hundred bad inputs take as long as one.
+imported it all and forks for each command, so a hundred bad inputs take little longer than one.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ class Running:
     def __init__(self, pid: int, server: subprocess.Popen[str], out: Path, err: Path) -> None:
         self.pid = pid
         self._server, self._out, self._err = server, out, err
+        self.finished = False
 
     def kill(self, number: int = signal.SIGKILL) -> None:
         os.kill(self.pid, number)
@@ -48,6 +49,7 @@ class Running:
     def wait(self) -> Result:
         assert self._server.stdout is not None
         code = int(self._server.stdout.readline())
+        self.finished = True
         return Result(code, self._out.read_text(), self._err.read_text())
 
 
@@ -61,10 +63,12 @@ class Commands:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, **ENVIRONMENT},
+            # The only threads of numba that survive a fork.
+            env={**os.environ, **ENVIRONMENT, "NUMBA_THREADING_LAYER": "workqueue"},
         )
         assert self._server.stdout is not None
         assert self._server.stdout.readline() == "ready\n"
+        self._running: Running | None = None
 
     def close(self) -> None:
         assert self._server.stdin is not None
@@ -74,7 +78,10 @@ class Commands:
     def start(
         self, *args: object, cwd: Path | None = None, nobody: bool = False, **env: str
     ) -> Running:
-        """Start a command; wait for it before the next is started."""
+        """Start a command; one that a failed test has left running is killed before."""
+        if self._running and not self._running.finished:
+            self._running.kill()
+            self._running.wait()
         out, err = self._scratch / "out", self._scratch / "err"
         for path in (out, err):
             path.write_text("")
@@ -91,7 +98,9 @@ class Commands:
         assert self._server.stdout is not None
         self._server.stdin.write(json.dumps(request) + "\n")
         self._server.stdin.flush()
-        return Running(int(self._server.stdout.readline()), self._server, out, err)
+        pid = int(self._server.stdout.readline())
+        self._running = Running(pid, self._server, out, err)
+        return self._running
 
     def __call__(
         self, *args: object, cwd: Path | None = None, nobody: bool = False, **env: str

@@ -1,7 +1,8 @@
-"""Run by `process.Commands`: imports what commands import once, then forks for each of them.
+"""Run by `process.Commands`: does a small conversion once, then forks for each command.
 
-One JSON line in says what to run, one line out gives the process, and one its exit status. The
-child is a process like any other: `main()` runs at the top of it and the interpreter ends it.
+One JSON line in says what to run; one line out gives the process, and one its exit status. A child
+has all imports made and kernels loaded; apart from that it is a process like any other, but for
+the seconds that an interpreter takes to clean up.
 """
 
 from __future__ import annotations
@@ -9,18 +10,29 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
+import traceback
+from pathlib import Path
 
-import transformers  # noqa: F401
 from transformers import LlamaForCausalLM  # noqa: F401 - imported when it is first named
+from typer.testing import CliRunner
 
-import irq_convert.cli.bar
-import irq_convert.cli.show
-import irq_convert.convert.estimate
-import irq_convert.convert.run
-import irq_convert.hf.names  # noqa: F401
-from irq_convert.cli.main import main
+from irq_convert.cli.main import app, main
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from cli.sources import make_source
 
 NOBODY = 65534
+
+
+def warm_up() -> None:
+    """Import, parse, build and compile what a command will."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = make_source(Path(folder, "source"))
+        (source / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+        for more in ([], ["--dry-run", "--json"], ["--bits", "5"], ["--device", "meta"], ["--x"]):
+            CliRunner().invoke(app, ["quantize", str(source), f"{folder}/{len(more)}", *more])
+        CliRunner().invoke(app, ["quantize", "org/model", f"{folder}/out"])
 
 
 def become(request: dict[str, object]) -> None:
@@ -28,7 +40,7 @@ def become(request: dict[str, object]) -> None:
     for number, key in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(str(request[key]), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     os.chdir(str(request["cwd"]))
-    os.environ.update(request["env"])  # type: ignore[arg-type]
+    os.environ.update(request["env"])  # type: ignore[call-overload]
     if request["nobody"]:
         os.setgroups([])
         os.setegid(NOBODY)
@@ -36,18 +48,27 @@ def become(request: dict[str, object]) -> None:
     sys.argv = ["irq-convert", *request["args"]]  # type: ignore[misc]
 
 
-def serve() -> None:
-    """Return in each child; never return in the server while requests come."""
-    print("ready", flush=True)
-    for line in sys.stdin:
-        pid = os.fork()
-        if not pid:
-            become(json.loads(line))
-            return
-        print(pid, flush=True)
-        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-    sys.exit()
+def run() -> int:
+    """`main()` as the interpreter would run it; returns the exit status."""
+    try:
+        main()
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    return 0
 
 
-serve()
-main()
+warm_up()
+print("ready", flush=True)
+for line in sys.stdin:
+    pid = os.fork()
+    if not pid:
+        become(json.loads(line))
+        os._exit(run())
+    print(pid, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)

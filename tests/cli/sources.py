@@ -37,7 +37,8 @@ def write_tensors(folder: Path, tensors: dict[str, torch.Tensor], shards: int = 
     if shards == 1:
         save_file(tensors, folder / SHARD, {"format": "pt"})
         return
-    weight_map, names = {}, list(tensors)
+    names = list(tensors)
+    weight_map: dict[str, str] = {}
     for number in range(shards):
         file = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
         part = {name: tensors[name] for name in names[number::shards]}

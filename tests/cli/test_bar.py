@@ -53,7 +53,8 @@ def test_what_is_drawn_while_quantizing(tmp_path: Path) -> None:
     lines = lines_of(drawn)
     counted = [line for line in lines if line.startswith("quantizing") and "tensors" in line]
     assert len(set(counted)) >= 2
-    shape = r"quantizing \S+ \d+/7 tensors +[\d.]+ [kMG]?B(ytes)?/s \d+\.\d\d GB +(\d+:\d\d:\d\d|-:--:--)"
+    speed, left = r"[\d.]+ ([kMG]B|bytes)/s", r"(\d+:\d\d:\d\d|-:--:--)"
+    shape = rf"quantizing [━╸╺ ]{{16}} \d+/7 tensors +{speed} \d+\.\d\d GB +{left}"
     for line in counted:
         assert re.fullmatch(shape, line), line
         assert len(line) <= COLUMNS

@@ -18,7 +18,7 @@ from .sources import make_source
 
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[FakeHub]:
-    with serve(make_source(tmp_path / "repo")) as server:
+    with serve(make_source(tmp_path / "repo", rows=5000)) as server:
         yield server
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import signal
 import subprocess
@@ -12,16 +13,18 @@ from pathlib import Path
 
 import pytest
 
-from .process import Commands, listing, nothing_left
+from irq_convert.checkpoint.disk import output_folder
+
+from .process import Commands, assert_fails, listing, nothing_left
 from .sources import make_source
 
-ARGS = ("--refine", 20, "--max-shard-size", "1e-3", "--threads", 1)
+ARGS = ("--objective", "mse", "--block-size", 16, "--max-shard-size", "1e-3", "--threads", 1)
 
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that takes about a second."""
-    return make_source(tmp_path_factory.mktemp("large") / "source", rows=20_000)
+    """A model that takes a second or two."""
+    return make_source(tmp_path_factory.mktemp("large") / "source", rows=10_000)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +57,7 @@ def test_killed_at_any_moment(
         running = irq.start("quantize", large, out, *options)
         if attempt % 3:
             wait_for("out.partial", tmp_path)
-            time.sleep(chance.uniform(0, 1.0))
+            time.sleep(chance.uniform(0, 1.5))
         else:
             time.sleep(chance.uniform(0, 0.5))
         with contextlib.suppress(ProcessLookupError):
@@ -89,7 +92,7 @@ def test_interrupted(
     irq: Commands, large: Path, tmp_path: Path, number: int, code: int, late: bool
 ) -> None:
     with nothing_left(tmp_path):
-        running = irq.start("quantize", large, tmp_path / "new" / "out", *ARGS, "--refine", 1000)
+        running = irq.start("quantize", large, tmp_path / "new" / "out", *ARGS)
         wait_for("new/out.partial/*.safetensors" if late else "new/out.partial", tmp_path)
         running.kill(number)
         result = running.wait()
@@ -118,19 +121,8 @@ def test_nobody_reads_the_output(tmp_path: Path, options: list[str]) -> None:
     assert not (tmp_path / "out.partial").exists()
 
 
-def test_two_runs_at_once(irq: Commands, large: Path, tmp_path: Path) -> None:
-    running = irq.start("quantize", large, tmp_path / "out", *ARGS, "--refine", 1000)
-    wait_for("out.partial/.output.lock", tmp_path)
-    time.sleep(0.1)
-    second = subprocess.run(
-        [sys.executable, "-m", "irq_convert", "quantize", large, tmp_path / "out"],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    running.kill(signal.SIGINT)
-    running.wait()
-    assert second.returncode == 2
-    assert f"process {running.pid}" in second.stderr
-    assert second.stderr.count("\n") == 1
+def test_two_runs_at_once(irq: Commands, tmp_path: Path) -> None:
+    source = make_source(tmp_path / "source")
+    with output_folder(tmp_path / "out"), nothing_left(tmp_path):
+        result = irq("quantize", source, tmp_path / "out")
+    assert_fails(result, 2, "out.partial", f"process {os.getpid()}")

@@ -107,7 +107,8 @@ def test_outputs_that_cannot_be_used(irq: Commands, tmp_path: Path, source: Path
         ("source/out", [], USAGE, "inside the source"),
         ("alias/out", [], USAGE, "inside the source"),
         (".", ["--overwrite"], USAGE, "holds the source"),
-        ("file/out", [], FAILURE, "file/out"),
+        ("file/out", [], USAGE, "is a file"),
+        ("file/out/deep", ["--dry-run"], USAGE, "is a file"),
         ("out4", [], USAGE, "out4.partial"),
         ("x" * 300, [], FAILURE, "too long"),
     ]
@@ -128,7 +129,7 @@ def test_models_that_are_not_there(irq: Commands, tmp_path: Path, source: Path) 
         ("", USAGE, "no model given"),
         ("a b!", USAGE, "not a Hub id"),
         ("https://huggingface.co/a/b", USAGE, "give its id"),
-        ("x" * 5000, USAGE, ""),
+        ("x" * 5000, FAILURE, "too long"),
         ("/" + "x" * 5000, FAILURE, "too long"),
         ("org/model", FAILURE, "HF_HUB_OFFLINE"),
     ]
@@ -410,6 +411,8 @@ def open_path(tmp_path: Path) -> Iterator[Path]:
 def test_what_may_not_be_read_or_written(irq: Commands, open_path: Path) -> None:
     locked, hidden = make_source(open_path / "locked"), make_source(open_path / "hidden")
     half, whole = make_source(open_path / "half"), make_source(open_path / "whole")
+    for path in open_path.rglob("*"):
+        path.chmod(0o755)
     (locked / SHARD).chmod(0)
     (half / "tokenizer.json").chmod(0)
     hidden.chmod(0)

@@ -37,7 +37,7 @@ def test_items_come_in_order(depth: int) -> None:
 
 
 def test_production_is_ahead_but_bounded() -> None:
-    made = []
+    made: list[int] = []
 
     def produce() -> Iterator[int]:
         for number in range(20):
@@ -60,7 +60,7 @@ def test_an_error_comes_where_its_item_would_have() -> None:
         yield 2
         raise OSError("disk")
 
-    seen = []
+    seen: list[int] = []
     with pytest.raises(OSError, match="disk"), prefetched(produce(), 5) as items:
         seen.extend(items)  # keeps what came before the error
     assert seen == [1, 2]
