@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 from types import FrameType
@@ -54,7 +53,10 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 
 def main() -> None:
-    """Run a command; an `IrqError` becomes one line on stderr and its exit code."""
+    """Run a command; an `IrqError` becomes one line on stderr and its exit code.
+
+    typer sees to usage errors, Ctrl-C (130) and a reader of the output that went away (1).
+    """
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores SIGHUP: leave it so
             signal.signal(number, _stop)
@@ -66,7 +68,3 @@ def main() -> None:
     except KeyboardInterrupt:
         print("irq-convert: interrupted", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:
-        # The reader of our output went away: nothing is left to say, not even at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)

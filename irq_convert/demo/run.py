@@ -19,6 +19,7 @@ from irq_convert.evaluate.run import evaluate
 from irq_convert.evaluate.text import cut_windows, encode_stream
 
 CONTEXT = 256
+WINDOWS = 48
 BITS = (4, 3, 2)
 VARIANTS = (("plain", "none", 0), ("ICQ", "entropy", 0), ("ICQ, refined", "entropy", 10))
 
@@ -48,7 +49,9 @@ def run_demo(folder: Path, note: Callable[[str], None] = lambda text: None) -> I
     artifact is verified against the source before it is loaded.
     """
     reference = load_causal_lm(str(MODEL_DIR))
-    windows = cut_windows(encode_stream(load_tokenizer(str(MODEL_DIR)), heldout()), CONTEXT)
+    windows = cut_windows(encode_stream(load_tokenizer(str(MODEL_DIR)), heldout()), CONTEXT)[
+        :WINDOWS
+    ]
     options = EvalOptions(context=CONTEXT)
     base = evaluate(reference, windows, options)
     size = sum(path.stat().st_size for path in MODEL_DIR.iterdir()) / 1e6

@@ -32,6 +32,8 @@ import psutil  # type: ignore[import-untyped]
 from rich.console import Console
 from speed import describe_machine, number, spread, table
 
+from irq_convert.errors import IrqError
+
 COMMAND = (
     f"{shlex.quote(sys.executable)} -m irq_convert quantize {{source}} {{out}} --bits 4 --json"
 )
@@ -328,8 +330,8 @@ def show(depths: Sequence[Depth], report: dict[str, Any], args: argparse.Namespa
     console = Console(width=80, highlight=False)
     console.print(f"{machine['processor']}, {machine['cores']} cores, load {machine['load']}")
     cache = "dropped from the page cache" if args.cold else "read once"
-    console.print(f"before each run: all files synced, source {cache}; kernels compiled before")
-    console.print(f"medians of {args.rounds} rounds, command and plain copy in turn")
+    console.print(f"before each run: files synced, source {cache}; kernels compiled")
+    console.print(f"rounds: {args.rounds}, command and plain copy in turn; medians of them")
     first, again = report["tiny"]
     console.print(
         f"import torch alone: {torch_bytes / 1e6:.0f} MB; a tiny source: first run "
@@ -359,7 +361,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         note("twice on a tiny source: kernels, then start-up alone")
         tiny = make_source(folder / "tiny", *TINY)
         starts = [run_watched(command(tiny, folder / f"tiny-out-{turn}")) for turn in (1, 2)]
-        depths = [measure_depth(folder, layers, command, args) for layers in args.layers]
+        try:
+            depths = [measure_depth(folder, layers, command, args) for layers in args.layers]
+        except IrqError as error:
+            sys.exit(f"error: {error}")
     report: dict[str, Any] = {
         "machine": machine,
         "cold": args.cold,

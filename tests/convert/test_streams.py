@@ -130,6 +130,21 @@ def test_an_error_surfaces_at_the_next_call_and_nothing_runs_after_it() -> None:
     assert done == []
 
 
+def test_calls_that_wait_behind_an_error_do_not_run() -> None:
+    gate, done = threading.Event(), list[int]()
+
+    def fail_late() -> None:
+        gate.wait(10)
+        raise OSError("full")
+
+    with pytest.raises(OSError, match="full"), Behind(4) as behind:
+        behind.submit(fail_late)
+        behind.submit(done.append, 1)
+        behind.submit(done.append, 2)
+        gate.set()
+    assert done == []
+
+
 def test_an_error_of_the_last_call_surfaces_at_the_end() -> None:
     with pytest.raises(OSError, match="full"), Behind() as behind:
         behind.submit(fail)
