@@ -2,7 +2,8 @@
 
 Nothing is loaded. Where transformers knows the architecture, the model is built on the meta device
 and its `nn.Linear` modules tell; the checkpoint still decides what exists. Only linears inside
-numbered layers are meant: heads, embeddings, routers and vision or audio towers stay as they are.
+numbered layers are meant: heads, embeddings, routers, vision or audio towers, and what a class
+wants in full precision, stay as they are.
 """
 
 from __future__ import annotations
@@ -74,16 +75,29 @@ def _by_class(
         model = architecture(architecture.config_class.from_dict(dict(config)))
     modules = [name for name, module in model.named_modules() if type(module) is torch.nn.Linear]
     stored = {module_name(key): tensor for tensor, key in keys_in_model(model, tensors).items()}
+    precise = _precise(model)
     found, kept = set(), []
     for module in modules:
         tensor = stored.get(module)
         if tensor is None:
             kept.append(module)
-        elif _is_inner(module) and _is_inner(module_name(tensor)) and tensors[tensor].numel:
+        elif (
+            _is_inner(module)
+            and _is_inner(module_name(tensor))
+            and not precise.search(f"{module}.weight")
+            and tensors[tensor].numel
+        ):
             found.add(tensor)
         else:
             kept.append(module_name(tensor))
     return Linears(frozenset(found), tuple(sorted(kept)), f"the class {architecture.__name__}")
+
+
+def _precise(model: Any) -> re.Pattern[str]:
+    """What the class asks to keep in float32; its code may look at the dtype of such a weight."""
+    lists = (model._keep_in_fp32_modules, model._keep_in_fp32_modules_strict)
+    names = sorted({name for found in lists for name in found or ()})
+    return re.compile("|".join(rf"(^|\.){re.escape(name)}(\.|$)" for name in names) or "(?!)")
 
 
 def _by_name(tensors: Mapping[str, TensorInfo], why: str) -> Linears:

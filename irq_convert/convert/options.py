@@ -10,7 +10,7 @@ from irq_convert.core.spec import QuantSpec
 from irq_convert.errors import UsageError
 
 MAX_SHARD_BYTES = 5_000_000_000
-TILE_WEIGHTS = 1 << 22
+TILE_WEIGHTS = 1 << 21
 
 
 def codebook_name(family: str, bits: int, option: str = "--bits") -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numba
 import numpy as np
 import torch
@@ -16,6 +18,7 @@ from irq_convert.core.stats import TensorStats
 from irq_convert.errors import IrqError, UsageError
 
 BACKENDS = ("auto", "numba", "torch")
+TILE_WEIGHTS = 1 << 20
 _MOST_THREADS = numba.get_num_threads()
 
 
@@ -54,13 +57,13 @@ def quantize_with_stats(
         raise UsageError(f"{name} has shape {list(weight.shape)}: only matrices are quantized")
     if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise UsageError(f"{name} is {weight.dtype}: only floating-point weights are quantized")
-    dense = weight.detach().to(torch.float32).contiguous()
+    weight = weight.detach()
     shape = BlockShape(weight.shape[0], weight.shape[1], spec.block_size, spec.bits)
     use_numba = backend == "numba" or (backend == "auto" and weight.device.type == "cpu")
     parts = (
-        _run_numba(dense.cpu().numpy(), shape, spec, threads)
+        _run_numba(weight.cpu(), shape, spec, threads)
         if use_numba
-        else quantize_portable(dense, shape, spec)
+        else quantize_portable(weight.to(torch.float32).contiguous(), shape, spec)
     )
     packed, scale, tau, scale_grid, tau_grid, counts, energies = parts
     _refuse_bad(int(counts[:, 2].sum()), weight, name)
@@ -79,7 +82,9 @@ def quantize_with_stats(
     return result, stats
 
 
-def _run_numba(dense: np.ndarray, shape: BlockShape, spec: QuantSpec, threads: int | None) -> tuple:
+def _run_numba(
+    weight: torch.Tensor, shape: BlockShape, spec: QuantSpec, threads: int | None
+) -> tuple:
     packed = torch.empty((shape.rows, shape.row_bytes), dtype=torch.uint8)
     scale = torch.empty(shape.blocks, dtype=torch.uint8)
     tau = torch.empty(shape.blocks, dtype=torch.uint8)
@@ -87,25 +92,44 @@ def _run_numba(dense: np.ndarray, shape: BlockShape, spec: QuantSpec, threads: i
     tau_grid = torch.zeros((shape.groups, 2), dtype=torch.float32)
     counts = np.zeros((shape.groups, 3), np.int64)
     energies = np.zeros((shape.groups, 2), np.float64)
+    plan, tables = make_plan(spec), make_tables(spec.codebook, spec.block_size)
+    by_block = [part.numpy() for part in (tau, scale)]
+    by_group = [tau_grid.numpy(), scale_grid.numpy(), counts, energies]
     before = numba.get_num_threads()
     numba.set_num_threads(min(threads or before, _MOST_THREADS))
     try:
-        quantize_tile(
-            dense,
-            spec.block_size,
-            make_plan(spec),
-            make_tables(spec.codebook, spec.block_size),
-            packed.numpy(),
-            tau.numpy(),
-            scale.numpy(),
-            tau_grid.numpy(),
-            scale_grid.numpy(),
-            counts,
-            energies,
-        )
+        for start, dense in _float32_tiles(weight, shape):
+            stop = start + dense.shape[0]
+            blocks = slice(shape.tile(start).blocks, shape.tile(stop).blocks)
+            groups = slice(shape.tile(start).groups, shape.tile(stop).groups)
+            quantize_tile(
+                dense,
+                spec.block_size,
+                plan,
+                tables,
+                packed.numpy()[start:stop],
+                *(part[blocks] for part in by_block),
+                *(part[groups] for part in by_group),
+            )
     finally:
         numba.set_num_threads(before)
     return packed, scale, tau, scale_grid, tau_grid, counts, energies
+
+
+def _float32_tiles(weight: torch.Tensor, shape: BlockShape) -> Iterator[tuple[int, np.ndarray]]:
+    """Rows of `weight` in float32, whole groups at a time.
+
+    One small buffer is used again and again: filling fresh memory would take longer than the
+    conversion itself.
+    """
+    if weight.dtype == torch.float32 and weight.is_contiguous():
+        yield 0, weight.numpy()
+        return
+    step = min(shape.rows, shape.tile_rows(TILE_WEIGHTS))
+    buffer = torch.empty((step, shape.cols), dtype=torch.float32)
+    for start in range(0, shape.rows, step):
+        rows = weight[start : start + step]
+        yield start, buffer[: rows.shape[0]].copy_(rows).numpy()
 
 
 def _refuse_bad(bad: int, weight: torch.Tensor, name: str) -> None:

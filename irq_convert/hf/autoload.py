@@ -20,6 +20,8 @@ TARGET = "transformers.quantizers.auto"
 class _Finder:
     """Finds nothing itself: wraps the loader that the other finders give for `TARGET`."""
 
+    irq_convert = True  # known by a mark: a reloaded module has another class of this name
+
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
@@ -27,13 +29,17 @@ class _Finder:
             return None
         for finder in list(sys.meta_path):
             find = getattr(finder, "find_spec", None)
-            if isinstance(finder, _Finder) or find is None:
+            if _is_ours(finder) or find is None:
                 continue
             spec = find(fullname, path, target)
             if spec is not None:
                 _register_after(spec)
                 return spec
         return None
+
+
+def _is_ours(finder: object) -> bool:
+    return getattr(finder, "irq_convert", False) is True
 
 
 def _register_after(spec: ModuleSpec) -> None:
@@ -79,5 +85,5 @@ def install() -> None:
     module = sys.modules.get(TARGET)
     if module is not None and hasattr(module, "AUTO_QUANTIZER_MAPPING"):
         register(module)
-    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+    if not any(_is_ours(finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())

@@ -137,7 +137,10 @@ def test_encoder_and_decoder(tmp_path: Path) -> None:
     found = find_linears(checkpoint)
     assert "encoder.block.0.layer.0.SelfAttention.q.weight" in found.tensors
     assert "decoder.block.0.layer.1.EncDecAttention.o.weight" in found.tensors
+    assert "encoder.block.0.layer.1.DenseReluDense.wi.weight" in found.tensors
     assert not any("relative" in name or "shared" in name for name in found.tensors)
+    # The class wants it in float32 and casts its input to whatever its weight is.
+    assert "encoder.block.0.layer.1.DenseReluDense.wo" in found.modules_kept
     check_whole(checkpoint, model)
 
 

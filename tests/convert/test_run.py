@@ -297,7 +297,11 @@ def test_a_failure_anywhere_leaves_nothing(
     with pytest.raises(IrqError, match="the disk fails"):
         quantize_checkpoint(str(source), tmp_path / "new" / "out", progress=progress)
     assert snapshot(tmp_path) == before
-    assert not [t for t in threading.enumerate() if t.name.startswith("irq-")]
+    assert not [
+        t
+        for t in threading.enumerate()
+        if t.name.startswith(("irq-reader", "irq-writer", "irq-checksum"))
+    ]
 
 
 def test_home_folders_and_empty_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -378,3 +382,56 @@ def test_the_artifact_loads_and_computes(tmp_path: Path) -> None:
     ids = torch.arange(20)[None]
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, dense(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+TEXT: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 50,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+VISION: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 28,
+    "patch_size": 14,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["Mixtral", "Llava", "T5", "Bert"])
+def test_other_classes_load_and_compute(tmp_path: Path, kind: str) -> None:
+    """Experts, renamed modules, weights that a class wants in float32, a model that is no LLM."""
+    import transformers as tf
+    from safetensors.torch import save_file
+
+    from irq_convert import load
+
+    text = tf.LlamaConfig(**TEXT)
+    model = {
+        "Mixtral": lambda: tf.MixtralForCausalLM(tf.MixtralConfig(**TEXT, num_local_experts=4)),
+        "Llava": lambda: tf.LlavaForConditionalGeneration(
+            tf.LlavaConfig(vision_config=tf.CLIPVisionConfig(**VISION), text_config=text)
+        ),
+        "T5": lambda: tf.T5ForConditionalGeneration(
+            tf.T5Config(d_model=64, d_ff=96, num_layers=1, num_heads=4, vocab_size=50, d_kv=16)
+        ),
+        "Bert": lambda: tf.BertForMaskedLM(tf.BertConfig(**TEXT)),
+    }[kind]()
+    source, out = tmp_path / "source", tmp_path / "out"
+    model.save_pretrained(source)
+    convert(source, out)
+    quantized = load(out)
+    values = {n: torch.from_numpy(v) for n, v in numpy_reader.read_artifact(out).items()}
+    save_file(values, source / "model.safetensors", {"format": "pt"})
+    dense = type(model).from_pretrained(source)
+    ids = torch.arange(3, 20)[None]
+    inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if kind == "T5" else {})
+    with torch.no_grad():
+        torch.testing.assert_close(quantized(**inputs).logits, dense(**inputs).logits)

@@ -59,8 +59,8 @@ def test_sum_equals_brute_force_and_is_never_below_the_grid(kind: str, book: Cod
 @pytest.mark.slow
 @BOOKS
 @KINDS
-def test_thousands_of_blocks_and_a_fine_grid(kind: str, book: Codebook) -> None:
-    _check_kind(kind, book, 2000, fine=500)
+def test_hundreds_of_blocks_and_a_fine_grid(kind: str, book: Codebook) -> None:
+    _check_kind(kind, book, 300, fine=500)
 
 
 @BOOKS
