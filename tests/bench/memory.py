@@ -224,6 +224,8 @@ def make_source(folder: Path, *sizes: str) -> Path:
 @contextmanager
 def scratch(where: Path | None, keep: bool) -> Iterator[Path]:
     """A temporary folder, removed at the end unless it is to be kept."""
+    if where is not None:
+        Path(where).mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="irq-bench-", dir=where))
     try:
         yield folder

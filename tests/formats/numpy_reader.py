@@ -474,7 +474,8 @@ def verify_files(folder: Path | str) -> list[str]:
     if manifest.get("format") != "irq" or manifest.get("format_version") != 1:
         raise FormatError(f"{path}: not a manifest of irq, version 1")
     listed = _object(manifest.get("files"), None, f"{path}: files")
-    there = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    files = (p.relative_to(folder) for p in folder.rglob("*") if p.is_file())
+    there = {p.as_posix() for p in files if not any(x.startswith(".") for x in p.parts)}
     there.discard(path.name)
     for name in sorted(set(listed) ^ there):
         what = "is listed but missing" if name in listed else "is not in the manifest"
