@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
+
 from irq_convert.artifact.verify import verify_artifact
 from irq_convert.convert.options import ConvertOptions
 from irq_convert.convert.run import open_source, quantize_checkpoint
@@ -48,6 +50,7 @@ def run_demo(folder: Path, note: Callable[[str], None] = lambda text: None) -> I
     Perplexity is that of held-out text from the same generator, in windows of 256 tokens. Every
     artifact is verified against the source before it is loaded.
     """
+    torch.set_num_threads(1)  # a model this small only waits for its threads
     reference = load_causal_lm(str(MODEL_DIR))
     windows = cut_windows(encode_stream(load_tokenizer(str(MODEL_DIR)), heldout()), CONTEXT)[
         :WINDOWS
