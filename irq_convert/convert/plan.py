@@ -15,6 +15,7 @@ from irq_convert.artifact.config import (
     module_name,
 )
 from irq_convert.artifact.manifest import MANIFEST_NAME
+from irq_convert.artifact.structure import part_specs
 from irq_convert.checkpoint.header import TensorInfo
 from irq_convert.checkpoint.shards import INDEX_NAME, build_index, plan_shards, shard_name
 from irq_convert.checkpoint.source import Checkpoint
@@ -52,15 +53,8 @@ class TensorPlan:
         """The stored tensors (specification, section 3)."""
         if self.spec is None:
             return (TensorSpec(self.info.name, self.info.dtype, self.info.shape),)
-        name, shape = self.info.name, self.shape
-        blocks = (shape.rows, shape.blocks_per_row)
-        return (
-            TensorSpec(name, "U8", (shape.rows, shape.row_bytes)),
-            TensorSpec(f"{name}_scale", "U8", blocks),
-            TensorSpec(f"{name}_tau", "U8", blocks),
-            TensorSpec(f"{name}_scale_grid", "F32", (shape.groups, 2)),
-            TensorSpec(f"{name}_tau_grid", "F32", (shape.groups, 2)),
-        )
+        stored = ModuleFormat(self.spec.codebook, self.spec.block_size)
+        return tuple(part_specs(self.info.name, self.info.shape, stored).values())
 
     @property
     def nbytes(self) -> int:
