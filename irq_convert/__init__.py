@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from irq_convert.hf import autoload
 
 if TYPE_CHECKING:
+    from irq_convert.adapters.attach import attach, prepare_for_training
+    from irq_convert.adapters.config import IecLoraConfig
     from irq_convert.core.dequantize import dequantize_tensor
     from irq_convert.core.quantize import quantize_tensor
     from irq_convert.core.quantized import QuantizedTensor
@@ -23,23 +25,29 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "IecLoraConfig",
     "IrqError",
     "QuantSpec",
     "QuantizedTensor",
     "UsageError",
     "__version__",
+    "attach",
     "dequantize_tensor",
     "load",
+    "prepare_for_training",
     "quantize_tensor",
 ]
 
 _HOMES = {
+    "IecLoraConfig": "irq_convert.adapters.config",
     "IrqError": "irq_convert.errors",
     "QuantSpec": "irq_convert.core.spec",
     "QuantizedTensor": "irq_convert.core.quantized",
     "UsageError": "irq_convert.errors",
+    "attach": "irq_convert.adapters.attach",
     "dequantize_tensor": "irq_convert.core.dequantize",
     "load": "irq_convert.hf.loading",
+    "prepare_for_training": "irq_convert.adapters.attach",
     "quantize_tensor": "irq_convert.core.quantize",
 }
 

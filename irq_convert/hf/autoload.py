@@ -1,31 +1,34 @@
-"""Registering "irq" with transformers at the moment transformers itself is imported.
+"""Registering with transformers and PEFT at the moment they themselves are imported.
 
-transformers has no discovery of plugins. A finder on `sys.meta_path` lets the module that holds
-its quantizers load as usual and registers ours right after, so that neither package has to be
-imported before the other and importing this one stays cheap.
+Neither has a discovery of plugins. A finder on `sys.meta_path` lets the module that holds
+transformers' quantizers, and PEFT, load as usual and registers the quantization method "irq" and
+the adapter type "IEC_LORA" right after, so that no package has to be imported before the other and
+importing this one stays cheap.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 QUANT_METHOD = "irq"
 TARGET = "transformers.quantizers.auto"
+PEFT = "peft"
 
 
 class _Finder:
-    """Finds nothing itself: wraps the loader that the other finders give for `TARGET`."""
+    """Finds nothing itself: wraps the loaders that the other finders give for the targets."""
 
     irq_convert = True  # known by a mark: a reloaded module has another class of this name
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != TARGET:
+        register_it = _REGISTER.get(fullname)
+        if register_it is None:
             return None
         for finder in list(sys.meta_path):
             find = getattr(finder, "find_spec", None)
@@ -33,7 +36,7 @@ class _Finder:
                 continue
             spec = find(fullname, path, target)
             if spec is not None:
-                _register_after(spec)
+                _register_after(spec, register_it)
                 return spec
         return None
 
@@ -42,7 +45,7 @@ def _is_ours(finder: object) -> bool:
     return getattr(finder, "irq_convert", False) is True
 
 
-def _register_after(spec: ModuleSpec) -> None:
+def _register_after(spec: ModuleSpec, register_it: Callable[[ModuleType], None]) -> None:
     loader = spec.loader
     execute = getattr(loader, "exec_module", None)
     if execute is None:
@@ -50,7 +53,7 @@ def _register_after(spec: ModuleSpec) -> None:
 
     def exec_module(module: ModuleType) -> None:
         execute(module)
-        register(module)
+        register_it(module)
 
     try:
         loader.exec_module = exec_module  # type: ignore[union-attr, method-assign]
@@ -80,10 +83,30 @@ def register(module: ModuleType) -> None:
         )
 
 
+def register_peft(module: ModuleType) -> None:
+    """Add the type "IEC_LORA" to `module`, PEFT. Never raises, as `register`."""
+    try:
+        import_module("irq_convert.adapters.peft_type").register()
+    except Exception as error:  # any failure of a foreign import, or of its private parts
+        import logging
+
+        logging.getLogger("irq_convert").warning(
+            "this version of PEFT cannot load IEC-LoRA adapters: %s: %s",
+            type(error).__name__,
+            error,
+        )
+
+
+_REGISTER = {TARGET: register, PEFT: register_peft}
+
+
 def install() -> None:
-    """Register now if transformers' quantizers are loaded, otherwise once they are; idempotent."""
+    """Register now with what is loaded, otherwise once it is; idempotent."""
     module = sys.modules.get(TARGET)
     if module is not None and hasattr(module, "AUTO_QUANTIZER_MAPPING"):
         register(module)
+    peft = sys.modules.get(PEFT)
+    if peft is not None and hasattr(peft, "get_peft_model"):
+        register_peft(peft)
     if not any(_is_ours(finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())

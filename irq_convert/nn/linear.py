@@ -68,12 +68,14 @@ class IrqLinear(nn.Linear):
     ) -> None:
         """Allocate the parts of an `[out_features, in_features]` weight, all zero bytes.
 
-        `dtype` is that of the bias. Raises `UsageError` when `fmt.columns` is not `in_features`.
+        `dtype` is that of the bias, and of the weight should it ever be made dense. Raises
+        `UsageError` when `fmt.columns` is not `in_features`.
         """
         nn.Module.__init__(self)
         self.in_features = in_features
         self.out_features = out_features
         self.fmt = _exact_columns(fmt, in_features)
+        self.dense_dtype = dtype or torch.get_default_dtype()
         parts = part_shapes(out_features, in_features, self.fmt)
         for name in PARTS:
             if name not in parts:
@@ -101,6 +103,7 @@ class IrqLinear(nn.Linear):
                     f"bias has shape {list(bias.shape)}, the weight {layer.out_features} rows"
                 )
             layer.bias = nn.Parameter(bias.detach())
+            layer.dense_dtype = bias.dtype
         return layer
 
     def reset_parameters(self) -> None:
@@ -154,6 +157,7 @@ class IrqLinear(nn.Linear):
             return moved
 
         super()._apply(keep_dtype, recurse)
+        self.dense_dtype = fn(torch.empty(0, dtype=self.dense_dtype)).dtype
         return self
 
     def bits_per_weight(self) -> float:

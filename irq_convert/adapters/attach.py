@@ -1,0 +1,58 @@
+"""From a loaded artifact to a model that trains: `attach`, and its preparation alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from irq_convert.errors import UsageError
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+    from transformers import PreTrainedModel
+
+
+def prepare_for_training(
+    model: PreTrainedModel, *, gradient_checkpointing: bool | dict[str, Any] = False
+) -> PreTrainedModel:
+    """Freeze `model` and, if asked, turn gradient checkpointing on; nothing is cast or copied.
+
+    `gradient_checkpointing` may be the keyword arguments of `torch.utils.checkpoint.checkpoint`,
+    such as `{"use_reentrant": True}`. (PEFT's own preparation would cast every dense parameter to
+    float32 and leave checkpointing off.)
+    """
+    model.requires_grad_(False)
+    if gradient_checkpointing is not False:
+        how = gradient_checkpointing if isinstance(gradient_checkpointing, dict) else None
+        enable = getattr(model, "activation_checkpointing_enable", None)
+        (enable or model.gradient_checkpointing_enable)(how)
+        model.config.use_cache = False
+    return model
+
+
+def attach(
+    model: PreTrainedModel,
+    config: LoraConfig | None = None,
+    *,
+    gradient_checkpointing: bool | dict[str, Any] = False,
+    adapter_name: str = "default",
+) -> PeftModel:
+    """`model`, frozen, with trainable adapters on its linear layers.
+
+    `config` is an `IecLoraConfig` (the default: rank 64, alpha 16, all linear layers but the head)
+    or any `LoraConfig`; without `target_modules` it gets "all-linear". The adapter's dtype is
+    float32 whatever the model's. Raises `UsageError` when `model` has adapters already.
+    """
+    from peft import PeftModel, get_peft_model
+
+    from irq_convert.adapters.config import IecLoraConfig
+    from irq_convert.adapters.peft_type import register
+
+    register()
+    if isinstance(model, PeftModel):
+        raise UsageError("the model has an adapter already: add another with model.add_adapter")
+    if config is None:
+        config = IecLoraConfig(r=64, lora_alpha=16, task_type="CAUSAL_LM")
+    if not config.target_modules and not config.target_parameters:
+        config.target_modules = "all-linear"
+    prepare_for_training(model, gradient_checkpointing=gradient_checkpointing)
+    return get_peft_model(model, config, adapter_name=adapter_name)

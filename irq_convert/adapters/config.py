@@ -1,0 +1,71 @@
+"""`IecLoraConfig`: a LoRA configuration with the connections of IEC and block pooling."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from peft import LoraConfig
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from irq_convert.core.spec import BLOCK_SIZES
+from irq_convert.errors import UsageError
+
+CONNECTIONS = ("both", "input", "output", "none")
+POOLS = (None, "block")
+
+
+@dataclass
+class IecLoraConfig(LoraConfig):
+    """Everything of `peft.LoraConfig`, and what IEC-LoRA adds (docs/method.md, "IEC").
+
+    Raises `UsageError` for a value that is none of those named, and for options of `LoraConfig`
+    that make another layer of it (DoRA and the like) or write to the base weight.
+    """
+
+    connection: str = field(
+        default="both",
+        metadata={"help": "Which connections learn: both, input (beta1), output (beta2) or none."},
+    )
+    pool: str | None = field(
+        default=None,
+        metadata={"help": "'block': the adapter sees block sums and merges by moving tau alone."},
+    )
+    block_size: int | None = field(
+        default=None,
+        metadata={"help": "Block size of pooled adapters on layers that are not quantized."},
+    )
+    base_sha256: str | None = field(
+        default=None,
+        metadata={"help": "Identity of the artifact that the adapter belongs to; recorded."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        from irq_convert.adapters.layer import IecLoraLinear
+        from irq_convert.adapters.peft_type import iec_lora
+
+        self.peft_type = iec_lora()
+        self._check()
+        self._register_custom_module({nn.Linear: IecLoraLinear, Conv1D: IecLoraLinear})
+
+    def _check(self) -> None:
+        if self.connection not in CONNECTIONS:
+            raise UsageError(
+                f"connection {self.connection!r}: choose one of {', '.join(CONNECTIONS)}"
+            )
+        if self.pool not in POOLS:
+            raise UsageError(f"pool {self.pool!r}: choose 'block' or None")
+        if self.block_size is not None and self.block_size not in BLOCK_SIZES:
+            sizes = ", ".join(map(str, BLOCK_SIZES))
+            raise UsageError(f"block_size {self.block_size!r}: choose one of {sizes}")
+        if self.block_size is not None and self.pool is None:
+            raise UsageError("block_size is for adapters with pool='block'")
+        if self.init_lora_weights not in (True, False, "gaussian"):
+            raise UsageError(
+                f"init_lora_weights {self.init_lora_weights!r} changes the base weight, which is "
+                "packed: choose True, False or 'gaussian'"
+            )
+        for name in ("lora_bias", "layer_replication", "target_parameters", "megatron_config"):
+            if getattr(self, name, None):
+                raise UsageError(f"IEC-LoRA does not take {name}: leave it out or use LoraConfig")

@@ -1,0 +1,63 @@
+"""`IecLoraModel`: PEFT's LoRA tuner, strict about what it adapts and what it loads."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from peft.tuners.lora import LoraModel
+from peft.tuners.lora.layer import LoraLayer
+
+from irq_convert.adapters.layer import IecLoraLinear
+from irq_convert.errors import IrqError, UsageError
+from irq_convert.hf.identity import model_identity
+
+
+class IecLoraModel(LoraModel):
+    """The tuner of `IecLoraConfig`. Records which artifact the adapter belongs to."""
+
+    def _prepare_model(self, peft_config: Any, model: Any) -> None:
+        super()._prepare_model(peft_config, model)
+        identity = model_identity(model)
+        if peft_config.base_sha256 is None:
+            peft_config.base_sha256 = identity
+        elif identity not in (None, peft_config.base_sha256):
+            warnings.warn(
+                f"this adapter was trained on the artifact {peft_config.base_sha256[:12]}, the "
+                f"model comes from {identity[:12] if identity else 'none'}: results will differ",
+                stacklevel=2,
+            )
+
+    @staticmethod
+    def _create_new_module(lora_config: Any, adapter_name: str, target: Any, **kwargs: Any) -> Any:
+        module = LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
+        if isinstance(module, LoraLayer) and not isinstance(module, IecLoraLinear):
+            raise UsageError(
+                f"IEC-LoRA adapts linear layers, and target_modules names a {type(target).__name__}"
+                f" ({kwargs.get('target_name', 'unknown')}): leave it out, or use LoraConfig"
+            )
+        return module
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: Any, config: Any, adapter_name: str, state_dict: dict[str, Any]
+    ) -> Any:
+        """Refuse files that lack what the model's adapter has, or hold what it has not."""
+        remapped = super()._remap_adapter_state_dict_for_load(
+            model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
+        )
+        wanted = {
+            name
+            for name, _ in model.named_parameters()
+            if cls.prefix in name and adapter_name in name.split(".")
+        }
+        for what, names in (
+            ("lacks", wanted - set(remapped)),
+            ("has the unknown", {n for n in remapped if cls.prefix in n} - wanted),
+        ):
+            if names:
+                more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+                raise IrqError(
+                    f"the adapter {what} {min(names)}{more}: it is damaged or of another model"
+                )
+        return remapped
