@@ -1,12 +1,14 @@
 """`y = x W^T + b` for a packed `W`: the dense weight exists only while a product is computed.
 
 The autograd function saves nothing but the packed parts, which the module owns anyway, and
-dequantizes again for the gradient of the input. Two operators, `irq::linear` and
-`irq::dequantize`, keep compilers from looking inside, so a compiled model computes the same bits.
+dequantizes again for the gradient of the input. Both products walk over tiles of rows, so that on
+the CPU the dense weight is never whole. Two operators, `irq::linear` and `irq::linear_grad`, keep
+compilers from looking inside, so a compiled model computes the same bits.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,8 +20,11 @@ from irq_convert.core.quantized import QuantizedTensor
 FEW_ROWS = 16
 """Inputs of at most this many rows use small tiles, which stay in the cache until multiplied."""
 SMALL_TILE = 1 << 21
-LARGE_TILE = 1 << 25
-"""Bytes of dense weights at a time on the CPU; fresh memory costs more than filling it."""
+LARGE_TILE = 1 << 24
+"""Bytes of dense weights at a time on the CPU.
+
+Fresh memory costs more than filling it: below 32 MiB the allocator keeps what it had.
+"""
 
 
 def packed_linear(
@@ -51,10 +56,9 @@ class _PackedLinear(torch.autograd.Function):
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
             if _is_plain(grad):
-                weight = dequantize_tensor(QuantizedTensor(*parts), grad.dtype)
+                grad_x = _linear_grad(grad, QuantizedTensor(*parts))
             else:
-                weight = torch.ops.irq.dequantize(*parts, grad.dtype)
-            grad_x = grad @ weight
+                grad_x = torch.ops.irq.linear_grad(grad, *parts)
         if ctx.needs_input_grad[1]:
             grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
         return (grad_x, grad_bias, *(None,) * 8)
@@ -66,19 +70,49 @@ def _is_plain(tensor: torch.Tensor) -> bool:
 
 
 def _linear(x: torch.Tensor, q: QuantizedTensor, bias: torch.Tensor | None) -> torch.Tensor:
-    rows, row_bytes = q.codes.shape[0], q.cols * x.element_size()
     tile_bytes = SMALL_TILE if x.numel() <= FEW_ROWS * q.cols else LARGE_TILE
-    step = max(1, tile_bytes // row_bytes)
-    if x.device.type != "cpu" or rows <= step:
+    tiles = _tiles(x, q, tile_bytes)
+    if tiles is None:
         return functional.linear(x, dequantize_tensor(q, x.dtype), bias)
-    y = x.new_empty(*x.shape[:-1], rows)
-    tile = x.new_empty(step, q.cols)
-    for begin in range(0, rows, step):
-        end = min(begin + step, rows)
-        weight = dequantize_rows(q, begin, end, x.dtype, out=tile[: end - begin])
+    y = x.new_empty(*x.shape[:-1], q.codes.shape[0])
+    for begin, end, weight in tiles:
         part = None if bias is None else bias[begin:end]
         y[..., begin:end] = functional.linear(x, weight, part)
     return y
+
+
+def _linear_grad(grad: torch.Tensor, q: QuantizedTensor) -> torch.Tensor:
+    """`grad @ W`. Tiles of a short dtype are summed in float32: one rounding, as without tiles."""
+    tiles = _tiles(grad, q, LARGE_TILE)
+    if tiles is None:
+        return grad @ dequantize_tensor(q, grad.dtype)
+    rows = grad.reshape(-1, grad.shape[-1])
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    total = rows.new_zeros(rows.shape[0], q.cols, dtype=wide)
+    for begin, end, weight in tiles:
+        if wide == grad.dtype:
+            total.addmm_(rows[:, begin:end], weight)
+        else:
+            total += rows[:, begin:end] @ weight
+    return total.to(grad.dtype).view(*grad.shape[:-1], q.cols)
+
+
+def _tiles(
+    like: torch.Tensor, q: QuantizedTensor, tile_bytes: int
+) -> Iterator[tuple[int, int, torch.Tensor]] | None:
+    """Dense rows `begin .. end` of `q` in the dtype of `like`, all in one buffer; None for one."""
+    rows = q.codes.shape[0]
+    step = max(1, tile_bytes // max(1, q.cols * like.element_size()))
+    if like.device.type != "cpu" or rows <= step:
+        return None
+    buffer = like.new_empty(step, q.cols)
+
+    def walk() -> Iterator[tuple[int, int, torch.Tensor]]:
+        for begin in range(0, rows, step):
+            end = min(begin + step, rows)
+            yield begin, end, dequantize_rows(q, begin, end, like.dtype, out=buffer[: end - begin])
+
+    return walk()
 
 
 @torch.library.custom_op("irq::linear", mutates_args=())
@@ -105,8 +139,9 @@ def _linear_fake(
     return x.new_empty(*x.shape[:-1], codes.shape[0])
 
 
-@torch.library.custom_op("irq::dequantize", mutates_args=())
-def _dequantize_op(
+@torch.library.custom_op("irq::linear_grad", mutates_args=())
+def _linear_grad_op(
+    grad: torch.Tensor,
     codes: torch.Tensor,
     scale: torch.Tensor,
     tau: torch.Tensor,
@@ -115,14 +150,14 @@ def _dequantize_op(
     cols: int,
     codebook: str,
     block_size: int,
-    dtype: torch.dtype,
 ) -> torch.Tensor:
     q = QuantizedTensor(codes, scale, tau, scale_grid, tau_grid, cols, codebook, block_size)
-    return dequantize_tensor(q, dtype)
+    return _linear_grad(grad, q)
 
 
-@_dequantize_op.register_fake
-def _dequantize_fake(
+@_linear_grad_op.register_fake
+def _linear_grad_fake(
+    grad: torch.Tensor,
     codes: torch.Tensor,
     scale: torch.Tensor,
     tau: torch.Tensor,
@@ -131,6 +166,5 @@ def _dequantize_fake(
     cols: int,
     codebook: str,
     block_size: int,
-    dtype: torch.dtype,
 ) -> torch.Tensor:
-    return codes.new_empty(codes.shape[0], cols, dtype=dtype)
+    return grad.new_empty(*grad.shape[:-1], cols)
