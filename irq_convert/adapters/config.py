@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from irq_convert.core.spec import BLOCK_SIZES
 from irq_convert.errors import UsageError
+from irq_convert.hf import autoload
 
 CONNECTIONS = ("both", "input", "output", "none")
 POOLS = (None, "block")
@@ -69,3 +70,6 @@ class IecLoraConfig(LoraConfig):
         for name in ("lora_bias", "layer_replication", "target_parameters", "megatron_config"):
             if getattr(self, name, None):
                 raise UsageError(f"IEC-LoRA does not take {name}: leave it out or use LoraConfig")
+
+
+autoload.install()  # where importing this module is what first imported PEFT

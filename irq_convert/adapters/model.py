@@ -10,6 +10,7 @@ from peft.tuners.lora.layer import LoraLayer
 
 from irq_convert.adapters.layer import IecLoraLinear
 from irq_convert.errors import IrqError, UsageError
+from irq_convert.hf import autoload
 from irq_convert.hf.identity import model_identity
 
 
@@ -61,3 +62,6 @@ class IecLoraModel(LoraModel):
                     f"the adapter {what} {min(names)}{more}: it is damaged or of another model"
                 )
         return remapped
+
+
+autoload.install()  # where importing this module is what first imported PEFT

@@ -86,7 +86,9 @@ def register(module: ModuleType) -> None:
 def register_peft(module: ModuleType) -> None:
     """Add the type "IEC_LORA" to `module`, PEFT. Never raises, as `register`."""
     try:
-        import_module("irq_convert.adapters.peft_type").register()
+        ours = import_module("irq_convert.adapters.peft_type")
+        if hasattr(ours, "register"):  # else its own import led here
+            ours.register()
     except Exception as error:  # any failure of a foreign import, or of its private parts
         import logging
 
