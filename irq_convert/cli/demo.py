@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from irq_convert.cli.quiet import quiet_libraries
+
 if TYPE_CHECKING:
+    from irq_convert.demo.journey import DemoStep
     from irq_convert.demo.run import DemoRow
 
 
@@ -17,34 +20,43 @@ def demo_command(
     out: Annotated[Path | None, typer.Option(help="Keep the artifacts in this new folder.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the table as JSON.")] = False,
 ) -> None:
-    """Quantize a small trained model at 4, 3 and 2 bits and measure each result.
+    """Quantize a small trained model, finetune it each way, merge it each way; measure all.
 
     Example: irq-convert demo --out demo-artifacts
     """
     from rich.console import Console
-    from transformers.utils import logging
+
+    quiet_libraries()
 
     from irq_convert.checkpoint.disk import output_folder
     from irq_convert.demo.run import run_demo
 
-    logging.disable_progress_bar()
     with Console(stderr=True).status("loading") as status, tempfile.TemporaryDirectory() as scratch:
         if out is None:
             rows = list(run_demo(Path(scratch), status.update))
         else:
             with output_folder(out) as staging:
                 rows = list(run_demo(staging, status.update))
+    from irq_convert.demo.run import DemoRow
+
+    quantized = [row for row in rows if isinstance(row, DemoRow)]
+    steps = [row for row in rows if not isinstance(row, DemoRow)]
     if as_json:
-        typer.echo(json.dumps([row.to_dict() for row in rows], indent=2))
+        found = {
+            "quantized": [row.to_dict() for row in quantized],
+            "steps": [step.to_dict() for step in steps],
+        }
+        typer.echo(json.dumps(found, indent=2))
     else:
-        _print_table(rows)
+        _print_quantized(quantized)
+        _print_steps(steps)
 
 
-def _print_table(rows: list[DemoRow]) -> None:
+def _print_quantized(rows: list[DemoRow]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table()
+    table = Table(title="quantize", title_justify="left")
     table.add_column("")
     for title in ("MB", "bits/w", "entropy", "perplexity", "KL, nats"):
         table.add_column(title, justify="right")
@@ -61,7 +73,27 @@ def _print_table(rows: list[DemoRow]) -> None:
     console.print(table)
     console.print(
         "MB: the whole folder. bits/w: of quantized weights, statistics included. entropy: bits "
-        "a code. Perplexity and KL(source || quantized) on held-out text, +- standard error."
+        "a code. Perplexity and KL(source || quantized) on held-out text, +- standard error.\n"
+    )
+
+
+def _print_steps(steps: list[DemoStep]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="finetune and merge", title_justify="left")
+    table.add_column("")
+    for title in ("seconds", "MB", "perplexity"):
+        table.add_column(title, justify="right")
+    for step in steps:
+        seconds = "" if step.seconds is None else f"{step.seconds:.1f}"
+        perplexity = _with_error(step.perplexity, step.perplexity_se)
+        table.add_row(step.name, seconds, f"{step.megabytes:.2f}", perplexity)
+    console = Console()
+    console.print(table)
+    console.print(
+        "seconds: of the step. MB: the folder it wrote. perplexity: of the artifact with the "
+        "adapter on it, or of what was merged. A block-pooled adapter merges into the artifact."
     )
 
 

@@ -1,8 +1,8 @@
-"""The demo: quantize the shipped model at 4, 3 and 2 bits, load each result and measure it."""
+"""The demo: quantize the shipped model at 4, 3 and 2 bits, measure, finetune, merge, measure."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from irq_convert.convert.run import open_source, quantize_checkpoint
 from irq_convert.core.spec import QuantSpec
 from irq_convert.demo import MODEL_DIR
 from irq_convert.demo.corpus import heldout
+from irq_convert.demo.journey import DemoStep, run_journey
 from irq_convert.errors import IrqError
 from irq_convert.evaluate.load import load_causal_lm, load_tokenizer
 from irq_convert.evaluate.options import EvalOptions
@@ -44,18 +45,32 @@ class DemoRow:
         return asdict(self)
 
 
-def run_demo(folder: Path, note: Callable[[str], None] = lambda text: None) -> Iterator[DemoRow]:
-    """Yield the source's row, then one for each width and variant, quantized into `folder`.
+def run_demo(
+    folder: Path, note: Callable[[str], None] = lambda text: None
+) -> Iterator[DemoRow | DemoStep]:
+    """Yield a row for the source and for each width and variant, then one for each later step.
 
-    Perplexity is that of held-out text from the same generator, in windows of 256 tokens. Every
-    artifact is verified against the source before it is loaded.
+    All folders are written below `folder`. Perplexity is that of held-out text from the same
+    generator, in windows of 256 tokens. Every artifact is verified against the source before it is
+    loaded; adapters are trained on the one with the fewest bits.
     """
     torch.set_num_threads(1)  # a model this small only waits for its threads
-    reference = load_causal_lm(str(MODEL_DIR))
     windows = cut_windows(encode_stream(load_tokenizer(str(MODEL_DIR)), heldout()), CONTEXT)[
         :WINDOWS
     ]
     options = EvalOptions(context=CONTEXT)
+    yield from _quantize(folder, windows, options, note)
+    base = folder / f"{min(BITS)}bit-entropy-0"
+    yield from run_journey(folder, base, windows, options, note)
+
+
+def _quantize(
+    folder: Path,
+    windows: Sequence[torch.Tensor],
+    options: EvalOptions,
+    note: Callable[[str], None],
+) -> Iterator[DemoRow]:
+    reference = load_causal_lm(str(MODEL_DIR))
     base = evaluate(reference, windows, options)
     size = sum(path.stat().st_size for path in MODEL_DIR.iterdir()) / 1e6
     yield DemoRow("source", size, 16.0, None, base.perplexity, base.perplexity_se, None, None)
