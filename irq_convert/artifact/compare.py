@@ -119,17 +119,19 @@ class Comparison:
 
     def _spec(self, tensor: StoredTensor) -> QuantSpec | None:
         """How this very program made `tensor`; None where another one did."""
-        options = self._manifest.get("options", {})
-        eight_bits = (tensor.format.scale_dtype, tensor.format.tau_dtype) == ("uint8", "uint8")
-        if not eight_bits or self._manifest.get("producer") != f"irq-convert {__version__}":
+        options, fmt = self._manifest.get("options", {}), tensor.format
+        if self._manifest.get("producer") != f"irq-convert {__version__}":
             return None
         objective, refine = options.get("objective"), options.get("refine")
+        zero_point = options.get("zero_point", "float")
         if not isinstance(objective, str) or type(refine) is not int:
             return None
         try:
-            return QuantSpec(tensor.format.codebook, tensor.format.block_size, objective, refine)
+            spec = QuantSpec(fmt.codebook, fmt.block_size, objective, refine, zero_point)
         except UsageError:
             return None
+        stored = ("uint8", spec.tau_dtype)
+        return spec if (fmt.scale_dtype, fmt.tau_dtype) == stored else None
 
 
 def _kind(info: TensorInfo) -> tuple[str, tuple[int, ...]]:

@@ -12,13 +12,23 @@ import torch
 from irq_convert.artifact.config import QUANT_METHOD, QuantizationConfig
 from irq_convert.artifact.manifest import MANIFEST_NAME, read_manifest
 from irq_convert.artifact.structure import WAY_OUT, StoredTensor, sort_tensors
+from irq_convert.checkpoint.buffers import tensor_bytes
 from irq_convert.checkpoint.header import TensorInfo
 from irq_convert.checkpoint.reader import TileReader
 from irq_convert.checkpoint.source import Checkpoint, open_checkpoint, read_json_object
+from irq_convert.checkpoint.writer import ShardWriter
+from irq_convert.core.blocks import BlockShape
 from irq_convert.core.quantized import QuantizedTensor
 from irq_convert.errors import IrqError, UsageError
 
-__all__ = ["Artifact", "StoredTensor", "examine_artifact", "open_artifact", "read_quantized"]
+__all__ = [
+    "Artifact",
+    "StoredTensor",
+    "examine_artifact",
+    "open_artifact",
+    "read_quantized",
+    "write_quantized",
+]
 
 
 @dataclass(frozen=True)
@@ -136,6 +146,20 @@ def read_quantized(
         codebook=tensor.format.codebook,
         block_size=tensor.format.block_size,
     )
+
+
+def write_quantized(
+    writer: ShardWriter, name: str, shape: BlockShape, start: int, tile: QuantizedTensor
+) -> None:
+    """Write `tile`, rows from `start` on of tensor `name` of `shape`: twin of `read_quantized`.
+
+    `start` must be a multiple of `shape.row_multiple`. Raises as `ShardWriter.write`.
+    """
+    group = shape.tile(start).groups
+    for suffix, part in tile.parts().items():
+        data = tensor_bytes(part.cpu().contiguous())
+        first = group if suffix.endswith("_grid") else start
+        writer.write(name + suffix, data, first * (len(data) // part.shape[0]))
 
 
 def read_part(

@@ -26,6 +26,13 @@ class Objective(StrEnum):
     NONE = "none"
 
 
+class ZeroPoint(StrEnum):
+    """What tau may be."""
+
+    FLOAT = "float"
+    INTEGER = "integer"
+
+
 def quantize_command(
     model: Annotated[str, typer.Argument(help="Local folder or Hub id of the source model.")],
     out: Annotated[
@@ -44,6 +51,10 @@ def quantize_command(
     refine: Annotated[
         int, typer.Option(help="Most rounds of least squares on tau, scale and codes.")
     ] = 0,
+    zero_point: Annotated[
+        ZeroPoint,
+        typer.Option(help="integer (--codebook int only): blocks that other engines hold exactly."),
+    ] = ZeroPoint.FLOAT,
     keep: Annotated[
         list[str] | None, typer.Option(metavar="REGEX", help="Copy tensors that match; repeatable.")
     ] = None,
@@ -75,7 +86,7 @@ def quantize_command(
     from irq_convert.core.spec import QuantSpec
 
     name = codebook_name(codebook, bits)
-    spec = QuantSpec(name, block_size, objective.value, refine)
+    spec = QuantSpec(name, block_size, objective.value, refine, zero_point.value)
     if not 1e-9 <= max_shard_size < 1e9:
         raise UsageError(f"--max-shard-size {max_shard_size}: a positive number of GB is needed")
     options = ConvertOptions(

@@ -68,6 +68,7 @@ class ConvertOptions:
             "block_size": self.spec.block_size,
             "objective": self.spec.objective,
             "refine": self.spec.refine,
+            "zero_point": self.spec.zero_point,
             "keep": list(self.keep),
             "bits_for": [list(pair) for pair in self.bits_for],
             "max_shard_bytes": self.max_shard_bytes,

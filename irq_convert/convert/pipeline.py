@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from irq_convert.checkpoint.buffers import tensor_bytes
+from irq_convert.artifact.contents import write_quantized
 from irq_convert.checkpoint.reader import TileReader
 from irq_convert.checkpoint.writer import ShardWriter
 from irq_convert.convert.options import ConvertOptions
@@ -55,7 +55,8 @@ def convert_shard(
             if isinstance(piece.data, torch.Tensor):
                 tile, seen = _quantize(piece, options)
                 stats[name] = stats[name] + seen if name in stats else seen
-                behind.submit(_write_tile, writer, piece, tile)
+                shape = piece.tensor.shape
+                behind.submit(write_quantized, writer, name, shape, piece.start, tile)
             else:
                 behind.submit(writer.write, name, piece.data, piece.start)
             progress.advance(_size(piece.data), finished=piece.last)
@@ -93,16 +94,6 @@ def _quantize(piece: _Piece, options: ConvertOptions) -> tuple[QuantizedTensor, 
         threads=options.threads,
         name=piece.tensor.info.name,
     )
-
-
-def _write_tile(writer: ShardWriter, piece: _Piece, tile: QuantizedTensor) -> None:
-    """Write the parts of a tile behind those of the rows before it."""
-    shape = piece.tensor.shape
-    group = shape.tile(piece.start).groups
-    for suffix, part in tile.parts().items():
-        data = tensor_bytes(part.cpu().contiguous())
-        first = group if suffix.endswith("_grid") else piece.start
-        writer.write(piece.tensor.info.name + suffix, data, first * (len(data) // part.shape[0]))
 
 
 def _size(data: torch.Tensor | bytes) -> int:

@@ -53,7 +53,7 @@ class TensorPlan:
         """The stored tensors (specification, section 3)."""
         if self.spec is None:
             return (TensorSpec(self.info.name, self.info.dtype, self.info.shape),)
-        stored = ModuleFormat(self.spec.codebook, self.spec.block_size)
+        stored = _format(self.spec)
         return tuple(part_specs(self.info.name, self.info.shape, stored).values())
 
     @property
@@ -272,15 +272,19 @@ def _check_copied(tensors: Sequence[TensorPlan]) -> None:
                     )
 
 
+def _format(spec: QuantSpec) -> ModuleFormat:
+    return ModuleFormat(spec.codebook, spec.block_size, tau_dtype=spec.tau_dtype)
+
+
 def _config(
     tensors: Sequence[TensorPlan], kept: Sequence[str], options: ConvertOptions
 ) -> QuantizationConfig:
-    default = ModuleFormat(options.spec.codebook, options.spec.block_size)
+    default = _format(options.spec)
     overrides = {}
     for tensor in tensors:
         if tensor.spec is None:
             continue
-        own = ModuleFormat(tensor.spec.codebook, tensor.spec.block_size)
+        own = _format(tensor.spec)
         shape = tensor.shape
         if own.columns_of(shape.row_bytes) != shape.cols:
             own = replace(own, columns=shape.cols)

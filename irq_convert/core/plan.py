@@ -7,7 +7,7 @@ import functools
 import numpy as np
 
 from irq_convert.core.codebook import get_codebook
-from irq_convert.core.kernels.group import JOINT, PLAIN, RANGE, SHIFT
+from irq_convert.core.kernels.group import INTEGER, JOINT, PLAIN, RANGE, SHIFT
 from irq_convert.core.kernels.search import ENTROPY, ERROR, LEVEL_BITS, Plan, Tables
 from irq_convert.core.kernels.sort import merge_network
 from irq_convert.core.spec import QuantSpec
@@ -18,6 +18,11 @@ INT_RADIUS = 0.1
 JOINT_RADIUS = 0.2
 SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
 REFINE_FLOOR = 0.5
+ZERO_POINT_SCALES = {
+    "none": (1.0, 1.0),
+    "entropy": (1.0 + INT_RADIUS, 1.0 - INT_RADIUS),
+    "mse": (max(SHRINKS), min(SHRINKS)),
+}
 
 
 def make_plan(spec: QuantSpec) -> Plan:
@@ -34,6 +39,11 @@ def make_plan(spec: QuantSpec) -> Plan:
         path, radius = RANGE, INT_RADIUS
     else:
         path, radius = SHIFT, NF_RADIUS
+    if spec.zero_point == "integer":
+        # The window of scales around the fitting one, and whether its neighbours are tried.
+        path, radius = INTEGER, float(spec.objective != "none")
+        shrinks = ZERO_POINT_SCALES[spec.objective]
+        floor = 1.0
     if spec.refine:
         floor = min(floor, REFINE_FLOOR)
     # Sums of a block in fixed point have to stay inside int32 with three bits of headroom.

@@ -14,6 +14,7 @@ from irq_convert.core.plan import make_plan, make_tables
 from irq_convert.core.quantized import QuantizedTensor
 from irq_convert.core.reference import quantize_portable
 from irq_convert.core.spec import QuantSpec
+from irq_convert.core.statistics import expand_statistic
 from irq_convert.core.stats import TensorStats
 from irq_convert.errors import IrqError, UsageError
 
@@ -68,18 +69,28 @@ def quantize_with_stats(
     packed, scale, tau, scale_grid, tau_grid, counts, energies = parts
     _refuse_bad(int(counts[:, 2].sum()), weight, name)
     blocks = (shape.rows, shape.blocks_per_row)
+    scale, tau = scale.reshape(blocks), tau.reshape(blocks)
+    integer = spec.zero_point == "integer"
     result = QuantizedTensor(
         codes=packed,
-        scale=scale.reshape(blocks),
-        tau=tau.reshape(blocks),
+        scale=scale,
+        tau=zero_point_tau(tau, scale, scale_grid, spec) if integer else tau,
         scale_grid=scale_grid,
-        tau_grid=tau_grid,
+        tau_grid=None if integer else tau_grid,
         cols=shape.cols,
         codebook=spec.codebook,
         block_size=spec.block_size,
     )
     stats = TensorStats(shape, int(counts[:, 0].sum()), int(counts[:, 1].sum()), energies)
     return result, stats
+
+
+def zero_point_tau(
+    zero: torch.Tensor, scale: torch.Tensor, scale_grid: torch.Tensor, spec: QuantSpec
+) -> torch.Tensor:
+    """Tau in float32 of integer zero points: `-(level[zero] * scale)`, the kernel's formula."""
+    levels = torch.from_numpy(spec.book.level_array()).to(zero.device)
+    return 0.0 - levels[zero.long()] * expand_statistic(scale, scale_grid)
 
 
 def _run_numba(

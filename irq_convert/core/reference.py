@@ -13,12 +13,13 @@ import torch
 import torch.nn.functional as F
 
 from irq_convert.core.blocks import GROUP_SIZE, BlockShape
-from irq_convert.core.kernels.group import LIMIT, RANGE
+from irq_convert.core.kernels.group import INTEGER, LIMIT, RANGE
 from irq_convert.core.kernels.search import Plan
 from irq_convert.core.packing import pack_codes
 from irq_convert.core.plan import make_plan, make_tables
 from irq_convert.core.reference_grid import Grid, fit_grid
 from irq_convert.core.reference_search import Blocks, search
+from irq_convert.core.reference_zero import profile_zero_points, search_zero_points
 from irq_convert.core.spec import QuantSpec
 
 CHUNK_GROUPS = 16
@@ -75,10 +76,12 @@ def _quantize_groups(flat: torch.Tensor, lengths: torch.Tensor, spec: QuantSpec)
         return _refused(flat, groups, _per_group(bad.cpu().numpy()))
     plan, tables = make_plan(spec), make_tables(spec.codebook, spec.block_size)
     blocks = Blocks.profile(torch.where(inside, flat + 0.0, flat), lengths, plan)
+    integer = plan.path == INTEGER
+    if integer:
+        blocks = profile_zero_points(blocks, plan, tables)
     tau_grid, scale_grid = _fit_groups(blocks, plan)
-    best = search(
-        blocks, plan, tables, tau_grid.of_blocks(blocks.n), scale_grid.of_blocks(blocks.n)
-    )
+    walk = search_zero_points if integer else search
+    best = walk(blocks, plan, tables, tau_grid.of_blocks(blocks.n), scale_grid.of_blocks(blocks.n))
     mids = torch.tensor(tables.mids[: tables.n_levels - 1], device=flat.device)
     edges = best.tau[:, None] + mids * best.scale[:, None]
     codes = (flat[:, :, None] >= edges[:, None, :]).sum(2).to(torch.uint8)
@@ -126,9 +129,13 @@ def _fit_groups(blocks: Blocks, plan: Plan) -> tuple[Grid, Grid]:
         high.append((center + around).max())
         narrow.append(narrowest[part].min())
         wide.append(blocks.widest[part].max())
-        flat = (blocks.lo[part] == blocks.hi[part]) & (center != 0)
-        anchor.append(center[flat][0] if bool(flat.any()) else torch.zeros_like(center[0]))
+        value = blocks.plain[part] if plan.path == INTEGER else center
+        flat = (blocks.lo[part] == blocks.hi[part]) & (value != 0)
+        anchor.append(value[flat][0] if bool(flat.any()) else torch.zeros_like(value[0]))
     zero = torch.zeros_like(torch.stack(anchor))
+    if plan.path == INTEGER:
+        scales = fit_grid(torch.stack(narrow), torch.stack(wide), torch.stack(anchor))
+        return Grid(zero, zero, zero), scales
     return (
         fit_grid(torch.stack(low), torch.stack(high), torch.stack(anchor)),
         fit_grid(torch.stack(narrow), torch.stack(wide), zero),

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from irq_convert.core.kernels.candidates import STRIDED
-from irq_convert.core.kernels.group import JOINT, PLAIN, RANGE
+from irq_convert.core.kernels.group import INTEGER, JOINT, PLAIN, RANGE
 from irq_convert.core.kernels.search import ERROR, LEVEL_BITS, Plan, Tables
 from irq_convert.core.reference_grid import Grid
 
@@ -54,6 +54,8 @@ class Blocks:
     def narrowest(self, plan: Plan) -> torch.Tensor:
         """The smallest scale that the search of each block may ask for."""
         floor = torch.tensor(plan.floor, device=self.lo.device)
+        if plan.path == INTEGER:
+            return self.half * float(plan.shrinks[1]) * floor
         if plan.path == RANGE:
             return (self.half - torch.tensor(plan.radius) * self.half) * floor
         if plan.path == PLAIN or plan.uniform:
@@ -94,7 +96,7 @@ class Best:
     squares: torch.Tensor
 
 
-class _Fixed:
+class Fixed:
     """Keys in fixed point, with the sums that give exact squared errors."""
 
     def __init__(self, blocks: Blocks, bits: int) -> None:
@@ -162,7 +164,7 @@ def _candidates(
     return tau_code, scale_code, torch.where(flat, alone, valid)
 
 
-def _choose(
+def choose(
     plan: Plan,
     table_sum: torch.Tensor,
     error: torch.Tensor,
@@ -184,7 +186,7 @@ def _choose(
 
 def search(blocks: Blocks, plan: Plan, tables: Tables, tau_grid: Grid, scale_grid: Grid) -> Best:
     """The stored pair of every block; grids come one entry a block."""
-    fixed = _Fixed(blocks, plan.fixed_bits)
+    fixed = Fixed(blocks, plan.fixed_bits)
     best: Best | None = None
     for shrink in torch.tensor(plan.shrinks, device=blocks.lo.device):
         tau_code, scale_code, valid = _candidates(blocks, plan, shrink, tau_grid, scale_grid)
@@ -192,24 +194,24 @@ def search(blocks: Blocks, plan: Plan, tables: Tables, tau_grid: Grid, scale_gri
         error = fixed.error(blocks, tau, scale, tables)
         start = (scale, blocks.half) if plan.path == RANGE else (tau, blocks.center)
         away = (start[0] - start[1][:, None]).abs()
-        at = _choose(plan, blocks.table_sum(tau, scale, tables), error, away, valid)
+        at = choose(plan, blocks.table_sum(tau, scale, tables), error, away, valid)
         columns = (tau, scale, tau_code, scale_code, error)
         found = fixed.best([column.gather(1, at)[:, 0] for column in columns])
-        best = found if best is None else _where(found.error < best.error, found, best)
+        best = found if best is None else where(found.error < best.error, found, best)
     assert best is not None
     if plan.rounds:
         best = _refine(blocks, plan, tables, tau_grid, scale_grid, fixed, best)
     return replace(best, error=best.error + fixed.squares)
 
 
-def _where(condition: torch.Tensor, yes: Best, no: Best) -> Best:
+def where(condition: torch.Tensor, yes: Best, no: Best) -> Best:
     names = Best.__dataclass_fields__
     return Best(*[torch.where(condition, getattr(yes, n), getattr(no, n)) for n in names])
 
 
 def _refine(
     blocks: Blocks, plan: Plan, tables: Tables, tau_grid: Grid, scale_grid: Grid,
-    fixed: _Fixed, best: Best,
+    fixed: Fixed, best: Best,
 ) -> Best:  # fmt: skip
     active = blocks.lo != blocks.hi
     for _ in range(plan.rounds):
@@ -223,12 +225,12 @@ def _refine(
         error = fixed.error(blocks, t, s, tables)
         found = fixed.best([x[:, 0] for x in (t, s, tau_code, scale_code, error)])
         active = active & (found.error < best.error)
-        best = _where(active, found, best)
+        best = where(active, found, best)
     return best
 
 
 def _solve(
-    blocks: Blocks, tables: Tables, fixed: _Fixed, best: Best
+    blocks: Blocks, tables: Tables, fixed: Fixed, best: Best
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Least-squares (tau, scale) for the codes of `best`, and where there is one."""
     edges = blocks.edges(best.tau[:, None], best.scale[:, None], tables)

@@ -1,4 +1,4 @@
-"""Stored scales and taus as the float32 numbers that they stand for.
+"""Stored scales and taus as the float32 numbers that they stand for, and back.
 
 Eight-bit statistics are numbers on a grid that 256 consecutive blocks share,
 `step * (code + offset)`; others are stored as they are (formats/irq-v1.md, section 6).
@@ -38,3 +38,34 @@ def expand_statistic(stored: torch.Tensor, grid: torch.Tensor | None) -> torch.T
     codes = functional.pad(codes, (0, groups * GROUP_SIZE - codes.numel()))
     values = (codes.view(groups, GROUP_SIZE) + grid[:, 1:2]) * grid[:, 0:1]
     return values.view(-1)[: stored.numel()].view(stored.shape)
+
+
+def encode_statistic(
+    values: torch.Tensor, stored: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Store `values`, floating `[rows, blocks_per_row]`, as `stored`: the twin of `expand_statistic`.
+
+    For uint8 each group of 256 consecutive blocks gets the grid that covers its range, and every
+    value its nearest code on it; float16 and float32 round each value once. Returns the statistic
+    and its grid, None but for uint8. Raises `IrqError` when a value is not finite in `stored` or
+    the dtype is none of the three.
+    """
+    if stored not in (torch.uint8, torch.float16, torch.float32):
+        raise IrqError(f"statistics must be uint8, float16 or float32, not {stored}")
+    narrow = values.to(torch.float32 if stored == torch.uint8 else stored)
+    if not bool(torch.isfinite(narrow).all()):
+        raise IrqError(f"a statistic is NaN, infinite or too large for {stored}")
+    if stored != torch.uint8:
+        return narrow, None
+    from irq_convert.core.reference_grid import fit_grid
+
+    flat = narrow.reshape(-1)
+    groups = -(-flat.numel() // GROUP_SIZE)
+    if not groups:
+        return flat.to(torch.uint8).view(values.shape), flat.new_zeros(0, 2)
+    # The last value again and again changes no range.
+    flat = torch.cat([flat, flat[-1:].expand(groups * GROUP_SIZE - flat.numel())])
+    low, high = flat.view(groups, GROUP_SIZE).aminmax(dim=1)
+    grid = fit_grid(low, high, torch.zeros_like(low))
+    codes = grid.of_blocks(flat.numel()).encode(flat[:, None])
+    return codes[: values.numel(), 0].to(torch.uint8).view(values.shape), grid.pairs()

@@ -8,7 +8,7 @@ from irq_convert.core.kernels.grid import F32, fit_grid
 from irq_convert.core.kernels.jit import kernel
 from irq_convert.core.kernels.sort import LANES, sort_lanes
 
-PLAIN, SHIFT, RANGE, JOINT = 0, 1, 2, 3
+PLAIN, SHIFT, RANGE, JOINT, INTEGER = 0, 1, 2, 3, 4
 LIMIT = F32(2.0**120)
 
 
@@ -69,6 +69,8 @@ def _narrowest(profile, plan):
     """The smallest scale that the search of this block may ask for."""
     if plan.path == RANGE:
         return (profile[3] - plan.radius * profile[3]) * plan.floor
+    if plan.path == INTEGER:
+        return profile[3] * plan.shrinks[1] * plan.floor
     if plan.path == PLAIN or plan.uniform:
         return profile[4] * plan.floor
     return max(profile[3], profile[5] - F32(2.0) * profile[6]) * plan.floor
@@ -83,6 +85,7 @@ def fit_group(profiles, blocks, reach, plan, tau_grid, scale_grid):
     """
     tau_low, tau_high, scale_low, scale_high = F32(np.inf), F32(-np.inf), F32(np.inf), F32(-np.inf)
     anchor = F32(0.0)
+    at = 4 if plan.path == INTEGER else 2  # a constant block is exact at its scale, or its tau
     for b in range(blocks):
         p = profiles[b]
         spread = p[6] if plan.path == RANGE else reach
@@ -90,9 +93,13 @@ def fit_group(profiles, blocks, reach, plan, tau_grid, scale_grid):
         tau_high = max(tau_high, p[2] + spread)
         scale_low = min(scale_low, _narrowest(p, plan))
         scale_high = max(scale_high, p[5])
-        if anchor == F32(0.0) and p[0] == p[1] and p[2] != F32(0.0):
-            anchor = p[2]
-    tau_grid[0], tau_grid[1] = fit_grid(tau_low, tau_high, anchor)
-    scale_grid[0], scale_grid[1] = fit_grid(scale_low, scale_high, F32(0.0))
+        if anchor == F32(0.0) and p[0] == p[1] and p[at] != F32(0.0):
+            anchor = p[at]
+    if plan.path == INTEGER:
+        tau_grid[0], tau_grid[1] = F32(0.0), F32(0.0)
+        scale_grid[0], scale_grid[1] = fit_grid(scale_low, scale_high, anchor)
+    else:
+        tau_grid[0], tau_grid[1] = fit_grid(tau_low, tau_high, anchor)
+        scale_grid[0], scale_grid[1] = fit_grid(scale_low, scale_high, F32(0.0))
     for grid in (tau_grid, scale_grid):
         grid[2] = F32(1.0) / grid[0] if grid[0] > F32(0.0) else F32(0.0)

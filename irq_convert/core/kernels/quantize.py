@@ -9,11 +9,12 @@ from __future__ import annotations
 import numpy as np
 from numba import prange
 
-from irq_convert.core.kernels.group import fit_group, load_sorted, profile
+from irq_convert.core.kernels.group import INTEGER, fit_group, load_sorted, profile
 from irq_convert.core.kernels.jit import entry_point, kernel
 from irq_convert.core.kernels.score import bin_edges, table_sum
 from irq_convert.core.kernels.search import make_scratch, search_block
 from irq_convert.core.kernels.sort import LANES
+from irq_convert.core.kernels.zero import zero_profile
 
 GROUP = 256
 
@@ -55,6 +56,8 @@ def sort_group(weights, first, blocks, block_size, plan, tables, work):
         start = (first + b) % per_row * block_size
         n = min(block_size, cols - start)
         profile(work.lanes[b // LANES], b % LANES, n, plan, work.profiles[b])
+        if plan.path == INTEGER:
+            zero_profile(plan, tables.levels, tables.n_levels, work.profiles[b])
         work.radii[b] = work.profiles[b, 6]
     return bad
 

@@ -8,10 +8,17 @@ import numpy as np
 
 from irq_convert.core.kernels.candidates import ROOM, pad, range_path, shift_path, single
 from irq_convert.core.kernels.grid import F32
-from irq_convert.core.kernels.group import JOINT, PLAIN, RANGE
+from irq_convert.core.kernels.group import INTEGER, JOINT, PLAIN, RANGE
 from irq_convert.core.kernels.jit import allocator, kernel
-from irq_convert.core.kernels.score import bin_edges, pair_error, score_entropy, score_error
+from irq_convert.core.kernels.score import (
+    bin_edges,
+    pair_error,
+    score_entropy,
+    score_error,
+    table_sum,
+)
 from irq_convert.core.kernels.simd import bits_float, float_bits
+from irq_convert.core.kernels.zero import solve_scale, zero_path, zero_single
 
 ENTROPY, ERROR = 0, 1
 LEVEL_BITS = 20
@@ -64,6 +71,7 @@ class Scratch(NamedTuple):
     low: np.ndarray  # int32 [16]
     high: np.ndarray
     edges: np.ndarray  # int32 [17]
+    fixed_edges: np.ndarray  # int32 [17], of the codes that a round of refining starts from
     prefix: np.ndarray  # int32 [block_size + 1]
     squares: np.ndarray  # int64 [1]
     codes: np.ndarray  # uint8 [block_size]
@@ -93,6 +101,7 @@ def make_scratch(block_size):
         np.empty(16, np.int32),
         np.empty(16, np.int32),
         np.empty(17, np.int32),
+        np.empty(17, np.int32),
         np.empty(block_size + 1, np.int32),
         np.empty(1, np.int64),
         np.empty(block_size, np.uint8),
@@ -119,7 +128,8 @@ def fixed_point(keys, n, bits, prefix):
 
 @kernel
 def _distance(path, profile, t, s):
-    return abs(s - profile[3]) if path == RANGE else abs(t - profile[2])
+    """How far a candidate lies from where calibration starts, along the path's own axis."""
+    return abs(s - profile[3]) if path in (RANGE, INTEGER) else abs(t - profile[2])
 
 
 @kernel
@@ -192,7 +202,7 @@ def _best_on_path(keys, n, profile, plan, tables, work, size, slack, factor):
     best, error, near = work.tie[0], work.error[0], F32(np.inf)
     for i in range(ties):
         t, s = work.tie_tau[i], work.tie_scale[i]
-        away = abs(s - profile[3]) if plan.path == RANGE else abs(t - profile[2])
+        away = _distance(plan.path, profile, t, s)
         if work.error[i] < error or (work.error[i] == error and away < near):
             best, error, near = work.tie[i], work.error[i], away
     return best, error
@@ -222,6 +232,58 @@ def refine(keys, n, plan, tables, work, factor, error):
 
 
 @kernel
+def _search_zero_points(keys, n, profile, plan, tables, work, slack, factor):
+    """The best scale of each zero point around the fitting one, and the best of these."""
+    fitting = int(profile[6])
+    error, entropy = np.int64(0), np.int64(0)
+    for i in range(3 if plan.radius > F32(0.0) else 1):
+        z = fitting + (0, -1, 1)[i]
+        if z < 0 or z >= tables.n_levels:
+            continue
+        size = zero_path(profile, z, plan, tables.levels, work)
+        best, found = _best_on_path(keys, n, profile, plan, tables, work, size, slack, factor)
+        total = np.int64(0)
+        if plan.objective == ENTROPY:
+            bin_edges(
+                keys, n, tables.n_levels - 1, tables.mids, work.tau[best], work.scale[best],
+                work.edges,
+            )  # fmt: skip
+            total = table_sum(work.edges, tables.n_levels, tables.entropy)
+        if i == 0 or total < entropy or (total == entropy and found < error):
+            error, entropy = found, total
+            _keep(work, best)
+    return error
+
+
+@kernel
+def _refine_zero_points(keys, n, plan, tables, work, factor, error):
+    """`refine` with integer zero points: each neighbour has its own least-squares scale."""
+    for _ in range(plan.rounds):
+        bin_edges(keys, n, tables.n_levels - 1, tables.mids, work.best[0], work.best[1], work.edges)
+        for k in range(17):
+            work.fixed_edges[k] = work.edges[k]
+        around, before = work.best_code[0], error
+        for i in range(3):
+            z = around + (0, -1, 1)[i]
+            if z < 0 or z >= tables.n_levels:
+                continue
+            s = solve_scale(
+                work.fixed_edges, z, tables.n_levels, work.prefix, tables.level_fixed,
+                LEVEL_BITS, factor,
+            )  # fmt: skip
+            if not s > F32(0.0):
+                continue
+            zero_single(z, s, tables.levels, work)
+            found = _pair_error(keys, n, tables, work, work.tau[0], work.scale[0], factor)
+            if found < error:
+                error = found
+                _keep(work, 0)
+        if error >= before:
+            break
+    return error
+
+
+@kernel
 def search_block(keys, n, profile, plan, tables, work):
     """Find the stored pair of one block; `keys` are sorted, `profile` is `group.profile`'s.
 
@@ -233,6 +295,14 @@ def search_block(keys, n, profile, plan, tables, work):
     slack = F32(2.0) * (work.tau_grid[0] + work.scale_grid[0])
     error = np.int64(0)
     flat = profile[0] == profile[1]
+    if plan.path == INTEGER:
+        if flat:
+            zero_single(int(profile[6]), profile[4], tables.levels, work)
+            _keep(work, 0)
+            error = _pair_error(keys, n, tables, work, work.tau[0], work.scale[0], factor)
+            return error + squares, factor
+        error = _search_zero_points(keys, n, profile, plan, tables, work, slack, factor)
+        return _refine_zero_points(keys, n, plan, tables, work, factor, error) + squares, factor
     for f in range(plan.shrinks.shape[0]):
         if plan.path == PLAIN or flat:
             size = single(profile[2], profile[4] if plan.path == PLAIN else F32(0.0), work)
