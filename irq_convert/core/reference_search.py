@@ -141,7 +141,8 @@ def _candidates(
         return *single, torch.ones_like(flat)
     if plan.path == RANGE:
         fraction = torch.tensor(plan.radius, device=half.device)
-        first, last = scale_grid.window(half, fraction * half)
+        first = scale_grid.encode(half - fraction * half)
+        last = scale_grid.encode(half + fraction * half)
     else:
         first, last = tau_grid.window(center, blocks.radius[:, None])
     span = last - first

@@ -68,12 +68,16 @@ def shift_path(profile, uniform, shrink, sparse, work):
 
 @kernel
 def range_path(profile, radius, work):
-    """Every storable scale within `1 +- radius` of half the range, tau moving in proportion.
+    """Every storable scale from `1 - radius` to `1 + radius` halves of the range, tau likewise.
 
-    This scales both ends of the range by one factor, as the integer variant of IR-QLoRA does.
+    This scales both ends of the range by one factor, as the integer variant of IR-QLoRA does. The
+    best factor is often an end of the window, so the ends are rounded to the nearest code, not
+    inward.
     """
     center, half = profile[2], profile[3]
-    first, last = code_window(half, radius * half, work.scale_grid[2], work.scale_grid[1])
+    inverse, offset = work.scale_grid[2], work.scale_grid[1]
+    first = int(encode(half - radius * half, inverse, offset))
+    last = int(encode(half + radius * half, inverse, offset))
     ratio = center / half
     size = last - first + 1
     for j in range(size):
