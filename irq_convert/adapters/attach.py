@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 from irq_convert.errors import UsageError
@@ -39,8 +40,9 @@ def attach(
     """`model`, frozen, with trainable adapters on its linear layers.
 
     `config` is an `IecLoraConfig` (the default: rank 64, alpha 16, all linear layers but the head)
-    or any `LoraConfig`; without `target_modules` it gets "all-linear". The adapter's dtype is
-    float32 whatever the model's. Raises `UsageError` when `model` has adapters already.
+    or any `LoraConfig`, and is not changed; without `target_modules` it means "all-linear". The
+    adapter's dtype is float32 whatever the model's. Raises `UsageError` when `model` has adapters
+    already.
     """
     from peft import PeftModel, get_peft_model
 
@@ -52,6 +54,7 @@ def attach(
         raise UsageError("the model has an adapter already: add another with model.add_adapter")
     if config is None:
         config = IecLoraConfig(r=64, lora_alpha=16, task_type="CAUSAL_LM")
+    config = copy.deepcopy(config)  # what is recorded in it is of this model alone
     if not config.target_modules and not config.target_parameters:
         config.target_modules = "all-linear"
     prepare_for_training(model, gradient_checkpointing=gradient_checkpointing)

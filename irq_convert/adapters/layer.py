@@ -8,6 +8,7 @@ so that the connections cost nothing for each token (docs/method.md).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -84,7 +85,7 @@ class IecVariant(LoraVariant):
             x = block_sums(x, self.block_size)
         dropout = module.lora_dropout[active_adapter]
         b, scale = self._folded_b(module, active_adapter), module.scaling[active_adapter]
-        dropped = module.training and getattr(dropout, "p", 0) > 0
+        dropped = dropout.training and getattr(dropout, "p", 0) > 0
         if not (dropped and self.input):
             return add_low_rank(
                 result, dropout(x), self._folded_a(module, active_adapter), b, scale
@@ -240,6 +241,13 @@ class IecLoraLinear(LoraLinear):
         self.base_layer = self._packed.pop()
         self.merged_adapters.clear()
 
+    def _apply(self, fn: Callable[..., torch.Tensor], recurse: bool = True) -> IecLoraLinear:
+        """Move what is put aside along, so that `unmerge` finds it where the layer is."""
+        for base in self._packed:
+            base._apply(fn, recurse)
+        super()._apply(fn, recurse)
+        return self
+
     def _move_tau(self, base: IrqLinear, names: list[str]) -> IrqLinear:
         q = base.quantized()
         tau = expand_statistic(q.tau, q.tau_grid).double()
@@ -247,7 +255,8 @@ class IecLoraLinear(LoraLinear):
             tau += self._variant(name).block_delta(self, name).double()
         _require_finite(tau, names)
         moved = replace(q, tau=tau.float(), tau_grid=None)
-        layer = IrqLinear.from_quantized(moved, base.bias)
+        layer = IrqLinear.from_quantized(moved)
+        layer.bias = base.bias  # itself: a new parameter would require gradients
         layer.dense_dtype = base.dense_dtype
         return layer.train(base.training)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from typing import Any
 
@@ -11,7 +12,7 @@ from peft.tuners.lora.layer import LoraLayer
 from irq_convert.adapters.layer import IecLoraLinear
 from irq_convert.errors import IrqError, UsageError
 from irq_convert.hf import autoload
-from irq_convert.hf.identity import model_identity
+from irq_convert.hf.identity import forget_identity, model_identity
 
 
 class IecLoraModel(LoraModel):
@@ -39,6 +40,21 @@ class IecLoraModel(LoraModel):
             )
         return module
 
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse: PEFT would combine A and B of the adapters and drop their betas."""
+        raise UsageError(
+            "IEC-LoRA adapters cannot be added up: fold each into a plain LoRA first "
+            "(irq-convert merge --to adapter)"
+        )
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
+        layers = [m for m in self.modules() if isinstance(m, IecLoraLinear)]
+        changed = merge or any(layer.merged for layer in layers)
+        model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        if changed:
+            forget_identity(model)
+        return model
+
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: Any, config: Any, adapter_name: str, state_dict: dict[str, Any]
@@ -47,14 +63,13 @@ class IecLoraModel(LoraModel):
         remapped = super()._remap_adapter_state_dict_for_load(
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
         )
-        wanted = {
-            name
-            for name, _ in model.named_parameters()
-            if cls.prefix in name and adapter_name in name.split(".")
-        }
+        of_this = re.compile(rf"\.{cls.prefix}\w+\.{re.escape(adapter_name)}(\.|$)")
+        wanted = {name for name, _ in model.named_parameters() if of_this.search(name)}
+        # Besides, PEFT saves whole modules, biases and embeddings, under the model's own names.
+        known = wanted | {name for name in model.state_dict() if cls.prefix not in name}
         for what, names in (
             ("lacks", wanted - set(remapped)),
-            ("has the unknown", {n for n in remapped if cls.prefix in n} - wanted),
+            ("has the unknown", set(remapped) - known),
         ):
             if names:
                 more = f" and {len(names) - 1} more" if len(names) > 1 else ""

@@ -108,7 +108,8 @@ class StoredConfig:
         wanted = self.raw.get("target_modules") or []
         if not _named(wanted, module):
             return False
-        return isinstance(wanted, str) or self._in_layers(module)
+        # A whole name, or one expression, is not bound to the layers that are counted.
+        return isinstance(wanted, str) or module in wanted or self._in_layers(module)
 
     def _in_layers(self, module: str) -> bool:
         """`layers_to_transform` and `layers_pattern`, which count the layers to adapt."""
@@ -225,7 +226,7 @@ def _check(path: Path, config: StoredConfig) -> None:
         raise IrqError(f"{path}: block_size {config.block_size!r} must be one of {BLOCK_SIZES}")
     patterns = [*config.rank_pattern, *config.alpha_pattern, *config.modules_to_save]
     for key in ("target_modules", "exclude_modules"):
-        value = config.raw.get(key) or []
+        value: Any = config.raw.get(key) or []
         whole = isinstance(value, str)
         if not whole and not (isinstance(value, list) and all(isinstance(v, str) for v in value)):
             raise IrqError(f"{path}: {key} {value!r} must be a string or a list of strings")

@@ -1,19 +1,15 @@
-"""The progress bar of a conversion: tensors, speed, memory and the time left."""
+"""The progress bar of a conversion or a merge: tensors, speed, memory and the time left."""
 
 from __future__ import annotations
 
 import resource
 import sys
 from types import TracebackType
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from irq_convert.convert.progress import Progress as Listener
-
-if TYPE_CHECKING:
-    from irq_convert.convert.plan import ConversionPlan
 
 
 def peak_memory() -> int:
@@ -60,9 +56,9 @@ class ConversionBar(Listener):
         self._bar.update(self._task, description=text)
         self._bar.start()
 
-    def start(self, plan: ConversionPlan) -> None:
-        self._tensors = len(plan.tensors)
-        self._bar.reset(self._task, description="quantizing", total=plan.checkpoint.nbytes)
+    def phase(self, text: str, tensors: int, nbytes: int) -> None:
+        self._tensors, self._done = tensors, 0
+        self._bar.reset(self._task, description=text, total=nbytes)
         self._bar.start()
 
     def note(self, text: str) -> None:

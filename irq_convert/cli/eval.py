@@ -10,15 +10,24 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from irq_convert.cli.quiet import quiet_libraries
 from irq_convert.evaluate.options import Dtype, EvalOptions
 
 if TYPE_CHECKING:
+    from irq_convert.evaluate.adapter import CheckedAdapter
     from irq_convert.evaluate.result import EvalResult
 
 
 def eval_command(
     model: Annotated[str, typer.Argument(help="Model folder or Hub id, dense or quantized.")],
     text: Annotated[Path, typer.Option(help="UTF-8 text file to predict.", show_default=False)],
+    adapter: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Adapter to put on MODEL: plain, IEC or block-pooled."),
+    ] = None,
+    any_base: Annotated[
+        bool, typer.Option("--any-base", help="Take an adapter that was trained on another model.")
+    ] = False,
     against: Annotated[
         str | None, typer.Option(help="Reference model to compare with: folder or Hub id.")
     ] = None,
@@ -46,7 +55,8 @@ def eval_command(
 ) -> None:
     """Measure perplexity on a text file and, with --against, KL divergence and agreement.
 
-    Every figure comes with its standard error, counted by window.
+    Every figure comes with its standard error, counted by window. With --adapter the model carries
+    the adapter, the reference does not.
 
     Example: irq-convert eval ./model-3bit --text wiki.txt --against ./model
     """
@@ -59,28 +69,44 @@ def eval_command(
         device=device,
     )
 
-    import torch
-    from transformers.utils import logging
-
     from irq_convert.evaluate.job import evaluate_on_file
 
-    if threads is not None:
-        torch.set_num_threads(threads)
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()  # what matters of the warnings is an error in load.py
+    quiet_libraries(threads)
+    checked = None if adapter is None else _check_adapter(adapter, model, any_base)
     with _progress_bar() as progress:
         result = evaluate_on_file(
-            model, text, against=against, tokenizer=tokenizer, options=options, progress=progress
+            model,
+            text,
+            adapter=checked,
+            against=against,
+            tokenizer=tokenizer,
+            options=options,
+            progress=progress,
         )
     if as_json:
-        typer.echo(json.dumps(_report(model, text, against, tokenizer, options, result), indent=2))
+        report = _report(model, text, checked, against, tokenizer, options, result)
+        typer.echo(json.dumps(report, indent=2))
     else:
-        _print_table(model, against, result)
+        _print_table(model, checked, against, result)
+
+
+def _check_adapter(adapter: Path, model: str, any_base: bool) -> "CheckedAdapter":
+    """The adapter, found to belong to the model; a doubt is said on stderr."""
+    import warnings
+
+    from irq_convert.evaluate.adapter import check_adapter
+
+    checked = check_adapter(adapter, model, any_base)
+    if checked.doubt:
+        typer.echo(f"irq-convert: {checked.doubt}", err=True)
+    warnings.filterwarnings("ignore", message="this adapter was trained on")  # --any-base is meant
+    return checked
 
 
 def _report(
     model: str,
     text: Path,
+    adapter: "CheckedAdapter | None",
     against: str | None,
     tokenizer: str | None,
     options: EvalOptions,
@@ -89,6 +115,7 @@ def _report(
     """What was asked and what was found, for JSON."""
     asked: dict[str, object] = {
         "model": model,
+        "adapter": None if adapter is None else adapter.to_dict(),
         "against": against,
         "text": str(text),
         "tokenizer": tokenizer,
@@ -120,7 +147,9 @@ def _progress_bar() -> Iterator[Callable[[int, int], None]]:
         yield progress
 
 
-def _print_table(model: str, against: str | None, result: "EvalResult") -> None:
+def _print_table(
+    model: str, adapter: "CheckedAdapter | None", against: str | None, result: "EvalResult"
+) -> None:
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -133,6 +162,10 @@ def _print_table(model: str, against: str | None, result: "EvalResult") -> None:
         table.add_row(name, value, se)
     console = Console()
     console.print(f"model      {escape(model)}", soft_wrap=True, highlight=False)
+    if adapter is not None:
+        console.print(
+            f"adapter    {escape(adapter.folder)} ({adapter.kind})", soft_wrap=True, highlight=False
+        )
     if against is not None:
         console.print(f"reference  {escape(against)}", soft_wrap=True, highlight=False)
     console.print(

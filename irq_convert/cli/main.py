@@ -12,7 +12,10 @@ import typer
 from irq_convert import __version__
 from irq_convert.cli.demo import demo_command
 from irq_convert.cli.eval import eval_command
+from irq_convert.cli.export import export_command
+from irq_convert.cli.finetune import finetune_command
 from irq_convert.cli.inspect import inspect_command
+from irq_convert.cli.merge import merge_command
 from irq_convert.cli.quantize import quantize_command
 from irq_convert.cli.verify import verify_command
 from irq_convert.errors import IrqError
@@ -28,6 +31,9 @@ app.command("quantize")(quantize_command)
 app.command("inspect")(inspect_command)
 app.command("verify")(verify_command)
 app.command("eval")(eval_command)
+app.command("finetune")(finetune_command)
+app.command("merge")(merge_command)
+app.command("export")(export_command)
 app.command("demo")(demo_command)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from irq_convert.errors import UsageError
+from irq_convert.evaluate.adapter import CheckedAdapter, check_adapter, put_on
 from irq_convert.evaluate.load import check_device, load_causal_lm, load_config, load_tokenizer
 from irq_convert.evaluate.options import EvalOptions
 from irq_convert.evaluate.result import EvalResult
@@ -20,6 +21,7 @@ def evaluate_on_file(
     model: str | Path,
     text: str | Path,
     *,
+    adapter: str | Path | CheckedAdapter | None = None,
     against: str | Path | None = None,
     tokenizer: str | Path | None = None,
     options: EvalOptions | None = None,
@@ -27,6 +29,7 @@ def evaluate_on_file(
 ) -> EvalResult:
     """Evaluate a model (folder or Hub id) on a text file, alone or against another.
 
+    With `adapter`, a folder or what `check_adapter` returned for it, it is put on the model first.
     Everything cheap is checked before weights are loaded. Without `tokenizer` each model must
     bring one, and the two must have the same vocabulary; with it, it serves both models.
 
@@ -36,6 +39,8 @@ def evaluate_on_file(
     """
     options = options or EvalOptions()
     check_device(options.device)
+    if adapter is not None and not isinstance(adapter, CheckedAdapter):
+        adapter = check_adapter(adapter, model)
     kept = split_text(read_text(text), options.from_fraction)[1]
     sources = [model] if against is None else [model, against]
     context = choose_context([load_config(source) for source in sources], options.context)
@@ -46,7 +51,8 @@ def evaluate_on_file(
     dtype = getattr(torch, options.dtype)
     loaded = [load_causal_lm(source, dtype, options.device) for source in sources]
     reference = None if against is None else loaded[1]
-    return evaluate(loaded[0], windows, options, reference, progress)
+    measured = loaded[0] if adapter is None else put_on(loaded[0], adapter)
+    return evaluate(measured, windows, options, reference, progress)
 
 
 def choose_context(configs: list[Any], asked: int | None) -> int:

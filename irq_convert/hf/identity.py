@@ -23,19 +23,29 @@ def artifact_folder(model: Any) -> Path | None:
         return Path(name)
     from transformers.utils.hub import cached_file
 
-    found = cached_file(
-        name,
-        MANIFEST_NAME,
-        revision=getattr(model.config, "_commit_hash", None),
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-        _raise_exceptions_for_gated_repo=False,
-    )
+    try:
+        found = cached_file(
+            name,
+            MANIFEST_NAME,
+            revision=getattr(model.config, "_commit_hash", None),
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+            _raise_exceptions_for_gated_repo=False,
+        )
+    except OSError:  # no id of the Hub, but a folder that has gone
+        return None
     return None if found is None else Path(found).parent
 
 
+def forget_identity(model: Any) -> None:
+    """Note that the weights of `model` are no longer those of the artifact it was loaded from."""
+    model.irq_changed = True
+
+
 def model_identity(model: Any) -> str | None:
-    """`artifact_identity` of the artifact that `model` was loaded from, None when there is none."""
+    """`artifact_identity` of the artifact that `model` was loaded from and still holds, or None."""
+    if getattr(model, "irq_changed", False):
+        return None
     folder = artifact_folder(model)
     try:
         return None if folder is None else artifact_identity(folder)

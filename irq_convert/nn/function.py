@@ -1,14 +1,16 @@
 """`y = x W^T + b` for a packed `W`: the dense weight exists only while a product is computed.
 
 The autograd function saves nothing but the packed parts, which the module owns anyway, and
-dequantizes again for the gradient of the input. Both products walk over tiles of rows, so that on
-the CPU the dense weight is never whole. Two operators, `irq::linear` and `irq::linear_grad`, keep
-compilers from looking inside, so a compiled model computes the same bits.
+dequantizes again for the gradient of the input. The products walk over tiles of the weight, of rows
+forward and of columns backward, so that on the CPU the dense weight is never whole. Two operators,
+`irq::linear` and `irq::linear_grad`, keep compilers from looking inside, so a compiled model
+computes the same bits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from torch.nn import functional
 
 from irq_convert.core.dequantize import dequantize_rows, dequantize_tensor
 from irq_convert.core.quantized import QuantizedTensor
+from irq_convert.core.statistics import expand_statistic
 
 FEW_ROWS = 16
 """Inputs of at most this many rows use small tiles, which stay in the cache until multiplied."""
@@ -55,10 +58,12 @@ class _PackedLinear(torch.autograd.Function):
         parts = (*ctx.saved_tensors, *ctx.layout)
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
-            if _is_plain(grad):
-                grad_x = _linear_grad(grad, QuantizedTensor(*parts))
-            else:
+            if not _is_plain(grad):
                 grad_x = torch.ops.irq.linear_grad(grad, *parts)
+            elif torch.is_grad_enabled():  # for a second derivative autograd keeps the factors
+                grad_x = grad @ dequantize_tensor(QuantizedTensor(*parts), grad.dtype)
+            else:
+                grad_x = _linear_grad(grad, QuantizedTensor(*parts))
         if ctx.needs_input_grad[1]:
             grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
         return (grad_x, grad_bias, *(None,) * 8)
@@ -70,6 +75,7 @@ def _is_plain(tensor: torch.Tensor) -> bool:
 
 
 def _linear(x: torch.Tensor, q: QuantizedTensor, bias: torch.Tensor | None) -> torch.Tensor:
+    q = _borrow(q)
     tile_bytes = SMALL_TILE if x.numel() <= FEW_ROWS * q.cols else LARGE_TILE
     tiles = _tiles(x, q, tile_bytes)
     if tiles is None:
@@ -82,19 +88,64 @@ def _linear(x: torch.Tensor, q: QuantizedTensor, bias: torch.Tensor | None) -> t
 
 
 def _linear_grad(grad: torch.Tensor, q: QuantizedTensor) -> torch.Tensor:
-    """`grad @ W`. Tiles of a short dtype are summed in float32: one rounding, as without tiles."""
-    tiles = _tiles(grad, q, LARGE_TILE)
-    if tiles is None:
+    """`grad @ W` over tiles of columns: no sum is split, so one rounding, as without tiles."""
+    q = _borrow(q)
+    rows, blocks = q.codes.shape[0], q.shape.blocks_per_row
+    step = max(1, LARGE_TILE // max(1, rows * q.block_size * grad.element_size()))
+    if grad.device.type != "cpu" or blocks <= step:
         return grad @ dequantize_tensor(q, grad.dtype)
-    rows = grad.reshape(-1, grad.shape[-1])
-    wide = torch.promote_types(grad.dtype, torch.float32)
-    total = rows.new_zeros(rows.shape[0], q.cols, dtype=wide)
-    for begin, end, weight in tiles:
-        if wide == grad.dtype:
-            total.addmm_(rows[:, begin:end], weight)
-        else:
-            total += rows[:, begin:end] @ weight
-    return total.to(grad.dtype).view(*grad.shape[:-1], q.cols)
+    wide = replace(
+        q,
+        scale=expand_statistic(q.scale, q.scale_grid),
+        tau=expand_statistic(q.tau, q.tau_grid),
+        scale_grid=None,
+        tau_grid=None,
+    )
+    flat = grad.reshape(-1, rows)
+    grad_x = flat.new_empty(flat.shape[0], q.cols)
+    buffer = flat.new_empty(rows * step * q.block_size)
+    for first in range(0, blocks, step):
+        part = _columns(wide, first, min(first + step, blocks))
+        tile = buffer[: rows * part.cols].view(rows, part.cols)
+        begin = first * q.block_size
+        weight = dequantize_tensor(part, grad.dtype, out=tile)
+        grad_x[:, begin : begin + part.cols] = flat @ weight
+    return grad_x.view(*grad.shape[:-1], q.cols)
+
+
+def _borrow(q: QuantizedTensor) -> QuantizedTensor:
+    """`q` on the same memory through storages of its own.
+
+    The CPU's kernels look at tensors through numpy, which marks their storages as never to be
+    resized, and resizing is how FSDP2 frees a gathered parameter.
+    """
+    if q.codes.device.type != "cpu":
+        return q
+    own = {name: torch.from_dlpack(part.detach()) for name, part in q.parts().items()}
+    return replace(
+        q,
+        codes=own[""],
+        scale=own["_scale"],
+        tau=own["_tau"],
+        scale_grid=own.get("_scale_grid"),
+        tau_grid=own.get("_tau_grid"),
+    )
+
+
+def _columns(q: QuantizedTensor, first: int, last: int) -> QuantizedTensor:
+    """Blocks `first .. last` of every row of `q`, whose statistics need no grid.
+
+    A block fills whole bytes, so its codes are cut out without unpacking.
+    """
+    begin, end = first * q.block_size, min(last * q.block_size, q.cols)
+    bits = q.shape.bits
+    return replace(
+        q,
+        codes=q.codes[:, begin * bits // 8 : -(-end * bits // 8)],
+        scale=q.scale[:, first:last],
+        tau=q.tau[:, first:last],
+        cols=end - begin,
+    )
 
 
 def _tiles(

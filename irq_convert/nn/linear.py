@@ -173,6 +173,17 @@ class IrqLinear(nn.Linear):
         )
 
 
+def statistics_parameters(model: nn.Module) -> set[nn.Parameter]:
+    """The floating packed parts of every `IrqLinear` in `model`: statistics and their grids.
+
+    Whatever casts parameters to another dtype has to leave them alone, so under FSDP2 they are
+    to be ignored: `fully_shard(layer, mp_policy=..., ignored_params=statistics_parameters(model))`.
+    """
+    layers = [module for module in model.modules() if isinstance(module, IrqLinear)]
+    parts = [part for layer in layers for part in layer.packed_parts().values()]
+    return {part for part in parts if part.is_floating_point()}
+
+
 def _autocast(x: torch.Tensor) -> torch.Tensor:
     """`x` in autocast's dtype where autocast would cast the input of a dense layer."""
     kind = x.device.type

@@ -45,8 +45,8 @@ class _AddLowRank(torch.autograd.Function):
             inner.mul_(scale)
         ctx.save_for_backward(x, inner, a, b)
         ctx.scale = scale
-        into = result.is_contiguous() and not result._is_view() and not _is_leaf(result)
-        if into:
+        own = result.is_contiguous() and not result._is_view() and result is not x
+        if own and not _is_leaf(result):
             ctx.mark_dirty(result)
         else:
             result = result.clone(memory_format=torch.contiguous_format)
@@ -61,6 +61,8 @@ class _AddLowRank(torch.autograd.Function):
         grad_x = grad_a = grad_b = None
         rows = _rows(grad)
         if need_b:
+            if torch.is_grad_enabled():  # a second derivative has to find its way to x and a
+                inner = functional.linear(x, a) * ctx.scale
             grad_b = rows.T @ _rows(inner)
         if need_x or need_a:
             back = (rows @ b).mul_(ctx.scale)

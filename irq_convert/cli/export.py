@@ -1,0 +1,158 @@
+"""The `export` command: parse, call, show."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from irq_convert.errors import UsageError
+from irq_convert.export.registry import TARGETS
+
+if TYPE_CHECKING:
+    from irq_convert.export.options import ExportOptions
+    from irq_convert.export.report import ExportEstimate, ExportReport, Storage
+
+WORST = 3
+
+
+class OutDtype(StrEnum):
+    """Of dense tensors and scales; spelled out here so that help needs no numerics."""
+
+    AUTO = "auto"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+    FLOAT32 = "float32"
+
+
+def export_command(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the artifact.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to create.")],
+    to: Annotated[str, typer.Option(metavar="TARGET", help=f"{', '.join(TARGETS)}.")],
+    dtype: Annotated[
+        OutDtype,
+        typer.Option(help="Of dense tensors and of scales; auto is what the model has."),
+    ] = OutDtype.AUTO,
+    fallback: Annotated[
+        str | None,
+        typer.Option(help="How gguf stores what it cannot hold: f16, bf16 or q8_0."),
+    ] = None,
+    refit: Annotated[
+        bool,
+        typer.Option("--refit", help="compressed-tensors: fit integer zero points, with a loss."),
+    ] = False,
+    threads: Annotated[int | None, typer.Option(help="CPU threads.  \\[default: all]")] = None,
+    max_shard_size: Annotated[float, typer.Option(help="Largest shard, in GB (10^9 bytes).")] = 5.0,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be written, and stop.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace OUT once the new one is whole.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Export an artifact to a format that other programs run, and measure the difference.
+
+    dense: a checkpoint in 16 or 32 bits.  mlx: the folder that mlx-lm loads.
+    gguf: a file for llama.cpp.  compressed-tensors: for vLLM and transformers.
+    What a target cannot hold is refused, with the way out.
+
+    Example: irq-convert export ./model-irq-int4 ./model-mlx --to mlx
+    """
+    from irq_convert.export.options import ExportOptions
+
+    if not 1e-9 <= max_shard_size < 1e9:
+        raise UsageError(f"--max-shard-size {max_shard_size}: a positive number of GB is needed")
+    options = ExportOptions(
+        to=to,
+        dtype=dtype.value,
+        fallback=fallback,
+        refit=refit,
+        threads=threads,
+        overwrite=overwrite,
+        max_shard_bytes=int(max_shard_size * 1e9),
+    )
+    if dry_run:
+        _dry_run(folder, out, options, as_json)
+        return
+    _export(folder, out, options, as_json)
+
+
+def _dry_run(folder: Path, out: Path, options: ExportOptions, as_json: bool) -> None:
+    from irq_convert.cli.bar import ConversionBar
+    from irq_convert.export.run import estimate
+
+    with ConversionBar() as bar:
+        found = estimate(folder, out, options, progress=bar)
+    if as_json:
+        typer.echo(json.dumps(found.to_dict(), indent=2))
+    else:
+        _print_estimate(found)
+
+
+def _export(folder: Path, out: Path, options: ExportOptions, as_json: bool) -> None:
+    from irq_convert.cli.bar import ConversionBar
+    from irq_convert.export.run import export_artifact
+
+    with ConversionBar() as bar:
+        report = export_artifact(folder, out, options, progress=bar)
+    if as_json:
+        typer.echo(json.dumps(report.to_dict(), indent=2))
+    else:
+        _print_report(report)
+
+
+def _storage_rows(storages: Iterable[Storage]) -> list[tuple[str, str]]:
+    """How tensors are stored, a line each, with the reason below it where there is one."""
+    rows = []
+    for at, found in enumerate(storages):
+        loss = "" if found.exact else ", not exact"
+        many = f"{found.tensors} tensors" if found.tensors > 1 else found.example
+        rows.append(("" if at else "quantized", f"{many}: {found.stored}{loss}"))
+        if found.why:
+            rows.append(("", f"({found.why})"))
+    return rows
+
+
+def _print_estimate(found: ExportEstimate) -> None:
+    from irq_convert.cli.show import facts, gigabytes
+
+    free = "free" if found.disk_needed <= found.disk_free else "free: not enough"
+    facts(
+        [
+            ("artifact", f"{found.artifact} ({found.artifact_sha256[:12]})"),
+            ("would write", f"{found.out} ({found.to}), {found.bytes_out:,} bytes + a note"),
+            ("files", str(len(found.files))),
+            *_storage_rows(found.storages),
+            ("size", f"{gigabytes(found.bytes_in)} -> {gigabytes(found.bytes_out)}"),
+            ("disk needed", f"{found.disk_needed:,} bytes ({gigabytes(found.disk_free)} {free})"),
+            *(("note", note) for note in found.notes),
+        ]
+    )
+
+
+def _print_report(report: ExportReport) -> None:
+    from irq_convert.cli.show import facts, gigabytes, seconds
+
+    rows = [
+        ("result", f"{report.out} ({report.to})"),
+        ("artifact", f"{report.artifact} ({report.artifact_sha256[:12]})"),
+        ("size", f"{gigabytes(report.bytes_in)} -> {gigabytes(report.bytes_out)}"),
+        *_storage_rows(report.storages),
+        ("difference", f"largest {report.largest:.2e}, {report.largest_relative:.2e} of the"),
+        ("", "tensor's largest weight"),
+        ("relative error", f"{report.relative_error:.2e} (squared, against the artifact)"),
+    ]
+    if report.changed_codes:
+        share = report.changed_codes / report.weights
+        rows.append(("changed codes", f"{report.changed_codes:,} ({share:.2%})"))
+    worst = report.worst(WORST)
+    if worst:
+        rows.append(("worst tensors", ""))
+        rows += [(f"  {found.relative_error:.2e}", found.name) for found in worst]
+    rows += [("note", note) for note in report.notes]
+    facts([*rows, ("time", seconds(report.seconds))])

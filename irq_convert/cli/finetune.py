@@ -1,0 +1,242 @@
+"""The `finetune` command: parse, call, show."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from irq_convert.cli.quiet import quiet_libraries
+from irq_convert.errors import IrqError
+from irq_convert.finetune.options import (
+    Connection,
+    FinetuneOptions,
+    Lora,
+    Optimizer,
+    TrainDtype,
+)
+
+if TYPE_CHECKING:
+    from irq_convert.finetune.record import FinetuneReport
+
+
+def _in(panel: str) -> Callable[..., Any]:
+    """A maker of options that help lists under `panel`."""
+
+    def option(about: str, *names: str, **more: Any) -> Any:
+        return typer.Option(*names, help=about, rich_help_panel=panel, **more)
+
+    return option
+
+
+_adapter, _data, _steps = _in("Adapter"), _in("Data"), _in("Steps")
+_optimizer, _run = _in("Optimizer"), _in("Run")
+
+
+def finetune_command(
+    model: Annotated[str, typer.Argument(help="Artifact to train on: folder or Hub id.")],
+    data: Annotated[
+        Path,
+        typer.Option(
+            help="Text, or .json/.jsonl rows with instruction/input/output, prompt/completion, "
+            "messages or text.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Adapter folder to create.", show_default=False)],
+    lora: Annotated[
+        Lora,
+        _adapter("plain LoRA, iec (elastic connections) or block (mergeable into the artifact)."),
+    ] = Lora.IEC,
+    connection: Annotated[
+        Connection | None, _adapter("Elastic connections to train.  \\[default: both]")
+    ] = None,
+    rank: Annotated[int, _adapter("Rank r.")] = 64,
+    alpha: Annotated[float, _adapter("The update is scaled by alpha / r.")] = 16,
+    rslora: Annotated[bool, _adapter("Scale by alpha / sqrt(r).", "--rslora")] = False,
+    dropout: Annotated[
+        float | None,
+        _adapter("On the adapter's input.  \\[default: 0.1 up to 13 B weights, 0.05 above]"),
+    ] = None,
+    target_modules: Annotated[
+        str | None,
+        _adapter("Modules.  \\[default: all linears but the head]", metavar="NAME,NAME"),
+    ] = None,
+    eval_data: Annotated[
+        Path | None, _data("File to hold out instead of a part of --data.")
+    ] = None,
+    holdout: Annotated[
+        float | None,
+        _data("Fraction of --data that is measured, not trained on.  \\[default: 0.05]"),
+    ] = None,
+    sequence_length: Annotated[
+        int | None,
+        _data("Tokens an example is cut to.  \\[default: 512, at most the model's]"),
+    ] = None,
+    tokenizer: Annotated[
+        str | None, _data("Folder or Hub id of the tokenizer, if not the artifact's.")
+    ] = None,
+    steps: Annotated[int | None, _steps("Optimizer steps.  \\[default: 10000]")] = None,
+    epochs: Annotated[float | None, _steps("Passes over the data, instead of --steps.")] = None,
+    batch_size: Annotated[int, _steps("Sequences in a step, over all processes.")] = 16,
+    micro_batch: Annotated[
+        int | None,
+        _steps("Sequences in one pass; the rest accumulates.  \\[default: up to 4, a divisor]"),
+    ] = None,
+    learning_rate: Annotated[
+        float | None,
+        _optimizer("Constant.  \\[default: 2e-4 up to 13 B weights, 1e-4 above]"),
+    ] = None,
+    warmup: Annotated[int, _optimizer("Steps of linear warm-up.")] = 0,
+    weight_decay: Annotated[float, _optimizer("Of AdamW.")] = 0.0,
+    max_grad_norm: Annotated[float, _optimizer("Clip gradients to it; 0 is never.")] = 0.3,
+    optimizer: Annotated[
+        Optimizer, _optimizer("auto is paged-adamw on CUDA with bitsandbytes, else adamw.")
+    ] = Optimizer.AUTO,
+    seed: Annotated[int, _optimizer("Of adapter, order and dropout.")] = 0,
+    eval_every: Annotated[
+        int | None,
+        _run("Steps between held-out losses.  \\[default: a tenth of the run]"),
+    ] = None,
+    save_every: Annotated[int, _run("Steps between saved states of training.")] = 500,
+    resume: Annotated[bool, _run("Continue a stopped run.", "--resume")] = False,
+    overwrite: Annotated[bool, _run("Replace an adapter in OUT.", "--overwrite")] = False,
+    gradient_checkpointing: Annotated[
+        bool, _run("Less memory, about a third slower.", "--gradient-checkpointing")
+    ] = False,
+    dtype: Annotated[
+        TrainDtype,
+        _run("Of activations; auto is bfloat16 on GPUs that are good at it, else float32."),
+    ] = TrainDtype.AUTO,
+    device: Annotated[str, _run("cpu, cuda, cuda:1 or auto.")] = "auto",
+    threads: Annotated[int | None, _run("CPU threads.  \\[default: torch's]", min=1)] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Count and estimate, write nothing.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Train a LoRA, IEC-LoRA or block-pooled adapter on a quantized model.
+
+    Defaults are the paper's recipe. Ctrl-C saves; --resume goes on. Scales with torchrun.
+
+    Example: irq-convert finetune ./model-3bit --data alpaca.json --out ./adapter --lora iec
+    """
+    options = FinetuneOptions(
+        lora=lora,
+        connection=connection,
+        rank=rank,
+        alpha=alpha,
+        rslora=rslora,
+        dropout=dropout,
+        target_modules=_names(target_modules),
+        steps=steps,
+        epochs=epochs,
+        batch_size=batch_size,
+        micro_batch=micro_batch,
+        learning_rate=learning_rate,
+        warmup=warmup,
+        weight_decay=weight_decay,
+        max_grad_norm=max_grad_norm,
+        sequence_length=sequence_length,
+        holdout=holdout,
+        eval_every=eval_every,
+        save_every=save_every,
+        seed=seed,
+        dtype=dtype,
+        optimizer=optimizer,
+        device=device,
+        gradient_checkpointing=gradient_checkpointing,
+    )
+    quiet_libraries(threads)
+    files: dict[str, Any] = {"eval_data": eval_data, "tokenizer": tokenizer}
+    if dry_run:
+        _dry_run(model, data, options, files, as_json)
+        return
+    try:
+        report = _train(model, data, out, options, files, resume, overwrite)
+    except IrqError as error:
+        if _speaks():
+            raise
+        raise typer.Exit(error.exit_code) from None
+    if _first():
+        _show(report, as_json)
+    if report.signal:
+        raise typer.Exit(128 + report.signal)
+
+
+def _names(text: str | None) -> tuple[str, ...] | None:
+    return None if text is None else tuple(name.strip() for name in text.split(","))
+
+
+def _first() -> bool:
+    """Whether this is the only process, or the first of torchrun's."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _speaks() -> bool:
+    """Whether this process says what went wrong: one a host, and all once they work together."""
+    from torch import distributed
+
+    together = distributed.is_available() and distributed.is_initialized()
+    return os.environ.get("LOCAL_RANK", "0") == "0" or (together and not _first())
+
+
+def _dry_run(
+    model: str,
+    data: Path,
+    options: FinetuneOptions,
+    files: dict[str, Any],
+    as_json: bool,
+) -> None:
+    from irq_convert.cli.finetune_show import print_estimate
+    from irq_convert.finetune.estimate import estimate
+    from irq_convert.finetune.prepare import prepare
+
+    found = estimate(prepare(model, data, options, **files))
+    if as_json:
+        typer.echo(json.dumps(found.to_dict(), indent=2))
+    else:
+        print_estimate(found)
+
+
+def _train(
+    model: str,
+    data: Path,
+    out: Path,
+    options: FinetuneOptions,
+    files: dict[str, Any],
+    resume: bool,
+    overwrite: bool,
+) -> "FinetuneReport":
+    from irq_convert.cli.finetune_show import TrainingBar
+    from irq_convert.finetune.job import finetune
+
+    more = {**files, "resume": resume, "overwrite": overwrite}
+    if not _first():
+        return finetune(model, data, out, options, **more)
+    with TrainingBar() as bar:
+        return finetune(model, data, out, options, **more, progress=bar)
+
+
+def _show(report: "FinetuneReport", as_json: bool) -> None:
+    from irq_convert.cli.finetune_show import print_report
+
+    if report.signal:
+        typer.echo(
+            f"irq-convert: stopped at step {report.step} of {report.recipe.steps}; {report.out} "
+            "holds the adapter so far, continue with --resume",
+            err=True,
+        )
+        return
+    if as_json:
+        typer.echo(json.dumps(report.to_dict(), indent=2))
+    else:
+        print_report(report)
+    if report.before and report.after and report.after.mean > report.before.mean:
+        typer.echo(
+            "irq-convert: the held-out loss has risen: lower --learning-rate, train for fewer "
+            "--steps, or give more data",
+            err=True,
+        )

@@ -1,0 +1,187 @@
+"""What `finetune` shows: the bar while it trains, the table when it has."""
+
+from __future__ import annotations
+
+from math import exp, isfinite
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from irq_convert.finetune.progress import Progress as Listener
+
+if TYPE_CHECKING:
+    from rich.progress import Task
+
+    from irq_convert.finetune.data import Data
+    from irq_convert.finetune.estimate import Estimate
+    from irq_convert.finetune.recipe import Recipe
+    from irq_convert.finetune.record import FinetuneReport
+
+MOST_ROWS = 12
+
+
+class _Speed(ProgressColumn):
+    """Steps a second, or seconds a step where that is less than one."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.speed
+        if not speed or not task.fields.get("timed"):
+            return Text("")
+        return Text(f"{speed:.1f} step/s" if speed >= 1 else f"{1 / speed:.1f} s/step")
+
+
+class TrainingBar(Listener):
+    """Draws on stderr, and only on a terminal; notes are printed in any case."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True)
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=16),
+            MofNCompleteColumn(),
+            _Speed(),
+            TextColumn("{task.fields[loss]}"),
+            TimeRemainingColumn(),
+            console=self._console,
+            transient=True,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._bar.add_task("", total=None, loss="", timed=False)
+        self._loss = self._held = ""
+        self._training = False
+
+    def __enter__(self) -> TrainingBar:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bar.stop()
+
+    def stage(self, text: str) -> None:
+        self._training = False
+        self._bar.reset(self._task, description=text, total=None, loss="", timed=False)
+        self._bar.start()
+
+    def start(self, done: int, total: int) -> None:
+        self._training = True
+        self._bar.reset(self._task, description="training", total=total, completed=done, timed=True)
+
+    def step(self, step: int, loss: float) -> None:
+        self._loss = f"loss {loss:.3f}"
+        self._bar.update(
+            self._task, description="training", completed=step, loss=self._loss + self._held
+        )
+
+    def measuring(self, done: int, total: int) -> None:
+        if self._training:
+            self._bar.update(self._task, description="measuring")
+        else:
+            self._bar.update(self._task, completed=done, total=total)
+
+    def heldout(self, step: int, loss: float) -> None:
+        self._held = f", held out {loss:.3f}"
+
+    def note(self, text: str) -> None:
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def print_estimate(found: Estimate) -> None:
+    """The dry run."""
+    from irq_convert.cli.show import facts, gigabytes
+
+    recipe, memory = found.plan.recipe, found.memory
+    batch = f"{recipe.batch_size} sequences: {recipe.micro_batch} a pass"
+    if recipe.processes > 1:
+        batch += f", {recipe.processes} processes"
+    facts(
+        [
+            ("model", found.plan.model),
+            *_data_facts(found.plan.data),
+            ("adapter", _adapter(recipe)),
+            ("trainable", f"{found.trainable:,} parameters"),
+            ("steps", f"{recipe.steps:,}, {found.epochs:.2f} epochs"),
+            ("batch", batch),
+            ("learning rate", f"{recipe.learning_rate:g}, {recipe.optimizer}, {recipe.dtype}"),
+            ("memory", f"about {gigabytes(memory.total)} on {recipe.device}"),
+            ("  weights", gigabytes(memory.weights)),
+            ("  adapter", f"{gigabytes(memory.adapter)} with gradients and AdamW's state"),
+            ("  activations", f"{gigabytes(memory.activations)}, one pass"),
+        ]
+    )
+
+
+def print_report(report: FinetuneReport) -> None:
+    """Losses along the run, then what came out."""
+    from irq_convert.cli.show import facts, seconds
+
+    _print_losses(report)
+    rows = [
+        ("adapter", report.out),
+        ("", _adapter(report.recipe)),
+        *_data_facts(report.data),
+        ("trained", f"{report.step:,} steps, {report.trainable:,} parameters"),
+    ]
+    if report.before is not None and report.after is not None:
+        change, se = report.after.change_from(report.before)
+        rows += [
+            ("held-out loss", f"{report.before.mean:.4f} -> {report.after.mean:.4f}"),
+            ("  change", f"{change:+.4f}" + ("" if se is None else f" ±{se:.4f}")),
+            ("  perplexity", f"{_exp(report.before.mean)} -> {_exp(report.after.mean)}"),
+        ]
+    facts([*rows, ("time", seconds(report.seconds))])
+
+
+def _print_losses(report: FinetuneReport) -> None:
+    """A row for each held-out loss, at most `MOST_ROWS`, with the mean training loss since."""
+    marks = [p for p in report.curve if p.heldout_loss is not None]
+    if len(marks) < 2:
+        return
+    if len(marks) > MOST_ROWS:
+        picks = {round(i * (len(marks) - 1) / (MOST_ROWS - 1)) for i in range(MOST_ROWS)}
+        marks = [marks[i] for i in sorted(picks)]
+    table = Table()
+    for title in ("step", "training loss", "held-out loss"):
+        table.add_column(title, justify="right")
+    last = -1
+    for mark in marks:
+        since = [p.loss for p in report.curve if last < p.step <= mark.step and p.loss is not None]
+        mean = f"{sum(since) / len(since):.4f}" if since else ""
+        table.add_row(f"{mark.step:,}", mean, f"{mark.heldout_loss:.4f}")
+        last = mark.step
+    Console().print(table)
+
+
+def _adapter(recipe: Recipe) -> str:
+    links = f", connection {recipe.connection}" if recipe.connection not in (None, "both") else ""
+    return f"{recipe.lora}{links}, rank {recipe.rank}, alpha {recipe.alpha:g}"
+
+
+def _data_facts(data: Data) -> list[tuple[str, str]]:
+    rows = []
+    for label, part in (("data", data.train), ("held out", data.heldout)):
+        if part is None:
+            continue
+        text = f"{len(part.examples):,} examples, {part.tokens:,} tokens, {part.learned:,} learned"
+        rows.append((label, text))
+        if part.truncated or part.dropped:
+            rows.append(("", f"({part.truncated:,} cut to length, {part.dropped:,} dropped)"))
+    return rows
+
+
+def _exp(value: float) -> str:
+    return f"{exp(value):.3f}" if isfinite(value) and value < 700 else "inf"

@@ -1,0 +1,277 @@
+"""The `merge` command: parse, call, show."""
+
+from __future__ import annotations
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from irq_convert.errors import UsageError
+
+if TYPE_CHECKING:
+    from irq_convert.merge.estimate import MergeEstimate
+    from irq_convert.merge.options import MergeOptions
+    from irq_convert.merge.report import LogitsCheck, MergedLayer, MergeReport
+
+WORST = 5
+
+
+# Spelled out here, as in irq_convert.merge.options, so that help needs no numerics.
+class To(StrEnum):
+    """What is written."""
+
+    DENSE = "dense"
+    ADAPTER = "adapter"
+    IRQ = "irq"
+
+
+class OutDtype(StrEnum):
+    """Of a dense result."""
+
+    AUTO = "auto"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+    FLOAT32 = "float32"
+
+
+class TauDtype(StrEnum):
+    """Of a moved tau."""
+
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+    UINT8 = "uint8"
+
+
+class Checking(StrEnum):
+    """How the result is checked."""
+
+    AUTO = "auto"
+    LAYERS = "layers"
+    LOGITS = "logits"
+    NONE = "none"
+
+
+class Objective(StrEnum):
+    """Of quantizing again."""
+
+    ENTROPY = "entropy"
+    MSE = "mse"
+    NONE = "none"
+
+
+def merge_command(
+    base: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the artifact.")],
+    adapter: Annotated[
+        Path, typer.Argument(metavar="ADAPTER", help="Folder of the adapter trained on it.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to create.")],
+    to: Annotated[
+        To,
+        typer.Option(
+            help="dense (a normal checkpoint), adapter (a plain LoRA) or irq (an artifact)."
+        ),
+    ],
+    dtype: Annotated[
+        OutDtype, typer.Option(help="Of a dense result; auto is that of each source tensor.")
+    ] = OutDtype.AUTO,
+    tau: Annotated[
+        TauDtype, typer.Option(help="How moved taus are stored in an irq result.")
+    ] = TauDtype.FLOAT32,
+    objective: Annotated[
+        Objective | None,
+        typer.Option(help="To quantize again with.  \\[default: the artifact's]"),
+    ] = None,
+    min_survival: Annotated[
+        float,
+        typer.Option(help="Refuse to quantize again when less of the adapter is left; 1 is all."),
+    ] = 0.5,
+    check: Annotated[
+        Checking,
+        typer.Option(
+            help="layers (on a probe), logits (both models loaded), none; auto: as memory allows."
+        ),
+    ] = Checking.AUTO,
+    any_base: Annotated[
+        bool, typer.Option("--any-base", help="Merge an adapter that records no base, or another.")
+    ] = False,
+    threads: Annotated[int | None, typer.Option(help="CPU threads.  \\[default: all]")] = None,
+    max_shard_size: Annotated[float, typer.Option(help="Largest shard, in GB (10^9 bytes).")] = 5.0,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be written, and stop.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace OUT once the new one is whole.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Merge an adapter into its artifact, and check the result against the two.
+
+    dense: a checkpoint in 16 or 32 bits, one rounding from base plus adapter.
+    adapter: a plain LoRA that any tool loads, the same function.
+    irq: an artifact; exact for block-pooled adapters, for others measured.
+
+    Example: irq-convert merge ./model-irq-nf4 ./adapter ./merged --to dense
+    """
+    from irq_convert.merge.options import Check, Dtype, MergeOptions, Target, Tau
+
+    if not 1e-9 <= max_shard_size < 1e9:
+        raise UsageError(f"--max-shard-size {max_shard_size}: a positive number of GB is needed")
+    options = MergeOptions(
+        to=Target(to.value),
+        dtype=Dtype(dtype.value),
+        tau=Tau(tau.value),
+        objective=None if objective is None else objective.value,
+        min_survival=min_survival,
+        check=Check(check.value),
+        any_base=any_base,
+        threads=threads,
+        overwrite=overwrite,
+        max_shard_bytes=int(max_shard_size * 1e9),
+    )
+    if dry_run:
+        _dry_run(base, adapter, out, options, as_json)
+        return
+    _merge(base, adapter, out, options, as_json)
+
+
+def _dry_run(base: Path, adapter: Path, out: Path, options: MergeOptions, as_json: bool) -> None:
+    from irq_convert.cli.bar import ConversionBar
+    from irq_convert.merge.estimate import estimate
+
+    with ConversionBar() as bar:
+        found = estimate(base, adapter, out, options, progress=bar)
+    if as_json:
+        typer.echo(json.dumps(found.to_dict(), indent=2))
+    else:
+        _print_estimate(found)
+
+
+def _merge(base: Path, adapter: Path, out: Path, options: MergeOptions, as_json: bool) -> None:
+    from irq_convert.cli.bar import ConversionBar
+    from irq_convert.merge.run import merge_adapter
+
+    with ConversionBar() as bar:
+        report = merge_adapter(base, adapter, out, options, progress=bar)
+    if as_json:
+        typer.echo(json.dumps(report.to_dict(), indent=2))
+    else:
+        _print_report(report)
+        _print_layers(report)
+
+
+def _print_estimate(found: MergeEstimate) -> None:
+    from irq_convert.cli.show import facts, gigabytes
+
+    free = "free" if found.disk_needed <= found.disk_free else "free: not enough"
+    facts(
+        [
+            ("artifact", f"{found.base} ({found.base_sha256[:12]})"),
+            ("adapter", f"{found.adapter} ({found.kind}, {gigabytes(found.adapter_bytes)})"),
+            ("would write", f"{found.out} ({found.to}), {found.bytes_out:,} bytes + records"),
+            ("files", f"{found.shards} of weights"),
+            ("merged", f"{found.layers} layers by {found.how}, {found.saved} saved tensors"),
+            ("memory", f"about {gigabytes(found.memory)} to merge"),
+            ("check", found.check),
+            ("disk needed", f"{found.disk_needed:,} bytes ({gigabytes(found.disk_free)} {free})"),
+        ]
+    )
+
+
+def _print_report(report: MergeReport) -> None:
+    from irq_convert.cli.show import facts, gigabytes, seconds
+
+    ways: dict[str, int] = {}
+    for layer in report.layers:
+        ways[layer.how] = ways.get(layer.how, 0) + 1
+    merged = ", ".join(f"{count} {_WAYS[how]}" for how, count in ways.items())
+    rows = [
+        ("result", f"{report.out} ({report.to})"),
+        ("size", f"{gigabytes(report.bytes_in)} -> {gigabytes(report.bytes_out)}"),
+        ("artifact", report.base_sha256[:12]),
+        ("adapter", f"{(report.adapter_sha256 or 'none')[:12]} ({report.kind})"),
+        ("layers", merged),
+    ]
+    if report.saved:
+        rows.append(("saved tensors", f"{len(report.saved)} in place of the artifact's"))
+    if report.dtypes:
+        parts = [f"{count} in {dtype}" for dtype, count in report.dtypes.items()]
+        rows.append(("dense tensors", ", ".join(parts)))
+    if report.bits_per_weight is not None:
+        rows.append(("bits per weight", f"{report.bits_per_weight:.4f}"))
+    if report.survived is not None:
+        rows.append(("survived", f"{report.survived:.4f} of what was learned (1 is all)"))
+    rows += _check_rows(report)
+    facts([*rows, ("time", seconds(report.seconds))])
+    if report.tau is not None:
+        _print_tau(report)
+
+
+_WAYS = {
+    "dense": "dense",
+    "tau": "by moving tau: codes and scales untouched",
+    "requantized": "quantized again",
+    "unchanged": "unchanged",
+    "folded": "folded",
+}
+
+
+def _check_rows(report: MergeReport) -> list[tuple[str, str]]:
+    if not report.layers_checked:
+        return [("checked", "no (--check none)")]
+    rows = [("layers checked", f"largest difference {_number(report.largest_difference)}")]
+    rows.append(("logits checked", _logits(report.logits)))
+    return rows
+
+
+def _logits(found: LogitsCheck) -> str:
+    if found.difference is None:
+        return f"no: {found.reason}"
+    allowed = "" if found.tolerance is None else f" (allowed {found.tolerance:.1e})"
+    return f"difference {found.difference:.1e}{allowed}; adapter's effect {found.effect:.1e}"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2e}"
+
+
+def _print_tau(report: MergeReport) -> None:
+    """What storing the moved tau costs in each dtype."""
+    from rich.console import Console
+    from rich.table import Table
+
+    assert report.tau is not None
+    table = Table("tau stored as", "largest change", "rms", box=None, pad_edge=False, title=None)
+    for name, found in report.tau["stored"].items():
+        mark = " (this result)" if name == report.tau_dtype else ""
+        largest = "does not fit" if found["max"] is None else _number(found["max"])
+        table.add_row(f"{name}{mark}", largest, _number(found["rms"]))
+    moved = report.tau["moved"]
+    table.add_row("how far it moved", _number(moved["max"]), _number(moved["rms"]))
+    console = Console(width=80)
+    console.print("\nCost of storing tau, as parts of each block's scale")
+    console.print(table)
+
+
+def _print_layers(report: MergeReport) -> None:
+    """The layers that were quantized again and kept least."""
+    from rich.console import Console
+    from rich.table import Table
+
+    again = [layer for layer in report.layers if layer.how == "requantized"]
+    if not again:
+        return
+    table = Table("layer", box=None, pad_edge=False)
+    for name in ("change", "survived"):
+        table.add_column(name, justify="right")
+    for layer in sorted(again, key=_survived):
+        table.add_row(layer.tensor, _number(layer.change), f"{_survived(layer):.4f}")
+    console = Console(width=80)
+    console.print("\nLayers quantized again (change: of the adapter, of the weights' size)")
+    console.print(table)
+
+
+def _survived(layer: MergedLayer) -> float:
+    return 0.0 if layer.survived is None else layer.survived
