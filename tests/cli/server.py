@@ -17,6 +17,8 @@ from pathlib import Path
 from transformers import LlamaForCausalLM  # noqa: F401 - imported when it is first named
 from typer.testing import CliRunner
 
+import irq_convert.finetune.run
+import irq_convert.merge.run  # noqa: F401 - for the commands that import them
 from irq_convert.cli.main import app, main
 
 sys.path.insert(0, str(Path(__file__).parents[1]))

@@ -14,7 +14,7 @@ from irq_convert.cli.main import app
 
 from .process import assert_fails, fresh
 
-COMMANDS = ["quantize", "inspect", "verify", "eval", "demo"]
+COMMANDS = ["quantize", "inspect", "verify", "eval", "finetune", "merge", "export", "demo"]
 HEAVY = ("torch", "transformers", "numpy", "numba", "huggingface_hub", "matplotlib")
 
 
