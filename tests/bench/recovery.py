@@ -114,16 +114,24 @@ def base_of(folder: Path, bits: int, objective: str, options: argparse.Namespace
 
 
 def run(
-    folder: Path, bits: int, variant: str, seed: int, data: Any, options: argparse.Namespace
+    folder: Path,
+    bits: int,
+    variant: str,
+    seed: int,
+    data: Any,
+    known: dict[tuple[int, str], float],
+    options: argparse.Namespace,
 ) -> Row:
-    """Quantize, attach, train, measure."""
+    """Quantize, attach, train, measure; `known` are losses before training, by base."""
     import irq_convert
     from irq_convert.evaluate.load import load_causal_lm
 
     objective, connection, pool = VARIANTS[variant]
     begun = time.perf_counter()
     base = load_causal_lm(base_of(folder, bits, objective, options))
-    before = loss_of(base, data[1])
+    before = known.get((bits, objective))
+    if before is None:
+        before = known[bits, objective] = loss_of(base, data[1])
     torch.manual_seed(seed)
     config = irq_convert.IecLoraConfig(
         r=options.rank,
@@ -202,13 +210,14 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     data = windows_of(options)
     rows: list[Row] = []
+    known: dict[tuple[int, str], float] = {}
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(options.seeds):
             for bits in options.bits:
                 for variant in options.variants:
                     if bits == 16 and variant not in ("NF + LoRA", "NF + IEC"):
                         continue
-                    rows.append(run(Path(folder), bits, variant, seed, data, options))
+                    rows.append(run(Path(folder), bits, variant, seed, data, known, options))
                     print(rows[-1], flush=True)
                     if options.json:
                         kept = {"options": {k: str(v) for k, v in vars(options).items()}}
