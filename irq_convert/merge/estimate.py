@@ -1,0 +1,127 @@
+"""What a merge would write and take, without writing anything."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from irq_convert.artifact.structure import StoredTensor
+from irq_convert.checkpoint.system import free_bytes
+from irq_convert.convert.progress import Progress
+from irq_convert.merge.inputs import Inputs, open_inputs
+from irq_convert.merge.memory import available_memory, logits_memory
+from irq_convert.merge.options import Check, MergeOptions, Target
+from irq_convert.merge.plain import plain_specs
+from irq_convert.merge.plan import MergePlan, make_plan
+
+_LIBRARIES = 400_000_000
+_TILE_BYTES = 56
+"""Bytes that a weight of a tile takes in all its forms, read ahead and behind included."""
+_LAYER_BYTES = 24
+"""The same for a number of a layer's A and B, in float64."""
+
+
+@dataclass(frozen=True)
+class MergeEstimate:
+    """`bytes_out` is exact, without the records; `memory` is of the merge, not of its check."""
+
+    base: str
+    base_sha256: str
+    adapter: str
+    kind: str
+    adapter_bytes: int
+    out: str
+    to: str
+    how: str
+    layers: int
+    saved: int
+    bytes_out: int
+    shards: int
+    disk_needed: int
+    disk_free: int
+    memory: int
+    check: str
+
+    def to_dict(self) -> dict[str, object]:
+        """All fields, for JSON."""
+        return asdict(self)
+
+
+def estimate(
+    base: Path,
+    adapter: Path,
+    out: Path,
+    options: MergeOptions,
+    *,
+    progress: Progress | None = None,
+) -> MergeEstimate:
+    """Plan the merge from headers alone.
+
+    Raises what the merge would raise before reading any weight, but for a full disk.
+    """
+    (progress or Progress()).stage("reading headers")
+    inputs = open_inputs(base, adapter, out, options)
+    opened = inputs.adapter
+    assert opened is not None
+    if options.to == Target.ADAPTER:
+        size = sum(spec.nbytes for spec in plain_specs(opened, inputs.match))
+        shards, needed, tile = 1, size + (1 << 20), 0
+    else:
+        plan = make_plan(inputs.artifact, inputs.match, options)
+        size, shards, needed = plan.bytes_out, len(plan.shards), plan.bytes_needed
+        tile = _largest_tile(plan)
+    widest = max((layer.a.numel + layer.b.numel for layer in opened.layers.values()), default=0)
+    return MergeEstimate(
+        base=str(base),
+        base_sha256=inputs.identity,
+        adapter=str(adapter),
+        kind=opened.config.kind,
+        adapter_bytes=opened.nbytes,
+        out=str(out),
+        to=options.to.value,
+        how=_how(opened.config.pooled, options),
+        layers=len(inputs.match.layers),
+        saved=len(inputs.match.saved),
+        bytes_out=size,
+        shards=shards,
+        disk_needed=needed,
+        disk_free=free_bytes(out),
+        memory=_LIBRARIES + _TILE_BYTES * tile + _LAYER_BYTES * widest,
+        check=_check(inputs, options),
+    )
+
+
+def _largest_tile(plan: MergePlan) -> int:
+    """Weights of the largest tile."""
+    weights = 1
+    for job in plan.jobs:
+        base, limit = job.base, plan.options.tile_weights
+        if isinstance(base, StoredTensor):
+            rows = min(base.shape.rows, base.shape.tile_rows(limit))
+            weights = max(weights, rows * base.shape.cols)
+        elif job.adapted is not None:
+            weights = max(weights, min(limit, job.adapted.rows * job.adapted.cols))
+    return weights
+
+
+def _how(pooled: bool, options: MergeOptions) -> str:
+    if options.to == Target.ADAPTER:
+        return "folding"
+    if options.to == Target.DENSE:
+        return "adding"
+    return "moving tau" if pooled else "quantizing again"
+
+
+def _check(inputs: Inputs, options: MergeOptions) -> str:
+    """What would be checked, in words."""
+    if options.check == Check.NONE:
+        return "none"
+    if options.check == Check.LAYERS:
+        return "layers"
+    needed = logits_memory(inputs.artifact, options.to == Target.DENSE)
+    fits = needed <= available_memory()
+    return (
+        f"layers, and logits, which take {needed / 1e9:.1f} GB"
+        if fits
+        else f"layers; logits would take {needed / 1e9:.1f} GB, more than is free"
+    )

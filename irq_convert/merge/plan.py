@@ -1,0 +1,247 @@
+"""The plan of a merge, from headers alone: what becomes of every tensor, and every output byte."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from irq_convert import __version__
+from irq_convert.adapters.stored import FLOATS
+from irq_convert.artifact.config import ModuleFormat, QuantizationConfig, module_name
+from irq_convert.artifact.contents import Artifact
+from irq_convert.artifact.manifest import MANIFEST_NAME
+from irq_convert.artifact.structure import StoredTensor, part_specs
+from irq_convert.checkpoint.header import TensorInfo
+from irq_convert.checkpoint.shards import INDEX_NAME, build_index, plan_shards, shard_name
+from irq_convert.checkpoint.system import os_errors
+from irq_convert.checkpoint.writer import TensorSpec, build_header
+from irq_convert.core.blocks import BlockShape
+from irq_convert.errors import IrqError
+from irq_convert.merge.match import Adapted, Match
+from irq_convert.merge.options import Dtype, MergeOptions, Target
+
+CONFIG_NAME = "config.json"
+MERGE_NAME = "irq_merge.json"
+REPLACED_FILES = (CONFIG_NAME, MANIFEST_NAME, INDEX_NAME, MERGE_NAME)
+SAFETENSORS_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64"}
+_WORDS = {short: long for long, short in SAFETENSORS_NAMES.items()}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One tensor of the source: where it comes from, what changes it, how it is written.
+
+    `base` is the artifact's, quantized or copied; `saved` takes its place, `adapted` is added to
+    it. `target` is the format of a quantized result, or the dtype of a dense one.
+    """
+
+    name: str
+    base: StoredTensor | TensorInfo
+    adapted: Adapted | None
+    saved: TensorInfo | None
+    target: ModuleFormat | str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        base = self.base
+        return base.source_shape if isinstance(base, StoredTensor) else base.shape
+
+    @property
+    def blocks(self) -> BlockShape:
+        """Geometry of a quantized tensor as the artifact has it."""
+        assert isinstance(self.base, StoredTensor)
+        return self.base.shape
+
+    @cached_property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """What is stored for it."""
+        if isinstance(self.target, ModuleFormat):
+            return tuple(part_specs(self.name, self.shape, self.target).values())
+        return (TensorSpec(self.name, self.target, self.shape),)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the result."""
+        return sum(spec.nbytes for spec in self.outputs)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One output file."""
+
+    name: str
+    jobs: tuple[Job, ...]
+
+    @property
+    def outputs(self) -> list[TensorSpec]:
+        return [spec for job in self.jobs for spec in job.outputs]
+
+    @property
+    def nbytes(self) -> int:
+        """The exact size of the file."""
+        header = len(build_header(self.outputs, {"format": "pt"}))
+        return header + sum(job.nbytes for job in self.jobs)
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """Everything that is known before any weight is read. `config` is None for a dense result."""
+
+    artifact: Artifact
+    shards: tuple[Shard, ...]
+    config: QuantizationConfig | None
+    options: MergeOptions
+
+    @property
+    def jobs(self) -> list[Job]:
+        return [job for shard in self.shards for job in shard.jobs]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors of the result."""
+        return sum(job.nbytes for job in self.jobs)
+
+    @property
+    def carried_files(self) -> tuple[str, ...]:
+        """Files of the artifact that are copied unchanged."""
+        names = self.artifact.checkpoint.other_files
+        return tuple(name for name in names if name not in REPLACED_FILES)
+
+    @property
+    def carried_bytes(self) -> int:
+        folder = self.artifact.folder
+        with os_errors("look at its files", folder):
+            return sum((folder / name).stat().st_size for name in self.carried_files)
+
+    @property
+    def documents(self) -> dict[str, bytes]:
+        """config.json and the index, as transformers writes them."""
+        found = {CONFIG_NAME: self.config_json()}
+        if len(self.shards) > 1:
+            weight_map = {spec.name: s.name for s in self.shards for spec in s.outputs}
+            found[INDEX_NAME] = build_index(weight_map, self.nbytes)
+        return {name: f"{json.dumps(doc, indent=2)}\n".encode() for name, doc in found.items()}
+
+    def config_json(self) -> dict[str, Any]:
+        """The result's config.json."""
+        config = dict(self.artifact.checkpoint.config or {})
+        if self.config is not None:
+            return config | {"quantization_config": self.config.to_dict()}
+        config.pop("quantization_config", None)
+        if self.options.dtype != Dtype.AUTO:
+            return _with_dtype(config, self.options.dtype.value)
+        if not {"dtype", "torch_dtype"} & set(config):
+            config["dtype"] = _WORDS[_default_dtype(self.artifact)]
+        return config
+
+    @property
+    def bytes_out(self) -> int:
+        """Size of the result without its manifest."""
+        text = sum(map(len, self.documents.values()))
+        return sum(shard.nbytes for shard in self.shards) + self.carried_bytes + text
+
+    @property
+    def bytes_needed(self) -> int:
+        """Room to ask for: `bytes_out` and a manifest at its longest."""
+        names = sum(len(json.dumps(job.name)) for job in self.jobs)
+        entries = len(self.jobs) + len(self.shards) + len(self.carried_files)
+        return self.bytes_out + (1 << 16) + (entries << 10) + names
+
+
+def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """`config` saying `dtype`, in every nested configuration that says one."""
+    found = {
+        key: _with_dtype(value, dtype)
+        if isinstance(value, dict) and {"dtype", "torch_dtype"} & set(value)
+        else value
+        for key, value in config.items()
+    }
+    for key in ("dtype", "torch_dtype"):
+        if key in found:
+            found[key] = dtype
+    return found if {"dtype", "torch_dtype"} & set(found) else found | {"dtype": dtype}
+
+
+def make_plan(artifact: Artifact, match: Match, options: MergeOptions) -> MergePlan:
+    """Decide what becomes of every tensor of `artifact`."""
+    order = {name: at for at, name in enumerate(artifact.checkpoint.tensors)}
+    tensors: list[StoredTensor | TensorInfo] = [*artifact.quantized, *artifact.copied]
+    jobs = [
+        Job(
+            base.name,
+            base,
+            match.layers.get(base.name),
+            match.saved.get(base.name),
+            _target(artifact, base, match.layers.get(base.name), options),
+        )
+        for base in sorted(tensors, key=lambda base: order[base.name])
+    ]
+    by_name = {job.name: job for job in jobs}
+    parts = plan_shards([(job.name, job.nbytes) for job in jobs], options.max_shard_bytes)
+    shards = tuple(
+        Shard(shard_name(number, len(parts)), tuple(by_name[name] for name in names))
+        for number, names in enumerate(parts, start=1)
+    )
+    config = _config(artifact.config, jobs) if options.to == Target.IRQ else None
+    return MergePlan(artifact, shards, config, options)
+
+
+def _target(
+    artifact: Artifact,
+    base: StoredTensor | TensorInfo,
+    adapted: Adapted | None,
+    options: MergeOptions,
+) -> ModuleFormat | str:
+    if isinstance(base, StoredTensor):
+        if options.to == Target.DENSE:
+            return _dense_dtype(artifact, base.name, options)
+        if adapted is None:
+            return base.format
+        if adapted.block_size is not None:
+            return replace(base.format, tau_dtype=options.tau.value)
+        return replace(base.format, scale_dtype="uint8", tau_dtype="uint8")
+    if options.to == Target.DENSE and options.dtype != Dtype.AUTO and base.dtype in FLOATS:
+        return SAFETENSORS_NAMES[options.dtype.value]
+    return base.dtype
+
+
+def _dense_dtype(artifact: Artifact, name: str, options: MergeOptions) -> str:
+    """Asked for, else that of the source by the manifest, else by config.json."""
+    if options.dtype != Dtype.AUTO:
+        return SAFETENSORS_NAMES[options.dtype.value]
+    listed = (artifact.manifest or {"tensors": {}})["tensors"].get(name)
+    if listed is None:
+        return _default_dtype(artifact)
+    found = listed.get("dtype")
+    if found not in FLOATS:
+        raise IrqError(
+            f"{MANIFEST_NAME}: tensors[{name}] says dtype {found!r}, which is none that a weight "
+            "can have: the artifact is damaged, or choose one with --dtype"
+        )
+    return str(found)
+
+
+def _default_dtype(artifact: Artifact) -> str:
+    """By config.json, float32 (which is exact) where it says nothing."""
+    config: Mapping[str, Any] = artifact.checkpoint.config or {}
+    nested = [part for part in config.values() if isinstance(part, dict)]
+    for part in (config, *nested):
+        found = str(part.get("dtype") or part.get("torch_dtype")).removeprefix("torch.")
+        if found in SAFETENSORS_NAMES:
+            return SAFETENSORS_NAMES[found]
+    return "F32"
+
+
+def _config(base: QuantizationConfig, jobs: list[Job]) -> QuantizationConfig:
+    """The configuration that is true of the result: a common tau dtype becomes the default's."""
+    formats = {
+        module_name(job.name): job.target for job in jobs if isinstance(job.target, ModuleFormat)
+    }
+    taus = {fmt.tau_dtype for fmt in formats.values()}
+    default = replace(base.default, tau_dtype=taus.pop()) if len(taus) == 1 else base.default
+    overrides = {name: fmt for name, fmt in formats.items() if fmt != default}
+    meta = {**base.meta, "producer": f"irq-convert {__version__}"}
+    return QuantizationConfig(default, base.modules_to_not_convert, overrides, meta)

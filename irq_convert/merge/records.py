@@ -1,0 +1,155 @@
+"""Where a result comes from: the manifest of a merged artifact, the note beside a dense one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import PurePosixPath
+from typing import Any
+
+from irq_convert import __version__
+from irq_convert.adapters.stored import StoredAdapter
+from irq_convert.artifact.config import ModuleFormat
+from irq_convert.artifact.contents import Artifact
+from irq_convert.artifact.manifest import build_manifest
+from irq_convert.artifact.structure import StoredTensor
+from irq_convert.merge.options import MergeOptions
+from irq_convert.merge.outcome import Outcome
+from irq_convert.merge.plan import Job, MergePlan
+
+PRODUCER = f"irq-convert {__version__}"
+_FIGURES = ("entropy_plain", "entropy", "relative_error")
+
+
+def describe_base(artifact: Artifact, identity: str) -> dict[str, Any]:
+    """The artifact: its name without a path, its identity, what it was made from."""
+    manifest = artifact.manifest
+    return {
+        "model": artifact.folder.resolve().name,
+        "sha256": identity,
+        "source": None if manifest is None else manifest["source"],
+    }
+
+
+def describe_adapter(adapter: StoredAdapter) -> dict[str, Any]:
+    """The adapter: its name without a path, its identity, its kind and what it belongs to."""
+    return {
+        "name": adapter.folder.resolve().name,
+        "sha256": adapter.sha256,
+        "lora": adapter.config.kind,
+        "base_sha256": adapter.config.base_sha256,
+    }
+
+
+def dense_note(
+    plan: MergePlan, identity: str, adapter: StoredAdapter | None, options: MergeOptions
+) -> dict[str, Any]:
+    """`irq_merge.json` (formats/irq-adapter-v1.md, section 6)."""
+    return {
+        "format": "irq-merge",
+        "format_version": 1,
+        "producer": PRODUCER,
+        "base": describe_base(plan.artifact, identity),
+        "adapter": None if adapter is None else describe_adapter(adapter),
+        "options": options.to_dict(),
+    }
+
+
+def merged_manifest(
+    plan: MergePlan,
+    identity: str,
+    adapter: StoredAdapter,
+    outcomes: Mapping[str, Outcome],
+    files: Mapping[str, Mapping[str, Any]],
+    means: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The manifest of a merged artifact, whose base has one.
+
+    Entries of tensors that the adapter leaves alone are the base's; the others say what is stored
+    against the exact merged weights. `means` is what a tensor was quantized again with.
+    """
+    base = plan.artifact.manifest
+    assert base is not None
+    source = base["source"]
+    listed = {
+        name: entry
+        for name, entry in files.items()
+        if not any(part.startswith(".") for part in PurePosixPath(name).parts)
+    }
+    jobs = [job for job in plan.jobs if isinstance(job.target, ModuleFormat)]
+    tensors = {job.name: _entry(job, base["tensors"][job.name], outcomes[job.name]) for job in jobs}
+    before = source.get("adapters")
+    return build_manifest(
+        producer=PRODUCER,
+        source={
+            "model": source.get("model"),
+            "revision": source.get("revision"),
+            "tensors_sha256": None,
+            "base": describe_base(plan.artifact, identity),
+            "adapters": [*(before if isinstance(before, list) else ()), describe_adapter(adapter)],
+        },
+        options={**plan.options.to_dict(), **means, "base": base["options"]},
+        files=listed,
+        tensors=tensors,
+        totals=_totals(plan, jobs, listed, tensors, outcomes),
+    )
+
+
+def _entry(job: Job, base: Mapping[str, Any], outcome: Outcome) -> dict[str, Any]:
+    assert isinstance(job.target, ModuleFormat)
+    if outcome.stats is None and outcome.tau is None:
+        return dict(base)
+    figures = {key: base.get(key) for key in _FIGURES}
+    entry = {
+        "shape": list(job.shape),
+        "dtype": base.get("dtype"),
+        "codebook": job.target.codebook,
+        "block_size": job.target.block_size,
+        "entropy_plain": figures["entropy_plain"],
+        "entropy": figures["entropy"],
+        "relative_error": outcome.relative_error,
+        "merged": "tau",
+        "survived": outcome.survived,
+        "base": figures,
+    }
+    if outcome.stats is not None:
+        entry |= {
+            "entropy_plain": outcome.stats.entropy_plain,
+            "entropy": outcome.stats.entropy,
+            "merged": "requantized",
+        }
+    return entry
+
+
+def _totals(
+    plan: MergePlan,
+    jobs: list[Job],
+    files: Mapping[str, Mapping[str, Any]],
+    tensors: Mapping[str, Mapping[str, Any]],
+    outcomes: Mapping[str, Outcome],
+) -> dict[str, Any]:
+    """Means over all quantized weights; errors by the energy of the weights they belong to."""
+    sizes = {job.name: math.prod(job.shape) for job in jobs}
+    weights = max(1, sum(sizes.values()))
+
+    def mean(key: str) -> float:
+        return math.fsum(tensors[name][key] * size for name, size in sizes.items()) / weights
+
+    energy = math.fsum(outcomes[name].energy for name in sizes)
+    error = math.fsum(outcomes[n].energy * tensors[n]["relative_error"] for n in sizes)
+    return {
+        "weights": plan.artifact.weights,
+        "quantized_weights": sum(sizes.values()),
+        "bytes": sum(int(entry["bytes"]) for entry in files.values()),
+        "bits_per_weight": bits_per_weight(plan),
+        "entropy_plain": mean("entropy_plain"),
+        "entropy": mean("entropy"),
+        "relative_error": error / energy if energy else 0.0,
+    }
+
+
+def bits_per_weight(plan: MergePlan) -> float:
+    """Bits of a quantized weight of the result, with its share of scales, taus and grids."""
+    jobs = [job for job in plan.jobs if isinstance(job.target, ModuleFormat)]
+    weights = sum(job.base.weights for job in jobs if isinstance(job.base, StoredTensor))
+    return 8 * sum(job.nbytes for job in jobs) / max(1, weights)

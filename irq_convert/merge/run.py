@@ -1,0 +1,98 @@
+"""The job: an artifact and an adapter in, one checked result out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from irq_convert.checkpoint.disk import output_folder, require_space
+from irq_convert.convert.progress import Progress
+from irq_convert.merge.inputs import Inputs, open_inputs
+from irq_convert.merge.layers import LayerCheck
+from irq_convert.merge.logits import check_logits
+from irq_convert.merge.model import write_model
+from irq_convert.merge.options import Check, MergeOptions, Target
+from irq_convert.merge.plain import check_plain, plain_specs, write_plain
+from irq_convert.merge.records import describe_base
+from irq_convert.merge.report import LogitsCheck, MergedLayer, MergeReport
+from irq_convert.merge.target import folder_bytes
+
+
+def merge_adapter(
+    base: Path | str,
+    adapter: Path | str | None,
+    out: Path | str,
+    options: MergeOptions | None = None,
+    *,
+    progress: Progress | None = None,
+) -> MergeReport:
+    """Merge the adapter folder into the artifact folder `base` and write the new folder `out`.
+
+    `options.to` says what is written: a dense checkpoint, a plain LoRA, or an artifact. Without an
+    adapter (dense only) the artifact is just expanded. The folder appears under its name only when
+    it is complete and has passed its check. Memory is bounded by tiles of rows; only the check of
+    logits, which is made where both models fit, loads models. Raises `UsageError` for a request
+    that cannot be served, `IrqError` for inputs, a disk or a check that fails; nothing is left
+    behind then.
+    """
+    begun = time.perf_counter()
+    options, progress = options or MergeOptions(), progress or Progress()
+    base, out = Path(base), Path(out)
+    folder = None if adapter is None else Path(adapter)
+    progress.stage("reading headers")
+    inputs = open_inputs(base, folder, out, options)
+    with _threads(options.threads):
+        if options.to == Target.ADAPTER:
+            report = _fold(inputs, out, options, progress)
+        else:
+            report = write_model(inputs, out, options, progress)
+    return replace(report, seconds=time.perf_counter() - begun)
+
+
+@contextmanager
+def _threads(threads: int | None) -> Iterator[None]:
+    """Compute on so many threads, and leave torch as it was."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _fold(inputs: Inputs, out: Path, options: MergeOptions, progress: Progress) -> MergeReport:
+    """A plain LoRA."""
+    artifact, adapter = inputs.artifact, inputs.adapter
+    assert adapter is not None
+    specs = plain_specs(adapter, inputs.match)
+    require_space(out, sum(spec.nbytes for spec in specs) + (1 << 20), "write the adapter")
+    checks: list[LayerCheck] | None = None
+    logits = LogitsCheck(reason="not asked for")
+    with output_folder(out, artifact.folder, options.overwrite) as staging:
+        base = describe_base(artifact, inputs.identity)
+        write_plain(adapter, inputs.match, staging, base, progress)
+        if options.check != Check.NONE:
+            checks = check_plain(adapter, inputs.match, staging, progress)
+        if options.check in (Check.AUTO, Check.LOGITS):
+            logits = check_logits(artifact, adapter, staging, options, progress)
+        size = folder_bytes(staging)
+    by_name = {check.tensor: check for check in checks or ()}
+    return MergeReport(
+        to=options.to.value,
+        out=str(out),
+        kind=adapter.config.kind,
+        base_sha256=inputs.identity,
+        adapter_sha256=adapter.sha256,
+        bytes_in=adapter.nbytes,
+        bytes_out=size,
+        dtypes={},
+        layers=tuple(MergedLayer(n, "folded", check=by_name.get(n)) for n in inputs.match.layers),
+        saved=tuple(inputs.match.saved),
+        layers_checked=checks is not None,
+        logits=logits,
+    )
