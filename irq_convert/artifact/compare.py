@@ -78,6 +78,11 @@ class Comparison:
         found = fingerprint(self._source.tensors.values())
         if found == noted.get("tensors_sha256"):
             return None
+        if noted.get("adapters"):
+            return (
+                f"{self._source.folder}: not what the artifact holds: an adapter was merged into "
+                "it, and no checkpoint has these weights; verify it without --against"
+            )
         return (
             f"{self._source.folder}: another source: its tensors have the fingerprint {found}, the "
             f"artifact was made from {noted.get('model')!r} with {noted.get('tensors_sha256')}: "

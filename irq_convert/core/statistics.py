@@ -43,7 +43,7 @@ def expand_statistic(stored: torch.Tensor, grid: torch.Tensor | None) -> torch.T
 def encode_statistic(
     values: torch.Tensor, stored: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Store `values`, floating `[rows, blocks_per_row]`, as `stored`: the twin of `expand_statistic`.
+    """Store `values`, floating `[rows, blocks_per_row]`: the twin of `expand_statistic`.
 
     For uint8 each group of 256 consecutive blocks gets the grid that covers its range, and every
     value its nearest code on it; float16 and float32 round each value once. Returns the statistic

@@ -13,6 +13,7 @@ import torch
 from convert.models import load_all, snapshot
 
 from irq_convert.artifact.verify import verify_artifact
+from irq_convert.checkpoint.source import open_checkpoint
 from irq_convert.errors import IrqError, UsageError
 from irq_convert.merge.options import Check, MergeOptions, Target, Tau
 from irq_convert.merge.run import merge_adapter
@@ -56,6 +57,15 @@ def test_codes_and_scales_stay_bit_for_bit(tmp_path: Path, codebook: str) -> Non
             assert tensor.view(torch.uint8).equal(after[name].view(torch.uint8))
     assert {layer.how for layer in report.layers} == {"tau"}
     assert verify_artifact(tmp_path / "out").ok
+
+
+def test_a_merged_artifact_has_no_source(tmp_path: Path) -> None:
+    artifact = make_artifact(tmp_path / "art", "nf3")
+    adapter = write_adapter(tmp_path / "adapter", artifact, kind="block")
+    merge_adapter(artifact, adapter, tmp_path / "out", options())
+    source = open_checkpoint(tmp_path / "art-source")
+    failures = verify_artifact(tmp_path / "out", against=source).failures
+    assert any("an adapter was merged into it" in line for line in failures)
 
 
 @pytest.mark.parametrize("codebook", ["nf3", "int2"])
