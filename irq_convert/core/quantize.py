@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numba
 import numpy as np
@@ -20,7 +21,8 @@ from irq_convert.errors import IrqError, UsageError
 
 BACKENDS = ("auto", "numba", "torch")
 TILE_WEIGHTS = 1 << 20
-_MOST_THREADS = numba.get_num_threads()
+# Not numba.get_num_threads(): that starts its threads, and with them changes torch's count.
+_MOST_THREADS: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
 
 
 def quantize_tensor(
@@ -106,9 +108,7 @@ def _run_numba(
     plan, tables = make_plan(spec), make_tables(spec.codebook, spec.block_size)
     by_block = [part.numpy() for part in (tau, scale)]
     by_group = [tau_grid.numpy(), scale_grid.numpy(), counts, energies]
-    before = numba.get_num_threads()
-    numba.set_num_threads(min(threads or before, _MOST_THREADS))
-    try:
+    with _numba_threads(threads):
         for start, dense in _float32_tiles(weight, shape):
             stop = start + dense.shape[0]
             blocks = slice(shape.tile(start).blocks, shape.tile(stop).blocks)
@@ -122,9 +122,19 @@ def _run_numba(
                 *(part[blocks] for part in by_block),
                 *(part[groups] for part in by_group),
             )
+    return packed, scale, tau, scale_grid, tau_grid, counts, energies
+
+
+@contextmanager
+def _numba_threads(threads: int | None) -> Iterator[None]:
+    """At most `threads` of numba's; torch, which may share their library, keeps its own count."""
+    of_torch, before = torch.get_num_threads(), numba.get_num_threads()
+    numba.set_num_threads(min(threads or before, _MOST_THREADS))
+    try:
+        yield
     finally:
         numba.set_num_threads(before)
-    return packed, scale, tau, scale_grid, tau_grid, counts, energies
+        torch.set_num_threads(of_torch)
 
 
 def _float32_tiles(weight: torch.Tensor, shape: BlockShape) -> Iterator[tuple[int, np.ndarray]]:

@@ -84,6 +84,16 @@ def test_refitting_prints_the_loss(irq: Commands, artifact: Path, tmp_path: Path
         assert words in result.out
 
 
+def test_long_remarks_are_wrapped(irq: Commands, tmp_path: Path) -> None:
+    source = save_model(tmp_path / "source", "gemma", head_dim=32, intermediate_size=344)
+    folder = quantized(source, tmp_path / "irq", bits_for=(("q_proj", 2), ("layers.0.*up", 3)))
+    result = irq("export", folder, tmp_path / "out", "--to", "mlx")
+    assert result.code == 0, result
+    assert "was not tried with mlx-lm" in " ".join(result.out.split())
+    assert "no group of 32, 64, 128 divides" in " ".join(result.out.split())
+    assert all(len(line) <= 80 or str(tmp_path) in line for line in result.out.splitlines())
+
+
 def test_shards_and_overwriting(irq: Commands, artifact: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     first = irq("export", artifact, out, "--to", "mlx", "--max-shard-size", "0.0001")

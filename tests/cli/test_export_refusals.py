@@ -61,6 +61,7 @@ def test_options(irq: Commands, int4: Path, tmp_path: Path) -> None:
         (["--to onnx", "dense, mlx, gguf, compressed-tensors"], "--to", "onnx"),
         (["--refit", "--to dense"], "--to", "dense", "--refit"),
         (["--fallback", "--to mlx"], "--to", "mlx", "--fallback", "q8_0"),
+        (["--dtype int8", "bfloat16, float16"], "--to", "mlx", "--dtype", "int8"),
         (["--threads 0"], "--to", "mlx", "--threads", "0"),
         (["--max-shard-size 0"], "--to", "mlx", "--max-shard-size", "0"),
         (["--max-shard-size nan"], "--to", "mlx", "--max-shard-size", "nan"),
@@ -69,7 +70,7 @@ def test_options(irq: Commands, int4: Path, tmp_path: Path) -> None:
 
 
 def test_typer_refuses_what_is_no_option(irq: Commands, int4: Path, tmp_path: Path) -> None:
-    for more in ((), ("--to", "mlx", "--dtype", "int8"), ("--to", "mlx", "--bits", "4")):
+    for more in ((), ("--to", "mlx", "--threads", "many"), ("--to", "mlx", "--bits", "4")):
         with nothing_left(tmp_path):
             result = irq("export", int4, tmp_path / "out", *more)
         assert result.code == 2

@@ -1,0 +1,172 @@
+"""`--to mlx`: the folder that mlx-lm loads, affine quantized in 2, 3 or 4 bits.
+
+MLX stores `w = scales * q + biases` for groups of 32, 64 or 128 weights of a row. Uniform levels
+are `level[q] = 2 q / (L - 1) - 1` with `L = 2^bits`, so
+
+    w = level[q] * scale + tau  =  (2 scale / (L - 1)) * q + (tau - scale)
+
+and the codes stay as they are: MLX packs them as this program does, 32 bits to a word. Scales and
+biases are rounded to their dtype, each once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+
+from irq_convert.artifact.config import module_name
+from irq_convert.artifact.contents import Artifact
+from irq_convert.artifact.structure import StoredTensor
+from irq_convert.checkpoint.writer import TensorSpec
+from irq_convert.convert.progress import Progress
+from irq_convert.core.codebook import get_codebook
+from irq_convert.core.packing import unpack_codes
+from irq_convert.core.quantized import QuantizedTensor
+from irq_convert.core.statistics import expand_statistic
+from irq_convert.errors import UsageError
+from irq_convert.export.mlx_config import TRIED, mlx_config
+from irq_convert.export.options import ExportOptions
+from irq_convert.export.shards import plan_folder, write_folder
+from irq_convert.export.target import ExportPlan, PlannedTensor, Target, Written
+from irq_convert.export.tiles import (
+    WORDS,
+    DenseEncoder,
+    Encoded,
+    Encoder,
+    Piece,
+    by_group,
+    group_size,
+    narrow,
+)
+
+GROUPS = (32, 64, 128)
+
+
+@dataclass(frozen=True)
+class AffineEncoder(Encoder):
+    """Codes as words of 32 bits, a scale and a bias a group; `dtype` is that of the two."""
+
+    group: int = 0
+
+    @property
+    def module(self) -> str:
+        return module_name(self.tensor.name)
+
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        shape = self.tensor.shape
+        groups = (shape.rows, shape.cols // self.group)
+        return (
+            TensorSpec(f"{self.module}.weight", "U32", (shape.rows, shape.row_bytes // 4)),
+            TensorSpec(f"{self.module}.scales", self.dtype, groups),
+            TensorSpec(f"{self.module}.biases", self.dtype, groups),
+        )
+
+    def encode(self, tile: QuantizedTensor, dense: torch.Tensor, start: int) -> Encoded:
+        scale = by_group(expand_statistic(tile.scale, tile.scale_grid), self.tensor, self.group)
+        tau = by_group(expand_statistic(tile.tau, tile.tau_grid), self.tensor, self.group)
+        steps = (1 << self.tensor.shape.bits) - 1
+        scales = narrow(scale.double() * 2 / steps, self.dtype, self.tensor.name)
+        biases = narrow(tau.double() - scale.double(), self.dtype, self.tensor.name)
+        codes = unpack_codes(tile.codes, self.tensor.shape.bits, tile.cols)
+        values = codes.view(*scales.shape, self.group).double()
+        values.mul_(scales.double()[:, :, None]).add_(biases.double()[:, :, None])
+        return Encoded(
+            (
+                Piece(f"{self.module}.weight", tile.codes, start * tile.codes.shape[1]),
+                Piece(f"{self.module}.scales", scales, start * scales[:1].nbytes),
+                Piece(f"{self.module}.biases", biases, start * biases[:1].nbytes),
+            ),
+            values.view(dense.shape),
+        )
+
+
+class MlxTarget(Target):
+    """Integer codebooks as they are; what no group of MLX divides stays dense."""
+
+    name: ClassVar[str] = "mlx"
+    summary: ClassVar[str] = "the folder that mlx-lm loads (int codebooks)"
+    takes: ClassVar[frozenset[str]] = frozenset({"dtype", "max_shard_bytes"})
+
+    def plan(self, artifact: Artifact, options: ExportOptions, progress: Progress) -> ExportPlan:
+        for tensor in artifact.quantized:
+            _check_codebook(tensor)
+        folder = plan_folder(
+            artifact,
+            options,
+            _encoder,
+            lambda config: mlx_config(config, _formats(artifact)),
+            {"format": "mlx"},
+        )
+        return ExportPlan(
+            artifact,
+            options,
+            folder.files,
+            tuple(_planned(item.encoder) for item in folder.items if item.encoder is not None),
+            _notes(artifact),
+            folder,
+        )
+
+    def write(self, plan: ExportPlan, folder: Path, progress: Progress) -> Written:
+        return Written(write_folder(plan.detail, folder, plan.options, progress))
+
+
+def _check_codebook(tensor: StoredTensor) -> None:
+    if get_codebook(tensor.format.codebook).kind != "int":
+        raise UsageError(
+            f"{tensor.name}: has codebook {tensor.format.codebook}, whose levels are not uniform, "
+            "and MLX holds uniform ones: export --to dense, or quantize with --codebook int"
+        )
+
+
+def _group(tensor: StoredTensor) -> int | None:
+    """Group size in MLX; None for what has to stay dense."""
+    plain = len(tensor.leading) == 1 and tensor.name != module_name(tensor.name)
+    return group_size(tensor, GROUPS) if plain else None
+
+
+def _formats(artifact: Artifact) -> dict[str, tuple[int, int] | None]:
+    """(bits, group size) of every quantized module, None for those that become dense."""
+    found: dict[str, tuple[int, int] | None] = {}
+    for tensor in artifact.quantized:
+        group = _group(tensor)
+        found[module_name(tensor.name)] = None if group is None else (tensor.shape.bits, group)
+    if not any(found.values()):
+        tensor = artifact.quantized[0]
+        raise UsageError(
+            f"{tensor.name} {list(tensor.source_shape)}: blocks of {tensor.format.block_size} "
+            f"cannot be cut into groups of {', '.join(map(str, GROUPS))}, which MLX has, nor any "
+            "other tensor's: export --to dense, or quantize with --block-size 32"
+        )
+    return found
+
+
+def _encoder(tensor: StoredTensor, dtype: str) -> Encoder:
+    group = _group(tensor)
+    if group is None:
+        return DenseEncoder(tensor, dtype)
+    return AffineEncoder(tensor, dtype, group)
+
+
+def _planned(encoder: Encoder) -> PlannedTensor:
+    tensor, dtype = encoder.tensor, WORDS[encoder.dtype]
+    if isinstance(encoder, AffineEncoder):
+        stored = f"affine {tensor.shape.bits} bit, group {encoder.group}, {dtype}"
+        return PlannedTensor(tensor.name, stored, exact=True)
+    why = f"no group of {', '.join(map(str, GROUPS))} divides its blocks and its columns"
+    return PlannedTensor(tensor.name, f"dense {dtype}", exact=True, why=why)
+
+
+def _notes(artifact: Artifact) -> tuple[str, ...]:
+    kind = (artifact.checkpoint.config or {}).get("model_type")
+    if kind in TRIED:
+        return ()
+    return (
+        f"model_type {kind!r} was not tried with mlx-lm: compare its answers ("
+        f"{', '.join(TRIED)} were)",
+    )
+
+
+TARGET = MlxTarget()

@@ -1,0 +1,174 @@
+"""The job: an artifact in, a folder that another program loads out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from irq_convert import __version__
+from irq_convert.artifact.contents import open_artifact
+from irq_convert.artifact.identity import artifact_identity
+from irq_convert.checkpoint.disk import output_folder, require_space
+from irq_convert.checkpoint.files import write_json_atomic
+from irq_convert.checkpoint.layout import LOCK_NAME
+from irq_convert.checkpoint.system import free_bytes
+from irq_convert.convert.progress import Progress
+from irq_convert.errors import UsageError
+from irq_convert.export.options import ExportOptions
+from irq_convert.export.place import EXPORT_NAME, check_place
+from irq_convert.export.registry import find_target
+from irq_convert.export.report import ExportEstimate, ExportReport, storages
+from irq_convert.export.target import ExportPlan, Target
+from irq_convert.merge.records import describe_base
+
+_NOTE_BYTES = 1 << 16
+
+
+def export_artifact(
+    folder: Path | str,
+    out: Path | str,
+    options: ExportOptions,
+    *,
+    progress: Progress | None = None,
+) -> ExportReport:
+    """Export the artifact in `folder` to the new folder `out`, as `options.to` says.
+
+    The folder appears under its name only when it is complete. Same artifact and same options give
+    the same bytes, whatever the threads or tiles. Memory is bounded by tiles of rows. Raises
+    `UsageError` for a request that cannot be served, such as an artifact that the target cannot
+    hold, and `IrqError` for an artifact or disk that fails; nothing is left behind then.
+    """
+    begun = time.perf_counter()
+    progress = progress or Progress()
+    with _threads(options.threads):
+        job = _prepare(Path(folder), Path(out), options, progress)
+        require_space(job.out, job.plan.bytes_out + _NOTE_BYTES, "write the export")
+        with output_folder(job.out, job.plan.artifact.folder, options.overwrite) as staging:
+            written = job.target.write(job.plan, staging, progress)
+            write_json_atomic(staging / EXPORT_NAME, _note(job))
+            size = _folder_bytes(staging)
+    return ExportReport(
+        artifact=str(folder),
+        artifact_sha256=job.identity,
+        to=options.to,
+        out=str(out),
+        storages=storages(job.plan.tensors),
+        bytes_in=job.plan.artifact.checkpoint.nbytes,
+        bytes_out=size,
+        differences=tuple(written.differences),
+        notes=(*job.plan.notes, *written.notes),
+        seconds=time.perf_counter() - begun,
+    )
+
+
+def estimate(
+    folder: Path | str,
+    out: Path | str,
+    options: ExportOptions,
+    *,
+    progress: Progress | None = None,
+) -> ExportEstimate:
+    """What `export_artifact` would write, without writing anything.
+
+    Raises what the export would raise before it writes, but for a full disk.
+    """
+    with _threads(options.threads):
+        job = _prepare(Path(folder), Path(out), options, progress or Progress())
+    return ExportEstimate(
+        artifact=str(folder),
+        artifact_sha256=job.identity,
+        to=options.to,
+        summary=job.target.summary,
+        out=str(out),
+        storages=storages(job.plan.tensors),
+        files=dict(job.plan.files),
+        bytes_in=job.plan.artifact.checkpoint.nbytes,
+        bytes_out=job.plan.bytes_out,
+        disk_needed=job.plan.bytes_out + _NOTE_BYTES,
+        disk_free=free_bytes(job.out),
+        notes=job.plan.notes,
+    )
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A plan, and what it was made from."""
+
+    target: Target
+    plan: ExportPlan
+    identity: str
+    out: Path
+
+
+def _prepare(folder: Path, out: Path, options: ExportOptions, progress: Progress) -> _Job:
+    target = find_target(options.to)
+    check_options(target, options)
+    if not folder.is_dir():
+        raise UsageError(f"{folder}: no such folder; give the folder of an artifact")
+    check_place(folder, out, options.overwrite)
+    progress.stage("reading headers")
+    artifact = open_artifact(folder)
+    return _Job(target, target.plan(artifact, options, progress), artifact_identity(folder), out)
+
+
+def check_options(target: Target, options: ExportOptions) -> None:
+    """Refuse options that mean nothing to `target`, and a target whose packages are missing."""
+    defaults = ExportOptions.__dataclass_fields__
+    for name, option in _OPTIONS.items():
+        if getattr(options, name) != defaults[name].default and name not in target.takes:
+            raise UsageError(f"{option} means nothing for --to {target.name}: leave it out")
+    if options.dtype not in target.dtypes:
+        known = ", ".join(target.dtypes)
+        raise UsageError(f"--dtype {options.dtype}: choose one of {known} for --to {target.name}")
+    if options.fallback is not None and options.fallback not in target.fallbacks:
+        known = ", ".join(target.fallbacks)
+        raise UsageError(
+            f"--fallback {options.fallback}: choose one of {known} for --to {target.name}"
+        )
+    for package in target.packages:
+        if find_spec(package) is None:
+            raise UsageError(
+                f"--to {target.name} needs the package {package}: pip install {package}"
+            )
+
+
+_OPTIONS = {
+    "dtype": "--dtype",
+    "fallback": "--fallback",
+    "refit": "--refit",
+    "max_shard_bytes": "--max-shard-size",
+}
+
+
+def _folder_bytes(folder: Path) -> int:
+    """Bytes of all files but the lock, which goes when the folder is finished."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != LOCK_NAME)
+    return sum(path.stat().st_size for path in files)
+
+
+def _note(job: _Job) -> dict[str, object]:
+    """`irq_export.json`: where the folder comes from."""
+    return {
+        "format": "irq-export",
+        "format_version": 1,
+        "producer": f"irq-convert {__version__}",
+        "artifact": describe_base(job.plan.artifact, job.identity),
+        "options": job.plan.options.to_dict(),
+    }
+
+
+@contextmanager
+def _threads(threads: int | None) -> Iterator[None]:
+    """Compute on so many threads, and leave torch as it was."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
