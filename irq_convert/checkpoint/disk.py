@@ -113,6 +113,8 @@ def output_folder(
     try:
         lock = _lock_staging(staging)
     except BaseException:
+        if not keep:
+            _remove_unused(staging)
         _remove_empty(made)
         raise
     try:
@@ -149,6 +151,25 @@ def _remove_empty(folders: list[Path]) -> None:
             folder.rmdir()
 
 
+def _remove_unused(staging: Path) -> None:
+    """Remove a staging folder in which there is nothing but a lock that nobody holds.
+
+    A signal may come between the making of the folder and the taking of its lock.
+    """
+    with contextlib.suppress(OSError):
+        if any(path.name != LOCK_NAME for path in staging.iterdir()):
+            return
+        path = staging / LOCK_NAME
+        if path.exists():
+            fd = os.open(path, os.O_RDWR)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+            finally:
+                os.close(fd)
+        staging.rmdir()
+
+
 def _lock_staging(staging: Path) -> int:
     """Create the staging folder if needed and lock it; return the descriptor of the lock."""
     with os_errors("create it", staging):
@@ -165,7 +186,12 @@ def _lock_staging(staging: Path) -> int:
                 fd = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
             except FileNotFoundError:  # the other run finished and renamed the folder
                 continue
-            if _take(fd, path, staging):
+            try:
+                mine = _take(fd, path, staging)
+            except BaseException:
+                os.close(fd)
+                raise
+            if mine:
                 return fd
             os.close(fd)
 
@@ -176,7 +202,6 @@ def _take(fd: int, path: Path, staging: Path) -> bool:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         owner = os.pread(fd, 32, 0).decode("ascii", "replace").strip()
-        os.close(fd)
         raise UsageError(
             f"{staging}: in use by a run that is not finished (process {owner or 'unknown'}); "
             "wait for it or choose another output folder"

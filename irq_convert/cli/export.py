@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from enum import StrEnum
 from pathlib import Path
+from textwrap import wrap
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -18,15 +18,10 @@ if TYPE_CHECKING:
     from irq_convert.export.report import ExportEstimate, ExportReport, Storage
 
 WORST = 3
-
-
-class OutDtype(StrEnum):
-    """Of dense tensors and scales; spelled out here so that help needs no numerics."""
-
-    AUTO = "auto"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
-    FLOAT32 = "float32"
+WIDTH = 80 - 17
+"""Columns beside the labels."""
+NOISE = 1e-12
+"""Relative errors below are the rounding of float32 and tell nothing about a tensor."""
 
 
 def export_command(
@@ -34,12 +29,19 @@ def export_command(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to create.")],
     to: Annotated[str, typer.Option(metavar="TARGET", help=f"{', '.join(TARGETS)}.")],
     dtype: Annotated[
-        OutDtype,
-        typer.Option(help="Of dense tensors and of scales; auto is what the model has."),
-    ] = OutDtype.AUTO,
+        str,
+        typer.Option(
+            metavar="DTYPE",
+            help="Of dense tensors and scales: bfloat16, float16, float32 (gguf: also q8_0); "
+            "auto is what the model has.",
+        ),
+    ] = "auto",
     fallback: Annotated[
         str | None,
-        typer.Option(help="How gguf stores what it cannot hold: f16, bf16 or q8_0."),
+        typer.Option(
+            metavar="TYPE",
+            help="gguf: type of what it cannot hold: auto, f16, bf16, f32 or q8_0.",
+        ),
     ] = None,
     refit: Annotated[
         bool,
@@ -69,7 +71,7 @@ def export_command(
         raise UsageError(f"--max-shard-size {max_shard_size}: a positive number of GB is needed")
     options = ExportOptions(
         to=to,
-        dtype=dtype.value,
+        dtype=dtype,
         fallback=fallback,
         refit=refit,
         threads=threads,
@@ -106,16 +108,26 @@ def _export(folder: Path, out: Path, options: ExportOptions, as_json: bool) -> N
         _print_report(report)
 
 
+def _wrapped(label: str, text: str) -> list[tuple[str, str]]:
+    """Rows of a text that holds no paths, which are not to be broken."""
+    lines = wrap(text, WIDTH, break_long_words=False) or [""]
+    return [(label if at == 0 else "", line) for at, line in enumerate(lines)]
+
+
 def _storage_rows(storages: Iterable[Storage]) -> list[tuple[str, str]]:
-    """How tensors are stored, a line each, with the reason below it where there is one."""
+    """How tensors are stored, with the reason below where there is one."""
     rows = []
     for at, found in enumerate(storages):
         loss = "" if found.exact else ", not exact"
         many = f"{found.tensors} tensors" if found.tensors > 1 else found.example
-        rows.append(("" if at else "quantized", f"{many}: {found.stored}{loss}"))
+        rows += _wrapped("" if at else "quantized", f"{many}: {found.stored}{loss}")
         if found.why:
-            rows.append(("", f"({found.why})"))
+            rows += _wrapped("", f"({found.why})")
     return rows
+
+
+def _note_rows(notes: Iterable[str]) -> list[tuple[str, str]]:
+    return [row for note in notes for row in _wrapped("note", note)]
 
 
 def _print_estimate(found: ExportEstimate) -> None:
@@ -126,11 +138,12 @@ def _print_estimate(found: ExportEstimate) -> None:
         [
             ("artifact", f"{found.artifact} ({found.artifact_sha256[:12]})"),
             ("would write", f"{found.out} ({found.to}), {found.bytes_out:,} bytes + a note"),
+            *_wrapped("target", found.summary),
             ("files", str(len(found.files))),
             *_storage_rows(found.storages),
             ("size", f"{gigabytes(found.bytes_in)} -> {gigabytes(found.bytes_out)}"),
             ("disk needed", f"{found.disk_needed:,} bytes ({gigabytes(found.disk_free)} {free})"),
-            *(("note", note) for note in found.notes),
+            *_note_rows(found.notes),
         ]
     )
 
@@ -150,9 +163,9 @@ def _print_report(report: ExportReport) -> None:
     if report.changed_codes:
         share = report.changed_codes / report.weights
         rows.append(("changed codes", f"{report.changed_codes:,} ({share:.2%})"))
-    worst = report.worst(WORST)
+    worst = report.worst(WORST) if report.relative_error > NOISE else []
     if worst:
         rows.append(("worst tensors", ""))
         rows += [(f"  {found.relative_error:.2e}", found.name) for found in worst]
-    rows += [("note", note) for note in report.notes]
+    rows += _note_rows(report.notes)
     facts([*rows, ("time", seconds(report.seconds))])

@@ -64,6 +64,7 @@ def test_to_dict_has_what_decides_the_bytes_and_nothing_else() -> None:
         "block_size": 32,
         "objective": "mse",
         "refine": 2,
+        "zero_point": "float",
         "keep": ["a"],
         "bits_for": [["b", 4]],
         "max_shard_bytes": 7,
