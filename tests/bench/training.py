@@ -3,8 +3,8 @@
 Run `python tests/bench/training.py` (needs the extras `bench` and `dev`). The base has the shapes
 of a 7B LLaMA, a few layers of it, random weights; every contestant has rank 64 on all linear layers
 and sees the same tokens. Steps are taken in turns, so that changes of the machine meet all; medians
-over the rounds are printed, and ratios are medians of the ratio within a round. Peak memory is that
-of a process of its own for each contestant, above what it has after loading torch and the others.
+over the rounds are printed, and ratios are medians of the ratio within a round. Peak memory is the
+RSS of a process of its own for each contestant while it takes two steps; building is left out.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -136,7 +135,7 @@ def make_step(model: nn.Module, options: argparse.Namespace) -> Callable[[], flo
 
 
 def peak(name: str, options: argparse.Namespace) -> float:
-    """Peak memory of a contestant in MB above what loading the libraries took, in a new process."""
+    """Peak RSS of a contestant in MB while it steps, in a new process."""
     arguments = [f"--{key}={value}" for key, value in vars(options).items() if key in _SHAPE]
     done = subprocess.run(
         [sys.executable, __file__, "--peak-of", name, *arguments],
@@ -144,7 +143,7 @@ def peak(name: str, options: argparse.Namespace) -> float:
         text=True,
         check=True,
     )
-    return float(done.stdout.split()[-1])
+    return float(done.stdout)
 
 
 def _print_peak(options: argparse.Namespace) -> None:
@@ -152,17 +151,11 @@ def _print_peak(options: argparse.Namespace) -> None:
     import peft  # noqa: F401
 
     model = build(options.peak_of, options)
-    base = _rss()  # building passes through dense weights: a peak of its own, which is not a step's
-    _reset_peak()
+    _reset_peak()  # building passes through dense weights: a peak of its own
     step = make_step(model, options)
     for _ in range(2):
         step()
-    print(base, _peak_rss())
-
-
-def _rss() -> float:
-    with open("/proc/self/statm") as file:  # noqa: PTH123
-        return int(file.read().split()[1]) * resource.getpagesize() / 1e6
+    print(_peak_rss())
 
 
 def _reset_peak() -> None:
