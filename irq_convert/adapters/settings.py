@@ -162,7 +162,7 @@ def read_config(folder: Path) -> StoredConfig:
         pooled=iec and raw.get("pool") is not None,
         block_size=raw.get("block_size") if iec else None,
         base_sha256=_base_hash(folder, raw),
-        modules_to_save=tuple(raw.get("modules_to_save") or ()),
+        modules_to_save=tuple(_names(path, raw, "modules_to_save")),
     )
     _check(path, config)
     return config
@@ -204,6 +204,24 @@ def _numbers(path: Path, raw: Mapping[str, Any], key: str) -> dict[str, Any]:
     return values
 
 
+def _names(path: Path, raw: Mapping[str, Any], key: str) -> list[str]:
+    """A list of names that say something; none where the key is missing, null or empty."""
+    value = raw.get(key) or []
+    if not isinstance(value, list) or not all(isinstance(v, str) and v for v in value):
+        raise IrqError(f"{path}: {key} {value!r} must be a list of names")
+    return value
+
+
+def _check_layers(path: Path, raw: Mapping[str, Any]) -> None:
+    """`layers_to_transform` is a number or a list of them, `layers_pattern` a name or a list."""
+    layers: Any = raw.get("layers_to_transform")
+    each = layers if isinstance(layers, list) else [] if layers is None else [layers]
+    if not all(type(number) is int for number in each):
+        raise IrqError(f"{path}: layers_to_transform {layers!r} must be a list of layer numbers")
+    if not isinstance(raw.get("layers_pattern"), str):
+        _names(path, raw, "layers_pattern")
+
+
 def _base_hash(folder: Path, raw: Mapping[str, Any]) -> str | None:
     """What the adapter belongs to: by its settings, else by the note beside them."""
     found = raw.get("base_sha256")
@@ -224,7 +242,10 @@ def _check(path: Path, config: StoredConfig) -> None:
         raise IrqError(f"{path}: pool {config.raw['pool']!r} must be 'block' or null")
     if config.block_size is not None and config.block_size not in BLOCK_SIZES:
         raise IrqError(f"{path}: block_size {config.block_size!r} must be one of {BLOCK_SIZES}")
+    _check_layers(path, config.raw)
     patterns = [*config.rank_pattern, *config.alpha_pattern, *config.modules_to_save]
+    layers: Any = config.raw.get("layers_pattern") or []
+    patterns += [layers] if isinstance(layers, str) else layers
     for key in ("target_modules", "exclude_modules"):
         value: Any = config.raw.get(key) or []
         whole = isinstance(value, str)

@@ -76,8 +76,8 @@ class StoredAdapter:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors together."""
-        parts = [info for layer in self.layers.values() for info in (layer.a, layer.b)]
-        return sum(info.nbytes for info in (*parts, *self.saved.values()))
+        parts = [part for each in self.layers.values() for part in (each.a, each.b, each.beta)]
+        return sum(info.nbytes for info in (*parts, *self.saved.values()) if info is not None)
 
 
 def open_adapter(folder: Path | str) -> StoredAdapter:

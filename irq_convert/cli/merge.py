@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from irq_convert.merge.options import MergeOptions
     from irq_convert.merge.report import LogitsCheck, MergedLayer, MergeReport
 
-WORST = 5
-
 
 # Spelled out here, as in irq_convert.merge.options, so that help needs no numerics.
 class To(StrEnum):
@@ -186,7 +184,7 @@ def _print_report(report: MergeReport) -> None:
     ways: dict[str, int] = {}
     for layer in report.layers:
         ways[layer.how] = ways.get(layer.how, 0) + 1
-    merged = ", ".join(f"{count} {_WAYS[how]}" for how, count in ways.items())
+    merged = ", ".join(f"{count} {_WAYS[how]}" for how, count in ways.items()) or "none"
     rows = [
         ("result", f"{report.out} ({report.to})"),
         ("size", f"{gigabytes(report.bytes_in)} -> {gigabytes(report.bytes_out)}"),
@@ -256,7 +254,7 @@ def _print_tau(report: MergeReport) -> None:
 
 
 def _print_layers(report: MergeReport) -> None:
-    """The layers that were quantized again and kept least."""
+    """Every layer that was quantized again, those that kept least first."""
     from rich.console import Console
     from rich.table import Table
 

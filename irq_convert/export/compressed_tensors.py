@@ -18,6 +18,7 @@ import torch
 from irq_convert.artifact.config import module_name
 from irq_convert.artifact.contents import Artifact
 from irq_convert.artifact.structure import StoredTensor
+from irq_convert.checkpoint.cast import narrow
 from irq_convert.checkpoint.writer import TensorSpec
 from irq_convert.convert.progress import Progress
 from irq_convert.core.codebook import get_codebook
@@ -38,7 +39,6 @@ from irq_convert.export.tiles import (
     Piece,
     by_group,
     group_size,
-    narrow,
 )
 from irq_convert.export.zero_points import constant_codes, refit, zero_points
 

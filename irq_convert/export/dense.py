@@ -45,7 +45,7 @@ class DenseTarget(Target):
     def write(self, plan: ExportPlan, folder: Path, progress: Progress) -> Written:
         merged: MergePlan = plan.detail
         progress.phase("exporting", len(merged.jobs), merged.nbytes)
-        means = Means(None, "entropy", 0, merged.options)
+        means = Means(None, merged.options)
         for shard in merged.shards:
             merge_shard(shard, folder, means, progress)
         write_documents(plan.artifact, folder, merged.carried_files, merged.documents)

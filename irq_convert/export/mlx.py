@@ -20,6 +20,7 @@ import torch
 from irq_convert.artifact.config import module_name
 from irq_convert.artifact.contents import Artifact
 from irq_convert.artifact.structure import StoredTensor
+from irq_convert.checkpoint.cast import narrow
 from irq_convert.checkpoint.writer import TensorSpec
 from irq_convert.convert.progress import Progress
 from irq_convert.core.codebook import get_codebook
@@ -39,7 +40,6 @@ from irq_convert.export.tiles import (
     Piece,
     by_group,
     group_size,
-    narrow,
 )
 
 GROUPS = (32, 64, 128)

@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-
-import torch
 
 from irq_convert import __version__
 from irq_convert.artifact.contents import open_artifact
 from irq_convert.artifact.identity import artifact_identity
 from irq_convert.checkpoint.disk import output_folder, require_space
 from irq_convert.checkpoint.files import write_json_atomic
-from irq_convert.checkpoint.layout import LOCK_NAME
 from irq_convert.checkpoint.system import free_bytes
 from irq_convert.convert.progress import Progress
+from irq_convert.core.threads import torch_threads
 from irq_convert.errors import UsageError
 from irq_convert.export.options import ExportOptions
-from irq_convert.export.place import EXPORT_NAME, check_place
 from irq_convert.export.registry import find_target
 from irq_convert.export.report import ExportEstimate, ExportReport, storages
 from irq_convert.export.target import ExportPlan, Target
 from irq_convert.merge.records import describe_base
+from irq_convert.merge.target import EXPORT_NAME, check_target, folder_bytes
 
 _NOTE_BYTES = 1 << 16
 
@@ -46,13 +42,13 @@ def export_artifact(
     """
     begun = time.perf_counter()
     progress = progress or Progress()
-    with _threads(options.threads):
+    with torch_threads(options.threads):
         job = _prepare(Path(folder), Path(out), options, progress)
         require_space(job.out, job.plan.bytes_out + _NOTE_BYTES, "write the export")
         with output_folder(job.out, job.plan.artifact.folder, options.overwrite) as staging:
             written = job.target.write(job.plan, staging, progress)
             write_json_atomic(staging / EXPORT_NAME, _note(job))
-            size = _folder_bytes(staging)
+            size = folder_bytes(staging)
     return ExportReport(
         artifact=str(folder),
         artifact_sha256=job.identity,
@@ -78,7 +74,7 @@ def estimate(
 
     Raises what the export would raise before it writes, but for a full disk.
     """
-    with _threads(options.threads):
+    with torch_threads(options.threads):
         job = _prepare(Path(folder), Path(out), options, progress or Progress())
     return ExportEstimate(
         artifact=str(folder),
@@ -111,7 +107,7 @@ def _prepare(folder: Path, out: Path, options: ExportOptions, progress: Progress
     check_options(target, options)
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such folder; give the folder of an artifact")
-    check_place(folder, out, options.overwrite)
+    check_target(out, [folder], options.overwrite)
     progress.stage("reading headers")
     artifact = open_artifact(folder)
     return _Job(target, target.plan(artifact, options, progress), artifact_identity(folder), out)
@@ -146,12 +142,6 @@ _OPTIONS = {
 }
 
 
-def _folder_bytes(folder: Path) -> int:
-    """Bytes of all files but the lock, which goes when the folder is finished."""
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name != LOCK_NAME)
-    return sum(path.stat().st_size for path in files)
-
-
 def _note(job: _Job) -> dict[str, object]:
     """`irq_export.json`: where the folder comes from."""
     return {
@@ -161,14 +151,3 @@ def _note(job: _Job) -> dict[str, object]:
         "artifact": describe_base(job.plan.artifact, job.identity),
         "options": job.plan.options.to_dict(),
     }
-
-
-@contextmanager
-def _threads(threads: int | None) -> Iterator[None]:
-    """Compute on so many threads, and leave torch as it was."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -14,11 +14,10 @@ from math import lcm
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from irq_convert.artifact.contents import Artifact, read_quantized
 from irq_convert.artifact.structure import StoredTensor
-from irq_convert.checkpoint.buffers import tensor_bytes, torch_dtype
+from irq_convert.checkpoint.buffers import tensor_bytes
+from irq_convert.checkpoint.cast import cast_bytes
 from irq_convert.checkpoint.files import copy_file_atomic, write_bytes_atomic
 from irq_convert.checkpoint.header import TensorInfo
 from irq_convert.checkpoint.reader import TileReader
@@ -31,7 +30,7 @@ from irq_convert.core.dequantize import dequantize_tensor
 from irq_convert.core.quantized import QuantizedTensor
 from irq_convert.export.options import ExportOptions
 from irq_convert.export.target import Difference
-from irq_convert.export.tiles import Encoder, difference, narrow
+from irq_convert.export.tiles import Encoder, difference
 from irq_convert.merge.match import Match
 from irq_convert.merge.options import Dtype, MergeOptions, Target
 from irq_convert.merge.plan import CONFIG_NAME, MergePlan, make_plan
@@ -214,8 +213,11 @@ def _write_shard(
         for tile in tiles:
             size = 0
             if isinstance(tile.data, bytes):
-                data, at = _cast(tile, tile.data)
-                behind.submit(writer.write, tile.item.name, data, at)
+                source = tile.item.source
+                assert isinstance(source, TensorInfo)
+                cast = cast_bytes(tile.data, tile.start, source.dtype, tile.item.dtype, source.name)
+                behind.submit(writer.write, tile.item.name, *cast)
+                data = cast[0]
                 size = len(data)
             else:
                 assert tile.item.encoder is not None
@@ -256,15 +258,3 @@ def _tiles(shard: Shard, reader: TileReader, options: ExportOptions) -> Iterator
             yield _Tile(item, at - len(chunk), bytes(chunk), last=at == item.source.nbytes)
         if not item.source.nbytes:
             yield _Tile(item, 0, b"", last=True)
-
-
-def _cast(tile: _Tile, data: bytes) -> tuple[bytes | memoryview, int]:
-    """Copied bytes as they are, or in another floating dtype."""
-    source = tile.item.source
-    assert isinstance(source, TensorInfo)
-    if not data or source.dtype == tile.item.dtype:
-        return data, tile.start
-    dtype = torch_dtype(source.dtype)
-    values = torch.frombuffer(bytearray(data), dtype=dtype)
-    result = narrow(values, tile.item.dtype, source.name)
-    return tensor_bytes(result), tile.start // dtype.itemsize * result.element_size()

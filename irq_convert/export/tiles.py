@@ -12,10 +12,9 @@ from dataclasses import dataclass
 import torch
 
 from irq_convert.artifact.structure import StoredTensor
-from irq_convert.checkpoint.buffers import torch_dtype
+from irq_convert.checkpoint.cast import narrow
 from irq_convert.checkpoint.writer import TensorSpec
 from irq_convert.core.quantized import QuantizedTensor
-from irq_convert.errors import IrqError
 from irq_convert.export.target import Difference
 from irq_convert.merge.plan import SAFETENSORS_NAMES
 
@@ -77,18 +76,6 @@ class DenseEncoder(Encoder):
         data = narrow(dense, self.dtype, self.tensor.name)
         offset = start * dense.shape[1] * data.element_size()
         return Encoded((Piece(self.tensor.name, data, offset),), data.double())
-
-
-def narrow(values: torch.Tensor, dtype: str, name: str) -> torch.Tensor:
-    """`values` rounded to the safetensors `dtype`, contiguous; finite numbers have to stay so."""
-    result = values.to(torch_dtype(dtype)).contiguous()
-    lost = ~result.isfinite() & values.isfinite()
-    if bool(lost.any()):
-        raise IrqError(
-            f"{name}: holds {float(values[lost].abs().max()):.6g}, which is too large for {dtype}: "
-            "choose --dtype bfloat16 or float32"
-        )
-    return result
 
 
 def difference(

@@ -81,6 +81,8 @@ class RunFolder:
         """Move the adapter files from the folder `adapter` to their place, with the note."""
         with os_errors("put the adapter there", self.path):
             flush_folder(adapter)
+            # An older adapter's settings must never stand beside the new note or weights.
+            (self.path / CONFIG).unlink(missing_ok=True)
             write_json_atomic(self.path / NOTE, note)
             mode = (self.path / NOTE).stat().st_mode  # as the user's umask has it
             for name in (WEIGHTS, CONFIG):

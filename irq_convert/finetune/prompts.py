@@ -44,9 +44,23 @@ def script(row: Row, tokenizer: Any) -> Script:
     """The pieces of `row`.
 
     Raises:
-        IrqError: the row has none of the sets of fields, a field is not of its type, or the chat
-            template does not take the conversation.
+        IrqError: the row has none of the sets of fields, a field is not of its type or no Unicode
+            text, or the chat template does not take the conversation.
     """
+    found = _script(row, tokenizer)
+    for piece in found.pieces:
+        try:
+            piece.text.encode()
+        except UnicodeEncodeError as error:  # JSON can escape what no text can hold
+            half = f"\\u{ord(piece.text[error.start]):04x}"
+            raise IrqError(
+                f"{row.where}: holds {half}, half of a pair, which is no character: write both "
+                "halves or remove it"
+            ) from None
+    return found
+
+
+def _script(row: Row, tokenizer: Any) -> Script:
     fields = row.fields
     if "messages" in fields:
         return _conversation(row, tokenizer)

@@ -54,6 +54,8 @@ def _array(path: Path, text: str) -> list[Row]:
         ) from None
     except RecursionError:
         raise IrqError(f"{path}: not rows: JSON nested too deeply") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise IrqError(f"{path}: not rows: {error}") from None
     return [_row(f"{path}: row {number}", item) for number, item in enumerate(found, 1)]
 
 
@@ -71,6 +73,8 @@ def _lines(path: Path, text: str) -> list[Row]:
             ) from None
         except RecursionError:
             raise IrqError(f"{path}: line {number} is not a row: nested too deeply") from None
+        except ValueError as error:  # a number of thousands of digits
+            raise IrqError(f"{path}: line {number} is not a row: {error}") from None
         rows.append(_row(f"{path}: line {number}", item))
     return rows
 

@@ -11,7 +11,7 @@ from irq_convert.convert.progress import Progress
 from irq_convert.merge.inputs import Inputs, open_inputs
 from irq_convert.merge.memory import available_memory, logits_memory
 from irq_convert.merge.options import Check, MergeOptions, Target
-from irq_convert.merge.plain import plain_specs
+from irq_convert.merge.plain import RECORD_BYTES, plain_bytes
 from irq_convert.merge.plan import MergePlan, make_plan
 
 _LIBRARIES = 400_000_000
@@ -64,8 +64,8 @@ def estimate(
     opened = inputs.adapter
     assert opened is not None
     if options.to == Target.ADAPTER:
-        size = sum(spec.nbytes for spec in plain_specs(opened, inputs.match))
-        shards, needed, tile = 1, size + (1 << 20), 0
+        size = plain_bytes(opened, inputs.match)
+        shards, needed, tile = 1, size + RECORD_BYTES, 0
     else:
         plan = make_plan(inputs.artifact, inputs.match, options)
         size, shards, needed = plan.bytes_out, len(plan.shards), plan.bytes_needed

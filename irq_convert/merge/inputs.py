@@ -35,7 +35,7 @@ def open_inputs(base: Path, adapter: Path | None, out: Path, options: MergeOptio
     if not base.is_dir():
         raise UsageError(f"{base}: no such folder; give the folder of an artifact")
     opened = None if adapter is None else open_adapter(adapter)
-    check_target(base, adapter, out, options.overwrite)
+    check_target(out, [base] if adapter is None else [base, adapter], options.overwrite)
     artifact = open_artifact(base)
     identity = artifact_identity(base)
     if opened is None:

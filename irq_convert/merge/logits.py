@@ -11,10 +11,10 @@ import gc
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -27,9 +27,6 @@ from irq_convert.merge.layers import ROUNDING
 from irq_convert.merge.memory import available_memory, logits_memory
 from irq_convert.merge.options import Check, MergeOptions, Target, Tau
 from irq_convert.merge.report import LogitsCheck
-
-if TYPE_CHECKING:
-    from irq_convert.checkpoint.header import TensorInfo
 
 ROWS, TOKENS = 2, 16
 FLOOR = 1e-4
@@ -50,11 +47,13 @@ def check_logits(
     artifact: Artifact,
     adapter: StoredAdapter,
     result: Path,
+    rounded: Iterable[str],
     options: MergeOptions,
     progress: Progress,
 ) -> LogitsCheck:
     """Compare the logits of `result` with those of `artifact` plus `adapter`.
 
+    `rounded` are the dtypes that numbers of the result were rounded to, tau's left aside.
     With `Check.AUTO` models that do not fit in memory, or that cannot be run on token ids, are
     left alone and the reason is returned; with `Check.LOGITS` that is an `IrqError`, and so is in
     either case a difference that the result's dtype does not explain.
@@ -70,7 +69,7 @@ def check_logits(
             raise IrqError(f"--check logits: {unfit}; use --check layers") from None
         return LogitsCheck(reason=str(unfit))
     difference = relative_difference(found, wanted)
-    tolerance = _tolerance(artifact, adapter, result, options)
+    tolerance = _tolerance(artifact, adapter, rounded, options)
     if tolerance is not None and not difference <= tolerance:
         raise IrqError(
             f"the result's logits differ from base plus adapter by {difference:.3g} of the "
@@ -95,19 +94,12 @@ def _check_room(artifact: Artifact, options: MergeOptions) -> None:
 
 
 def _tolerance(
-    artifact: Artifact, adapter: StoredAdapter, result: Path, options: MergeOptions
+    artifact: Artifact, adapter: StoredAdapter, rounded: Iterable[str], options: MergeOptions
 ) -> float | None:
     """What rounding explains; None where weights were quantized again or tau is not exact."""
-    if options.to == Target.IRQ:
-        exact = adapter.config.pooled and options.tau == Tau.FLOAT32
-        return FLOOR if exact else None
-    if options.to == Target.DENSE:
-        from irq_convert.checkpoint.source import open_checkpoint
-
-        written: list[TensorInfo] = list(open_checkpoint(result).tensors.values())
-    else:
-        written = [layer.a for layer in adapter.layers.values()]
-    unit = max((ROUNDING.get(info.dtype, 0.0) for info in written), default=0.0)
+    if options.to == Target.IRQ and not (adapter.config.pooled and options.tau == Tau.FLOAT32):
+        return None
+    unit = max((ROUNDING.get(dtype, 0.0) for dtype in rounded), default=0.0)
     return max(FLOOR, GROWTH * unit * math.sqrt(max(1, len(artifact.quantized))))
 
 

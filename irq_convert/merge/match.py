@@ -192,5 +192,8 @@ def _check_saved(
             f"{info.shard.name}: {info.name} is {list(info.shape)}, {name} of the artifact "
             f"{list(shape)}: it belongs to another model"
         )
-    if (info.dtype in FLOATS) != (found.dtype in FLOATS):
-        raise IrqError(f"{info.shard.name}: {info.name} is {info.dtype}, {name} {found.dtype}")
+    if info.dtype != found.dtype and not {info.dtype, found.dtype} <= set(FLOATS):
+        raise IrqError(
+            f"{info.shard.name}: {info.name} is {info.dtype}, {name} of the artifact "
+            f"{found.dtype}: it belongs to another model"
+        )

@@ -22,7 +22,6 @@ from irq_convert.checkpoint.files import (
 )
 from irq_convert.convert.progress import Progress
 from irq_convert.core.quantize import quantize_tensor
-from irq_convert.core.spec import QuantSpec
 from irq_convert.errors import IrqError
 from irq_convert.merge.inputs import Inputs
 from irq_convert.merge.layers import LayerCheck, check_layers
@@ -30,7 +29,7 @@ from irq_convert.merge.logits import check_logits
 from irq_convert.merge.options import Check, MergeOptions, Target
 from irq_convert.merge.outcome import Outcome, survival
 from irq_convert.merge.pipeline import Means, merge_shard
-from irq_convert.merge.plan import MERGE_NAME, MergePlan, make_plan
+from irq_convert.merge.plan import MERGE_NAME, MergePlan, make_plan, noted_means
 from irq_convert.merge.records import bits_per_weight, dense_note, merged_manifest
 from irq_convert.merge.report import LogitsCheck, MergedLayer, MergeReport
 from irq_convert.merge.target import folder_bytes
@@ -47,41 +46,25 @@ def write_model(
     """
     plan = make_plan(inputs.artifact, inputs.match, options)
     require_space(out, plan.bytes_needed, "write the merged model")
-    means = _means(inputs, options)
-    _load_kernels(plan, means, progress)
+    _load_kernels(plan, progress)
     with output_folder(out, inputs.artifact.folder, options.overwrite) as staging:
         progress.phase("merging", len(plan.jobs), plan.nbytes)
-        outcomes, files = _write_files(plan, staging, means, progress)
+        outcomes, files = _write_files(plan, staging, Means(inputs.adapter, options), progress)
         survived = _survival(plan, outcomes, options)
-        _write_records(plan, inputs, staging, means, outcomes, files)
+        _write_records(plan, inputs, staging, outcomes, files)
         checks, logits = _check(plan, inputs, staging, options, progress)
         size = folder_bytes(staging)
     return _report(plan, inputs, out, outcomes, checks, logits, survived, size)
 
 
-def _means(inputs: Inputs, options: MergeOptions) -> Means:
-    """How tensors are quantized again: as the artifact was, unless told otherwise."""
-    noted = (inputs.artifact.manifest or {"options": {}})["options"]
-    objective, refine = noted.get("objective"), noted.get("refine")
-    same = options.objective is None
-    return Means(
-        inputs.adapter,
-        options.objective or (objective if isinstance(objective, str) else "entropy"),
-        refine if same and type(refine) is int else 0,
-        options,
-    )
-
-
-def _load_kernels(plan: MergePlan, means: Means, progress: Progress) -> None:
+def _load_kernels(plan: MergePlan, progress: Progress) -> None:
     """Quantize nothing once where layers will be: the first time on a machine, that compiles."""
     for job in plan.jobs:
-        if job.adapted is None or job.adapted.block_size or isinstance(job.target, str):
-            continue
-        progress.stage("loading kernels (compiled once per machine)")
-        fmt = job.target
-        spec = QuantSpec(fmt.codebook, fmt.block_size, means.objective, means.refine)
-        quantize_tensor(torch.zeros(1, fmt.block_size), spec, threads=means.options.threads)
-        return
+        if job.again is not None:
+            progress.stage("loading kernels (compiled once per machine)")
+            nothing = torch.zeros(1, job.again.block_size)
+            quantize_tensor(nothing, job.again, threads=plan.options.threads)
+            return
 
 
 def _write_files(
@@ -138,7 +121,6 @@ def _write_records(
     plan: MergePlan,
     inputs: Inputs,
     folder: Path,
-    means: Means,
     outcomes: Mapping[str, Outcome],
     files: Mapping[str, Mapping[str, Any]],
 ) -> None:
@@ -147,7 +129,7 @@ def _write_records(
         write_json_atomic(folder / MERGE_NAME, note)
     elif plan.artifact.manifest is not None:
         assert inputs.adapter is not None
-        how = {"objective": means.objective, "refine": means.refine}
+        how = noted_means(plan.artifact, plan.options)
         manifest = merged_manifest(plan, inputs.identity, inputs.adapter, outcomes, files, how)
         write_json_atomic(folder / MANIFEST_NAME, manifest)
 
@@ -161,7 +143,8 @@ def _check(
     layers = check_layers(plan, inputs.adapter, folder, progress)
     if options.check == Check.LAYERS:
         return layers, LogitsCheck(reason="not asked for")
-    return layers, check_logits(inputs.artifact, inputs.adapter, folder, options, progress)
+    logits = check_logits(inputs.artifact, inputs.adapter, folder, plan.rounded, options, progress)
+    return layers, logits
 
 
 def _how(plan: MergePlan, name: str, outcomes: Mapping[str, Outcome]) -> str:

@@ -17,6 +17,7 @@ from irq_convert.artifact.config import ModuleFormat
 from irq_convert.artifact.contents import read_quantized, write_quantized
 from irq_convert.artifact.structure import StoredTensor
 from irq_convert.checkpoint.buffers import tensor_bytes, torch_dtype
+from irq_convert.checkpoint.cast import cast_bytes, narrow
 from irq_convert.checkpoint.header import TensorInfo
 from irq_convert.checkpoint.reader import TileReader
 from irq_convert.checkpoint.writer import ShardWriter
@@ -25,7 +26,6 @@ from irq_convert.convert.streams import Behind, prefetched
 from irq_convert.core.dequantize import dequantize_tensor
 from irq_convert.core.quantize import quantize_with_stats
 from irq_convert.core.quantized import QuantizedTensor
-from irq_convert.core.spec import QuantSpec
 from irq_convert.errors import IrqError
 from irq_convert.merge.delta import Delta
 from irq_convert.merge.options import MergeOptions
@@ -38,11 +38,9 @@ COPY_CHUNK = 4 << 20
 
 @dataclass(frozen=True)
 class Means:
-    """What tiles are changed with: the adapter, how to quantize again, and the options."""
+    """What tiles are changed with: the adapter and the options."""
 
     adapter: StoredAdapter | None
-    objective: str
-    refine: int
     options: MergeOptions
 
 
@@ -135,7 +133,7 @@ def _dense(piece: _Piece, delta: Delta | None) -> tuple[memoryview | bytes, int]
         data = dequantize_tensor(data)
     rows, cols = data.shape
     exact = data if delta is None else delta.rows(piece.start, piece.start + rows).add_(data)
-    result = _narrow(exact, torch_dtype(job.target), job.name)
+    result = narrow(exact, job.target, job.name)
     return tensor_bytes(result), piece.start * cols * result.element_size()
 
 
@@ -145,28 +143,14 @@ def _cast(piece: _Piece, data: bytes) -> tuple[memoryview | bytes, int]:
     source = job.saved or job.base
     assert isinstance(source, TensorInfo)
     assert isinstance(job.target, str)
-    checked = job.saved is not None and source.dtype in FLOATS
-    if not data or (source.dtype == job.target and not checked):
-        return data, piece.start
-    dtype = torch_dtype(source.dtype)
-    values = torch.frombuffer(bytearray(data), dtype=dtype)
-    if checked and not bool(values.isfinite().all()):
-        raise IrqError(f"{source.shard.name}: {source.name} holds NaN or infinite numbers")
-    result = _narrow(values, torch_dtype(job.target), job.name)
-    return tensor_bytes(result), piece.start // dtype.itemsize * result.element_size()
-
-
-def _narrow(values: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
-    """`values` rounded to `dtype`; numbers that are finite have to stay so."""
-    result = values.to(dtype).contiguous()
-    lost = ~result.isfinite()
-    if bool(lost.any()) and bool((lost & values.isfinite()).any()):
-        largest = float(values[values.isfinite()].abs().max())
-        raise IrqError(
-            f"{name}: holds {largest:.6g}, which is too large for {str(dtype)[6:]}: choose "
-            "--dtype bfloat16 or float32"
-        )
-    return result
+    if data and job.saved is not None and source.dtype in FLOATS:
+        values = torch.frombuffer(bytearray(data), dtype=torch_dtype(source.dtype))
+        if not bool(values.isfinite().all()):
+            raise IrqError(
+                f"{source.shard.name}: {source.name} holds NaN or infinite numbers: training has "
+                "failed; take an earlier checkpoint of the adapter"
+            )
+    return cast_bytes(data, piece.start, source.dtype, job.target, job.name)
 
 
 def _requantized(
@@ -183,10 +167,10 @@ def _requantized(
         tile, costs = move_tau(q, delta, start, means.options.tau, job.name)
         seen = measure(base, delta.rows(start, stop), dequantize_tensor(tile))
         return tile, replace(seen, tau=costs)
-    spec = QuantSpec(job.target.codebook, job.target.block_size, means.objective, means.refine)
+    assert job.again is not None
     change = delta.rows(start, stop)
     wanted = (change + base).to(torch.float32)
     tile, stats = quantize_with_stats(
-        wanted, spec, threads=means.options.threads, name=f"{job.name} (merged)"
+        wanted, job.again, threads=means.options.threads, name=f"{job.name} (merged)"
     )
     return tile, replace(measure(base, change, dequantize_tensor(tile)), stats=stats)

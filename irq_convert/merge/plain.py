@@ -32,7 +32,8 @@ from irq_convert.checkpoint.files import copy_file_atomic, write_bytes_atomic, w
 from irq_convert.checkpoint.header import TensorInfo
 from irq_convert.checkpoint.reader import TileReader
 from irq_convert.checkpoint.source import read_json_object
-from irq_convert.checkpoint.writer import ShardWriter, TensorSpec
+from irq_convert.checkpoint.system import os_errors
+from irq_convert.checkpoint.writer import ShardWriter, TensorSpec, build_header
 from irq_convert.convert.progress import Progress
 from irq_convert.core.elastic import repeat_blocks
 from irq_convert.errors import IrqError
@@ -45,6 +46,8 @@ from irq_convert.merge.records import PRODUCER, describe_adapter
 _CARRIED = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges.txt", "chat_template")
 _CARRIED_TOO = ("LICENSE", "README.md", "preprocessor_config.json", "processor_config.json")
 COPY_CHUNK = 4 << 20
+RECORD_BYTES = 1 << 20
+"""Room for settings and note."""
 
 
 def plain_specs(adapter: StoredAdapter, match: Match) -> list[TensorSpec]:
@@ -55,6 +58,16 @@ def plain_specs(adapter: StoredAdapter, match: Match) -> list[TensorSpec]:
         specs.append(TensorSpec(a.name, a.dtype, (a.shape[0], found.cols)))
         specs.append(TensorSpec(b.name, b.dtype, b.shape))
     return specs + [TensorSpec(i.name, i.dtype, i.shape) for i in adapter.saved.values()]
+
+
+def plain_bytes(adapter: StoredAdapter, match: Match) -> int:
+    """Bytes of the folded adapter's weights and of the files carried along, to the last one."""
+    specs = plain_specs(adapter, match)
+    weights = len(build_header(specs, {"format": "pt"})) + sum(spec.nbytes for spec in specs)
+    with os_errors("look at its files", adapter.folder):
+        return weights + sum(
+            (adapter.folder / name).stat().st_size for name in carried_files(adapter)
+        )
 
 
 def carried_files(adapter: StoredAdapter) -> list[str]:

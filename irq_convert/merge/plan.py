@@ -19,6 +19,8 @@ from irq_convert.checkpoint.shards import INDEX_NAME, build_index, plan_shards, 
 from irq_convert.checkpoint.system import os_errors
 from irq_convert.checkpoint.writer import TensorSpec, build_header
 from irq_convert.core.blocks import BlockShape
+from irq_convert.core.codebook import get_codebook
+from irq_convert.core.spec import MAX_REFINE, OBJECTIVES, QuantSpec
 from irq_convert.errors import IrqError
 from irq_convert.merge.match import Adapted, Match
 from irq_convert.merge.options import Dtype, MergeOptions, Target
@@ -35,7 +37,8 @@ class Job:
     """One tensor of the source: where it comes from, what changes it, how it is written.
 
     `base` is the artifact's, quantized or copied; `saved` takes its place, `adapted` is added to
-    it. `target` is the format of a quantized result, or the dtype of a dense one.
+    it. `target` is the format of a quantized result, or the dtype of a dense one; `again` says how
+    it is quantized again, None where it is not.
     """
 
     name: str
@@ -43,6 +46,7 @@ class Job:
     adapted: Adapted | None
     saved: TensorInfo | None
     target: ModuleFormat | str
+    again: QuantSpec | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -98,6 +102,16 @@ class MergePlan:
     @property
     def jobs(self) -> list[Job]:
         return [job for shard in self.shards for job in shard.jobs]
+
+    @property
+    def rounded(self) -> set[str]:
+        """Dtypes of dense tensors of the result whose numbers are not those of the artifact."""
+        return {
+            job.target
+            for job in self.jobs
+            if isinstance(job.target, str)
+            and (job.adapted or job.saved or job.target != getattr(job.base, "dtype", None))
+        }
 
     @property
     def nbytes(self) -> int:
@@ -169,16 +183,8 @@ def make_plan(artifact: Artifact, match: Match, options: MergeOptions) -> MergeP
     """Decide what becomes of every tensor of `artifact`."""
     order = {name: at for at, name in enumerate(artifact.checkpoint.tensors)}
     tensors: list[StoredTensor | TensorInfo] = [*artifact.quantized, *artifact.copied]
-    jobs = [
-        Job(
-            base.name,
-            base,
-            match.layers.get(base.name),
-            match.saved.get(base.name),
-            _target(artifact, base, match.layers.get(base.name), options),
-        )
-        for base in sorted(tensors, key=lambda base: order[base.name])
-    ]
+    ordered = sorted(tensors, key=lambda base: order[base.name])
+    jobs = [_job(artifact, base, match, options) for base in ordered]
     by_name = {job.name: job for job in jobs}
     parts = plan_shards([(job.name, job.nbytes) for job in jobs], options.max_shard_bytes)
     shards = tuple(
@@ -189,10 +195,22 @@ def make_plan(artifact: Artifact, match: Match, options: MergeOptions) -> MergeP
     return MergePlan(artifact, shards, config, options)
 
 
+def _job(
+    artifact: Artifact, base: StoredTensor | TensorInfo, match: Match, options: MergeOptions
+) -> Job:
+    adapted, saved = match.layers.get(base.name), match.saved.get(base.name)
+    again = None
+    if options.to == Target.IRQ:
+        again = _again(base, adapted, noted_means(artifact, options))
+    target = _target(artifact, base, adapted, again, options)
+    return Job(base.name, base, adapted, saved, target, again)
+
+
 def _target(
     artifact: Artifact,
     base: StoredTensor | TensorInfo,
     adapted: Adapted | None,
+    again: QuantSpec | None,
     options: MergeOptions,
 ) -> ModuleFormat | str:
     if isinstance(base, StoredTensor):
@@ -202,10 +220,36 @@ def _target(
             return base.format
         if adapted.block_size is not None:
             return replace(base.format, tau_dtype=options.tau.value)
-        return replace(base.format, scale_dtype="uint8", tau_dtype="uint8")
+        assert again is not None
+        return replace(base.format, scale_dtype="uint8", tau_dtype=again.tau_dtype)
     if options.to == Target.DENSE and options.dtype != Dtype.AUTO and base.dtype in FLOATS:
         return SAFETENSORS_NAMES[options.dtype.value]
     return base.dtype
+
+
+def noted_means(artifact: Artifact, options: MergeOptions) -> dict[str, Any]:
+    """What tensors are quantized again with: as the artifact was, unless told otherwise.
+
+    Zero points that were integers stay integers, so that the result exports as its base does.
+    """
+    noted = (artifact.manifest or {"options": {}})["options"]
+    objective, refine = noted.get("objective"), noted.get("refine")
+    whole = type(refine) is int and 0 <= refine <= MAX_REFINE and options.objective is None
+    return {
+        "objective": options.objective or (objective if objective in OBJECTIVES else "entropy"),
+        "refine": refine if whole else 0,
+        "zero_point": "integer" if noted.get("zero_point") == "integer" else "float",
+    }
+
+
+def _again(
+    base: StoredTensor | TensorInfo, adapted: Adapted | None, means: Mapping[str, Any]
+) -> QuantSpec | None:
+    if not isinstance(base, StoredTensor) or adapted is None or adapted.block_size is not None:
+        return None
+    uniform = get_codebook(base.format.codebook).kind == "int"
+    own = {} if uniform else {"zero_point": "float"}
+    return QuantSpec(base.format.codebook, base.format.block_size, **{**means, **own})
 
 
 def _dense_dtype(artifact: Artifact, name: str, options: MergeOptions) -> str:

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from irq_convert.checkpoint.disk import output_folder, require_space
 from irq_convert.convert.progress import Progress
+from irq_convert.core.threads import torch_threads
 from irq_convert.merge.inputs import Inputs, open_inputs
 from irq_convert.merge.layers import LayerCheck
 from irq_convert.merge.logits import check_logits
 from irq_convert.merge.model import write_model
 from irq_convert.merge.options import Check, MergeOptions, Target
-from irq_convert.merge.plain import check_plain, plain_specs, write_plain
+from irq_convert.merge.plain import RECORD_BYTES, check_plain, plain_bytes, write_plain
 from irq_convert.merge.records import describe_base
 from irq_convert.merge.report import LogitsCheck, MergedLayer, MergeReport
 from irq_convert.merge.target import folder_bytes
@@ -46,7 +43,7 @@ def merge_adapter(
     folder = None if adapter is None else Path(adapter)
     progress.stage("reading headers")
     inputs = open_inputs(base, folder, out, options)
-    with _threads(options.threads):
+    with torch_threads(options.threads):
         if options.to == Target.ADAPTER:
             report = _fold(inputs, out, options, progress)
         else:
@@ -54,23 +51,11 @@ def merge_adapter(
     return replace(report, seconds=time.perf_counter() - begun)
 
 
-@contextmanager
-def _threads(threads: int | None) -> Iterator[None]:
-    """Compute on so many threads, and leave torch as it was."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def _fold(inputs: Inputs, out: Path, options: MergeOptions, progress: Progress) -> MergeReport:
     """A plain LoRA."""
     artifact, adapter = inputs.artifact, inputs.adapter
     assert adapter is not None
-    specs = plain_specs(adapter, inputs.match)
-    require_space(out, sum(spec.nbytes for spec in specs) + (1 << 20), "write the adapter")
+    require_space(out, plain_bytes(adapter, inputs.match) + RECORD_BYTES, "write the adapter")
     checks: list[LayerCheck] | None = None
     logits = LogitsCheck(reason="not asked for")
     with output_folder(out, artifact.folder, options.overwrite) as staging:
@@ -79,7 +64,8 @@ def _fold(inputs: Inputs, out: Path, options: MergeOptions, progress: Progress) 
         if options.check != Check.NONE:
             checks = check_plain(adapter, inputs.match, staging, progress)
         if options.check in (Check.AUTO, Check.LOGITS):
-            logits = check_logits(artifact, adapter, staging, options, progress)
+            rounded = {part.dtype for each in adapter.layers.values() for part in (each.a, each.b)}
+            logits = check_logits(artifact, adapter, staging, rounded, options, progress)
         size = folder_bytes(staging)
     by_name = {check.tensor: check for check in checks or ()}
     return MergeReport(

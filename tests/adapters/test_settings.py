@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from irq_convert.adapters.settings import read_config
+from irq_convert.errors import IrqError
 
 names = st.from_regex(
     r"(model\.)?layers\.[0-3]\.(mlp|attn)\.(q|down|gate)_proj", fullmatch=True
@@ -93,3 +94,26 @@ def test_targets_follow_peft(
     except UnboundLocalError:  # PEFT's own slip, where no pattern is tried
         return
     assert config.targets(module) is wanted
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("modules_to_save", 5),
+        ("modules_to_save", "lm_head"),
+        ("modules_to_save", [""]),
+        ("layers_to_transform", "0,1"),
+        ("layers_to_transform", [0, "1"]),
+        ("layers_to_transform", True),
+        ("layers_pattern", 3),
+        ("layers_pattern", ["layers("]),
+        ("layers_pattern", "layers("),
+    ],
+)
+def test_values_of_the_wrong_kind_are_named(tmp_path: Path, key: str, value: Any) -> None:
+    with pytest.raises(IrqError) as caught:
+        config_with(tmp_path, **{key: value}).targets("model.layers.0.attn.q_proj")
+    message = str(caught.value)
+    assert "adapter_config.json" in message
+    assert key in message or "regular expression" in message
+    assert "\n" not in message

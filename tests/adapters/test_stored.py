@@ -55,7 +55,7 @@ def test_what_an_adapter_holds(adapter: Path) -> None:
     assert found.config.base_sha256 == "ab" * 32
     layer = found.layers[Q0]
     assert (layer.a.shape, layer.b.shape, layer.rank, layer.scaling) == ((8, 96), (96, 8), 8, 2.0)
-    assert found.nbytes == sum(4 * 8 * (out + cols) for out, cols, _ in SHAPES.values())
+    assert found.nbytes == sum(4 * (8 * (out + cols) + 2) for out, cols, _ in SHAPES.values())
     with TileReader() as reader:
         values = read_layer(reader, found.config, layer)
     assert values.a.dtype == values.b.dtype == torch.float64

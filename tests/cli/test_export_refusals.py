@@ -98,7 +98,7 @@ def test_where_it_cannot_write(irq: Commands, int4: Path, tmp_path: Path) -> Non
     file.write_text("text")
     for out, words, *more in (
         (full, ["not empty"]),
-        (full, ["holds nothing that this program wrote"], "--overwrite"),
+        (full, ["holds no result of quantizing, merging or exporting"], "--overwrite"),
         (file, ["a file, not a folder"]),
         (file / "deeper", ["is a file"]),
         (int4, ["the source itself"], "--overwrite"),

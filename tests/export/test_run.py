@@ -93,7 +93,7 @@ def test_overwriting_replaces_what_this_program_made(int4: Path, tmp_path: Path)
     export_artifact(int4, out, ExportOptions("dense", overwrite=True))
     assert "quantization" not in json.loads((out / "config.json").read_text())
     (out / "irq_export.json").unlink()
-    with pytest.raises(UsageError, match="holds nothing that this program wrote"):
+    with pytest.raises(UsageError, match="holds no result of quantizing, merging or exporting"):
         export_artifact(int4, out, ExportOptions("dense", overwrite=True))
 
 

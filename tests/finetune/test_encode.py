@@ -121,6 +121,20 @@ def test_a_template_that_changes_earlier_turns_is_learned_at_its_last_answer(
     assert learned(example, tokenizer) == "Bye."
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"text": "a \ud83d b"},
+        {"prompt": "a", "completion": "\udc00"},
+        {"messages": [{"role": "assistant", "content": "x\ud800"}]},
+    ],
+)
+def test_half_a_surrogate_pair_is_no_text(tokenizer: Any, fields: dict[str, Any]) -> None:
+    with pytest.raises(IrqError, match=r"half of a pair, which is no character") as caught:
+        script(row(**fields), tokenizer)
+    str(caught.value).encode()
+
+
 def test_a_template_that_refuses(tokenizer: Any) -> None:
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(IrqError, match=r"row 7: the chat template does not take it: .*alternate"):

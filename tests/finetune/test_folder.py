@@ -57,6 +57,31 @@ def test_a_finished_run_leaves_the_adapter_alone(tmp_path: Path, base: Path) -> 
     assert sorted(path.name for path in out.iterdir()) == [CONFIG, WEIGHTS, NOTE]
 
 
+def test_old_settings_never_stand_beside_new_weights(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed anywhere in publishing, the folder holds one adapter, or none that anything loads."""
+    out, seen = tmp_path / "adapter", []
+    with run_folder(out, base, resume=False, overwrite=False) as folder:
+        write_adapter(folder, "old")
+        folder.finish()
+    replace = Path.replace
+
+    def watched(self: Path, target: Path) -> Path:
+        result = replace(self, target)
+        texts = {name: (out / name).read_text() for name in (WEIGHTS, CONFIG, NOTE)
+                 if (out / name).is_file()}  # fmt: skip
+        seen.append(texts)
+        return result
+
+    with run_folder(out, base, resume=False, overwrite=True) as folder:
+        monkeypatch.setattr(Path, "replace", watched)
+        write_adapter(folder, "new")
+    assert len(seen) >= 2
+    for texts in seen:
+        assert CONFIG not in texts or all("new" in text for text in texts.values())
+
+
 def fail(out: Path, base: Path, do: Callable[[RunFolder], None]) -> None:
     with run_folder(out, base, resume=False, overwrite=False) as folder:
         folder.write(RUN, {"a": 1})

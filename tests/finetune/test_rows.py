@@ -50,6 +50,8 @@ def test_where_a_row_came_from(tmp_path: Path) -> None:
         (b"[1, 2]", "row 1: a number, not an object"),
         (b"[" * 100_000, "nested too deeply"),
         (b'{"a":' * 100_000, "nested too deeply"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "line 1 is not a row: Exceeds the limit"),
+        (b"[" + b"9" * 5000 + b"]", "not rows: Exceeds the limit"),
     ],
 )
 def test_files_that_hold_no_rows(tmp_path: Path, content: bytes, says: str) -> None:

@@ -255,3 +255,12 @@ def test_a_tau_that_does_not_fit(artifact: Path, tmp_path: Path) -> None:
     report = merge_adapter(artifact, adapter, tmp_path / "out", options())
     assert report.tau is not None
     assert report.tau["stored"]["float16"] == {"max": None, "rms": None}
+
+
+def test_logits_allow_for_layers_that_are_dense(half: Path, tmp_path: Path) -> None:
+    """A kept layer's change is rounded to bfloat16, far more than moving tau costs."""
+    adapter = write_adapter(tmp_path / "adapter", half, kind="block", block_size=32, size=0.2)
+    report = merge_adapter(half, adapter, tmp_path / "out", MergeOptions(to=Target.IRQ))
+    assert report.logits.difference is not None
+    assert report.logits.tolerance is not None
+    assert 1e-4 < report.logits.difference < report.logits.tolerance < 0.2

@@ -102,17 +102,23 @@ def test_logits_find_a_file_that_was_lost(artifact: Path, iec: Path, tmp_path: P
     merge_adapter(artifact, iec, tmp_path / "out", options)
     inputs = open_inputs(artifact, iec, tmp_path / "elsewhere", options)
     assert inputs.adapter is not None
-    found = check_logits(inputs.artifact, inputs.adapter, tmp_path / "out", options, Progress())
+    found = check_logits(
+        inputs.artifact, inputs.adapter, tmp_path / "out", {"F32"}, options, Progress()
+    )
     assert found.difference is not None
     assert found.difference <= 1e-5
     assert found.effect is not None
     assert found.effect > 0.01
     flip(tmp_path / "out", "model.norm.weight", 3, 0x80)
     with pytest.raises(IrqError, match="logits differ from base plus adapter"):
-        check_logits(inputs.artifact, inputs.adapter, tmp_path / "out", options, Progress())
+        check_logits(
+            inputs.artifact, inputs.adapter, tmp_path / "out", {"F32"}, options, Progress()
+        )
     (tmp_path / "out" / "model.safetensors").write_bytes(b"")
     with pytest.raises(IrqError, match="does not run as base plus adapter do"):
-        check_logits(inputs.artifact, inputs.adapter, tmp_path / "out", options, Progress())
+        check_logits(
+            inputs.artifact, inputs.adapter, tmp_path / "out", {"F32"}, options, Progress()
+        )
 
 
 def test_a_check_that_fails_leaves_nothing(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 
 from irq_convert.adapters.stored import open_adapter
 from irq_convert.errors import UsageError
+from irq_convert.merge.estimate import estimate
 from irq_convert.merge.logits import relative_difference
 from irq_convert.merge.options import Check, Dtype, MergeOptions, Target
 from irq_convert.merge.run import merge_adapter
@@ -201,3 +203,18 @@ def test_it_is_never_written_over_the_adapter(artifact: Path, iec: Path) -> None
     options = MergeOptions(to=Target.ADAPTER, overwrite=True)
     with pytest.raises(UsageError, match="the source itself"):
         merge_adapter(artifact, iec, iec, options)
+
+
+def test_the_estimate_counts_every_byte_but_the_records(
+    artifact: Path, block: Path, tmp_path: Path
+) -> None:
+    adapter = tmp_path / "adapter"
+    shutil.copytree(block, adapter)
+    (adapter / "tokenizer.json").write_bytes(b" " * 3_000_000)
+    found = estimate(artifact, adapter, tmp_path / "out", OPTIONS)
+    report = merge_adapter(artifact, adapter, tmp_path / "out", OPTIONS)
+    sizes = {path.name: path.stat().st_size for path in (tmp_path / "out").iterdir()}
+    assert report.bytes_out == sum(sizes.values())
+    records = sizes["adapter_config.json"] + sizes["irq_adapter.json"]
+    assert found.bytes_out == report.bytes_out - records
+    assert found.disk_needed >= report.bytes_out

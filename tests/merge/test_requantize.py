@@ -9,8 +9,14 @@ import pytest
 import torch
 from convert.models import load_all, snapshot
 
+from irq_convert.artifact.contents import open_artifact
 from irq_convert.artifact.verify import verify_artifact
+from irq_convert.convert.options import ConvertOptions
+from irq_convert.convert.progress import Progress
+from irq_convert.convert.run import quantize_checkpoint
+from irq_convert.core.spec import QuantSpec
 from irq_convert.errors import IrqError
+from irq_convert.export.grids import check_grids
 from irq_convert.merge.options import Check, MergeOptions, Target
 from irq_convert.merge.run import merge_adapter
 
@@ -105,3 +111,23 @@ def test_nothing_learned_on_a_moved_artifact(artifact: Path, block: Path, tmp_pa
         merge_adapter(tmp_path / "once", second, tmp_path / "twice", options())
     merge_adapter(tmp_path / "once", second, tmp_path / "twice", options(min_survival=-1))
     assert verify_artifact(tmp_path / "twice").ok
+
+
+@pytest.mark.parametrize("kind", ["plain", "block"])
+def test_integer_zero_points_stay_integers(tmp_path: Path, kind: str) -> None:
+    """Quantized again they are; a moved tau has left them, which nothing hides."""
+    make_artifact(tmp_path / "float", "int4")
+    artifact = tmp_path / "integer"
+    spec = QuantSpec("int4", 32, refine=2, zero_point="integer")
+    quantize_checkpoint(str(tmp_path / "float-source"), artifact, ConvertOptions(spec, threads=1))
+    adapter = write_adapter(tmp_path / "adapter", artifact, kind=kind, size=0.05)
+    merge_adapter(artifact, adapter, tmp_path / "out", options(min_survival=-9))
+    merged = open_artifact(tmp_path / "out")
+    off = check_grids(merged.quantized, 1 << 20, Progress())
+    changed = {f"{module}.weight" for module, _, _ in adapted(artifact, adapter)}
+    assert {name for name, grid in off.items() if grid.off} == (
+        changed if kind == "block" else set()
+    )
+    noted = read_json(tmp_path / "out" / "irq_manifest.json")["options"]
+    assert (noted["refine"], noted["zero_point"]) == (2, "integer")
+    assert verify_artifact(tmp_path / "out").ok

@@ -116,6 +116,8 @@ def _encode_q8_0(rows: torch.Tensor, name: str) -> Encoded:
 
 def _check_finite(good: torch.Tensor, rows: torch.Tensor, kind: GgmlType, name: str) -> None:
     if not bool(good.all()):
+        if not bool(rows.isfinite().all()):
+            raise IrqError(f"{name}: holds NaN or infinite numbers: the model is damaged")
         found = float(rows.to(torch.float64).abs().max())
         raise IrqError(
             f"{name}: holds {found:.6g}, which {kind.name} cannot store: choose bfloat16 or "
