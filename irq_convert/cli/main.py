@@ -71,6 +71,12 @@ def main() -> None:
     except IrqError as error:
         print(f"irq-convert: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        reason = (error.strerror or type(error).__name__).lower()
+        print(f"irq-convert: {error.filename}: {reason}; check the path", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("irq-convert: interrupted", file=sys.stderr)
         sys.exit(130)

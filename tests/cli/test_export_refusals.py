@@ -111,11 +111,20 @@ def test_where_it_cannot_write(irq: Commands, int4: Path, tmp_path: Path) -> Non
 def test_a_folder_nobody_may_write(irq: Commands, int4: Path, tmp_path: Path) -> None:
     closed = tmp_path / "closed"
     closed.mkdir(mode=0o555)
-    for folder in (tmp_path, *list(tmp_path.parents)[:2], int4.parent, int4.parent.parent):
-        folder.chmod(folder.stat().st_mode | 0o055)
+    for folder in {tmp_path, *tmp_path.parents, *int4.parents}:
+        if any(part.startswith("pytest-") for part in folder.parts):
+            folder.chmod(folder.stat().st_mode | 0o055)
     result = irq("export", int4, closed / "out", "--to", "mlx", nobody=True)
     assert_fails(result, 1, "permission denied")
     assert list(closed.iterdir()) == []
+
+
+def test_an_artifact_nobody_may_see(irq: Commands, int4: Path, tmp_path: Path) -> None:
+    hidden = tmp_path / "hidden"
+    shutil.copytree(int4, hidden / "int4")
+    hidden.chmod(0o700)
+    result = irq("export", hidden / "int4", tmp_path / "out", "--to", "mlx", nobody=True)
+    assert_fails(result, 1, "permission denied")
 
 
 Change = Callable[[Path], None]
