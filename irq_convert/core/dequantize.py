@@ -136,15 +136,24 @@ def _numba(q: QuantizedTensor, begin: int, end: int, out: torch.Tensor) -> None:
 
 def _kernel_arguments(q: QuantizedTensor) -> tuple[Any, ...]:
     book = get_codebook(q.codebook)
-    parts = [q.codes.detach().contiguous().numpy()]
+    parts = [_as_array(q.codes)]
     for stored, grid in ((q.scale, q.scale_grid), (q.tau, q.tau_grid)):
         check_statistic(stored, grid)
         wide = stored if stored.dtype == torch.uint8 else stored.to(torch.float32)
-        parts.append(wide.detach().contiguous().numpy())
+        parts.append(_as_array(wide))
     for grid in (q.scale_grid, q.tau_grid):
         known = torch.empty(0, 2, dtype=torch.float32, device="cpu") if grid is None else grid
-        parts.append(known.detach().contiguous().numpy())
+        parts.append(_as_array(known))
     return (*parts, _levels(q.codebook), book.bits, q.block_size)
+
+
+def _as_array(part: torch.Tensor) -> np.ndarray:
+    """`part` as an array on the same memory.
+
+    Not through `Tensor.numpy()`: that marks the storage as never to be resized, and resizing is
+    how FSDP2 frees a gathered parameter.
+    """
+    return np.from_dlpack(part.detach().contiguous())
 
 
 @functools.cache

@@ -75,7 +75,6 @@ def _is_plain(tensor: torch.Tensor) -> bool:
 
 
 def _linear(x: torch.Tensor, q: QuantizedTensor, bias: torch.Tensor | None) -> torch.Tensor:
-    q = _borrow(q)
     tile_bytes = SMALL_TILE if x.numel() <= FEW_ROWS * q.cols else LARGE_TILE
     tiles = _tiles(x, q, tile_bytes)
     if tiles is None:
@@ -89,7 +88,6 @@ def _linear(x: torch.Tensor, q: QuantizedTensor, bias: torch.Tensor | None) -> t
 
 def _linear_grad(grad: torch.Tensor, q: QuantizedTensor) -> torch.Tensor:
     """`grad @ W` over tiles of columns: no sum is split, so one rounding, as without tiles."""
-    q = _borrow(q)
     rows, blocks = q.codes.shape[0], q.shape.blocks_per_row
     step = max(1, LARGE_TILE // max(1, rows * q.block_size * grad.element_size()))
     if grad.device.type != "cpu" or blocks <= step:
@@ -111,25 +109,6 @@ def _linear_grad(grad: torch.Tensor, q: QuantizedTensor) -> torch.Tensor:
         weight = dequantize_tensor(part, grad.dtype, out=tile)
         grad_x[:, begin : begin + part.cols] = flat @ weight
     return grad_x.view(*grad.shape[:-1], q.cols)
-
-
-def _borrow(q: QuantizedTensor) -> QuantizedTensor:
-    """`q` on the same memory through storages of its own.
-
-    The CPU's kernels look at tensors through numpy, which marks their storages as never to be
-    resized, and resizing is how FSDP2 frees a gathered parameter.
-    """
-    if q.codes.device.type != "cpu":
-        return q
-    own = {name: torch.from_dlpack(part.detach()) for name, part in q.parts().items()}
-    return replace(
-        q,
-        codes=own[""],
-        scale=own["_scale"],
-        tau=own["_tau"],
-        scale_grid=own.get("_scale_grid"),
-        tau_grid=own.get("_tau_grid"),
-    )
 
 
 def _columns(q: QuantizedTensor, first: int, last: int) -> QuantizedTensor:
