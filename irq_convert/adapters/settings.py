@@ -13,6 +13,9 @@ from irq_convert.checkpoint.source import read_json_object
 from irq_convert.core.spec import BLOCK_SIZES
 from irq_convert.errors import IrqError, UsageError
 
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+NOTE_FILE = "irq_adapter.json"
 LORA, IEC_LORA = "LORA", "IEC_LORA"
 CONNECTIONS = ("both", "input", "output", "none")
 OWN_KEYS = ("connection", "pool", "block_size", "base_sha256")
@@ -146,7 +149,7 @@ def read_config(folder: Path) -> StoredConfig:
     Raises `UsageError`, naming the key, for a type or an option that cannot be merged, `IrqError`
     when the file is no such object or a value makes no sense.
     """
-    path = folder / "adapter_config.json"
+    path = folder / CONFIG_FILE
     raw = read_json_object(path)
     _refuse(path, raw)
     iec = raw["peft_type"] == IEC_LORA
@@ -225,7 +228,7 @@ def _check_layers(path: Path, raw: Mapping[str, Any]) -> None:
 def _base_hash(folder: Path, raw: Mapping[str, Any]) -> str | None:
     """What the adapter belongs to: by its settings, else by the note beside them."""
     found = raw.get("base_sha256")
-    note = folder / "irq_adapter.json"
+    note = folder / NOTE_FILE
     if found is None and note.is_file():
         base = read_json_object(note).get("base")
         found = base.get("sha256") if isinstance(base, dict) else None

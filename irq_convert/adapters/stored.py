@@ -13,7 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from irq_convert.adapters.settings import IEC_LORA, StoredConfig, read_config
+from irq_convert.adapters.settings import (
+    CONFIG_FILE,
+    IEC_LORA,
+    WEIGHTS_FILE,
+    StoredConfig,
+    read_config,
+)
 from irq_convert.checkpoint.files import sha256_file
 from irq_convert.checkpoint.header import TensorInfo, read_header
 from irq_convert.checkpoint.system import os_errors
@@ -24,9 +30,6 @@ if TYPE_CHECKING:
 
     from irq_convert.checkpoint.reader import TileReader
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
-NOTE_FILE = "irq_adapter.json"
 PREFIX = "base_model.model."
 FLOATS = ("F32", "BF16", "F16", "F64")
 _A, _B, _BETA = ".lora_A.weight", ".lora_B.weight", ".lora_iec_beta"

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from irq_convert.adapters.stored import WEIGHTS_FILE, open_adapter
+from irq_convert.adapters.settings import WEIGHTS_FILE
+from irq_convert.adapters.stored import open_adapter
 from irq_convert.artifact.identity import artifact_identity
 from irq_convert.checkpoint.header import read_header
 from irq_convert.checkpoint.locate import locate

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from irq_convert.adapters.settings import CONFIG_FILE, NOTE_FILE, WEIGHTS_FILE
 from irq_convert.checkpoint.disk import check_output
 from irq_convert.checkpoint.files import fsync_folder, write_json_atomic
 from irq_convert.checkpoint.source import read_json_object
@@ -28,9 +29,6 @@ from irq_convert.errors import UsageError
 STATE = ".training"
 RUN = "run.json"
 BEFORE = "before.json"
-WEIGHTS = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
-NOTE = "irq_adapter.json"
 _LOCK = ".lock"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
@@ -82,10 +80,10 @@ class RunFolder:
         with os_errors("put the adapter there", self.path):
             flush_folder(adapter)
             # An older adapter's settings must never stand beside the new note or weights.
-            (self.path / CONFIG).unlink(missing_ok=True)
-            write_json_atomic(self.path / NOTE, note)
-            mode = (self.path / NOTE).stat().st_mode  # as the user's umask has it
-            for name in (WEIGHTS, CONFIG):
+            (self.path / CONFIG_FILE).unlink(missing_ok=True)
+            write_json_atomic(self.path / NOTE_FILE, note)
+            mode = (self.path / NOTE_FILE).stat().st_mode  # as the user's umask has it
+            for name in (WEIGHTS_FILE, CONFIG_FILE):
                 (adapter / name).chmod(mode)
                 (adapter / name).replace(self.path / name)
             fsync_folder(self.path)
@@ -126,7 +124,7 @@ def check_folder(out: Path, base: Path, *, resume: bool, overwrite: bool) -> boo
             f"{out}: holds an unfinished run{at}; continue it with --resume or start again with "
             "--overwrite"
         )
-    if unfinished or (real / CONFIG).is_file():
+    if unfinished or (real / CONFIG_FILE).is_file():
         if resume:
             raise UsageError(f"{out}: holds a finished adapter, there is nothing to continue")
         if not overwrite:

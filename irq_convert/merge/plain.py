@@ -16,11 +16,8 @@ from typing import Any
 
 import torch
 
-from irq_convert.adapters.settings import LORA, OWN_KEYS
+from irq_convert.adapters.settings import CONFIG_FILE, LORA, NOTE_FILE, OWN_KEYS, WEIGHTS_FILE
 from irq_convert.adapters.stored import (
-    CONFIG_FILE,
-    NOTE_FILE,
-    WEIGHTS_FILE,
     LayerValues,
     StoredAdapter,
     StoredLayer,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from irq_convert.adapters.stored import NOTE_FILE
+from irq_convert.adapters.settings import NOTE_FILE
 from irq_convert.artifact.manifest import MANIFEST_NAME
 from irq_convert.checkpoint.disk import check_output
 from irq_convert.checkpoint.layout import LOCK_NAME

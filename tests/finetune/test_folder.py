@@ -7,13 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from irq_convert.adapters.settings import CONFIG_FILE, NOTE_FILE, WEIGHTS_FILE
 from irq_convert.errors import UsageError
 from irq_convert.finetune.folder import (
-    CONFIG,
-    NOTE,
     RUN,
     STATE,
-    WEIGHTS,
     RunFolder,
     newest_checkpoint,
     run_folder,
@@ -41,7 +39,7 @@ def write_checkpoint(folder: RunFolder, step: int) -> None:
 def write_adapter(folder: RunFolder, text: str) -> None:
     made = folder.state / "adapter"
     made.mkdir()
-    for name in (WEIGHTS, CONFIG, "README.md"):
+    for name in (WEIGHTS_FILE, CONFIG_FILE, "README.md"):
         (made / name).write_text(text)
     folder.publish(made, {"text": text})
 
@@ -54,7 +52,7 @@ def test_a_finished_run_leaves_the_adapter_alone(tmp_path: Path, base: Path) -> 
         folder.accept_checkpoint(3)
         write_adapter(folder, "a")
         folder.finish()
-    assert sorted(path.name for path in out.iterdir()) == [CONFIG, WEIGHTS, NOTE]
+    assert sorted(path.name for path in out.iterdir()) == [CONFIG_FILE, WEIGHTS_FILE, NOTE_FILE]
 
 
 def test_old_settings_never_stand_beside_new_weights(
@@ -69,7 +67,7 @@ def test_old_settings_never_stand_beside_new_weights(
 
     def watched(self: Path, target: Path) -> Path:
         result = replace(self, target)
-        texts = {name: (out / name).read_text() for name in (WEIGHTS, CONFIG, NOTE)
+        texts = {name: (out / name).read_text() for name in (WEIGHTS_FILE, CONFIG_FILE, NOTE_FILE)
                  if (out / name).is_file()}  # fmt: skip
         seen.append(texts)
         return result
@@ -79,7 +77,7 @@ def test_old_settings_never_stand_beside_new_weights(
         write_adapter(folder, "new")
     assert len(seen) >= 2
     for texts in seen:
-        assert CONFIG not in texts or all("new" in text for text in texts.values())
+        assert CONFIG_FILE not in texts or all("new" in text for text in texts.values())
 
 
 def fail(out: Path, base: Path, do: Callable[[RunFolder], None]) -> None:
@@ -142,10 +140,10 @@ def test_a_finished_adapter_is_only_overwritten_when_asked(tmp_path: Path, base:
     with pytest.raises(UsageError, match="finished adapter, there is nothing to continue"):
         opened(out, base, resume=True)
     with run_folder(out, base, resume=False, overwrite=True) as folder:
-        assert (out / WEIGHTS).read_text() == "old"  # until there is a new one
+        assert (out / WEIGHTS_FILE).read_text() == "old"  # until there is a new one
         write_adapter(folder, "new")
         folder.finish()
-    assert (out / WEIGHTS).read_text() == "new"
+    assert (out / WEIGHTS_FILE).read_text() == "new"
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
