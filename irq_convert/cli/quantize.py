@@ -45,9 +45,12 @@ def quantize_command(
     ] = "nf",
     block_size: Annotated[int, typer.Option(help="Weights that share a scale and a tau.")] = 64,
     objective: Annotated[
-        Objective,
-        typer.Option(help="entropy (ICQ), mse (tau and scale by squared error) or none (plain)."),
-    ] = Objective.ENTROPY,
+        Objective | None,
+        typer.Option(
+            help="entropy (ICQ), mse (tau and scale by squared error) or none (plain).  "
+            "\\[default: entropy for nf, mse for int]"
+        ),
+    ] = None,
     refine: Annotated[
         int, typer.Option(help="Most rounds of least squares on tau, scale and codes.")
     ] = 0,
@@ -86,7 +89,8 @@ def quantize_command(
     from irq_convert.core.spec import QuantSpec
 
     name = codebook_name(codebook, bits)
-    spec = QuantSpec(name, block_size, objective.value, refine, zero_point.value)
+    means = objective.value if objective else "auto"
+    spec = QuantSpec(name, block_size, means, refine, zero_point.value)
     if not 1e-9 <= max_shard_size < 1e9:
         raise UsageError(f"--max-shard-size {max_shard_size}: a positive number of GB is needed")
     options = ConvertOptions(

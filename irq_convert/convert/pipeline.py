@@ -13,6 +13,7 @@ import torch
 
 from irq_convert.artifact.contents import write_quantized
 from irq_convert.checkpoint.reader import TileReader
+from irq_convert.checkpoint.supply import Feed
 from irq_convert.checkpoint.writer import ShardWriter
 from irq_convert.convert.options import ConvertOptions
 from irq_convert.convert.plan import ShardPlan, TensorPlan
@@ -36,10 +37,15 @@ class _Piece:
 
 
 def convert_shard(
-    shard: ShardPlan, folder: Path, options: ConvertOptions, progress: Progress
+    shard: ShardPlan,
+    folder: Path,
+    options: ConvertOptions,
+    progress: Progress,
+    feed: Feed | None = None,
 ) -> dict[str, TensorStats]:
     """Write `shard` into `folder`, whole or not at all; returns statistics by tensor name.
 
+    `feed` brings the source's files as they are read; None when they are all there.
     Raises `IrqError` when the source cannot be read, has weights that cannot be quantized (naming
     the tensor), or the disk refuses.
     """
@@ -47,7 +53,7 @@ def convert_shard(
     with (
         ShardWriter(folder / shard.name, shard.outputs) as writer,
         Behind() as behind,
-        TileReader() as reader,
+        TileReader(feed=feed) as reader,
         prefetched(_pieces(shard, reader, options)) as pieces,
     ):
         for piece in pieces:

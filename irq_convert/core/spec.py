@@ -8,6 +8,8 @@ from irq_convert.core.codebook import Codebook, get_codebook
 from irq_convert.errors import UsageError
 
 OBJECTIVES = ("none", "entropy", "mse")
+BEST_OBJECTIVE = {"nf": "entropy", "int": "mse"}
+"""What "auto" means by kind of codebook: measured in docs/benchmarks.md, "Integer paths"."""
 ZERO_POINTS = ("float", "integer")
 BLOCK_SIZES = (16, 32, 64, 128, 256, 512, 1024)
 MAX_REFINE = 1000
@@ -18,8 +20,8 @@ class QuantSpec:
     """Options of one quantized tensor.
 
     `codebook`: nf2, nf3, nf4, int2, int3 or int4. `block_size`: weights that share a scale and a
-    tau. `objective`: "entropy" (ICQ), "mse" (tau and scale by squared error) or "none" (plain,
-    uncalibrated). `refine`: most rounds of alternating least squares after the search.
+    tau. `objective`: "entropy" (ICQ), "mse" (tau and scale by squared error), "none" (plain,
+    uncalibrated) or "auto", which becomes what is best for the codebook. `refine`: most rounds of alternating least squares after the search.
     `zero_point`: "integer" (codebooks int2, int3, int4 only) lets tau be minus a level times the
     scale and nothing else, as other engines' integer formats do; tau is then stored in float32.
     Raises `UsageError` for anything else.
@@ -27,7 +29,7 @@ class QuantSpec:
 
     codebook: str = "nf4"
     block_size: int = 64
-    objective: str = "entropy"
+    objective: str = "auto"
     refine: int = 0
     zero_point: str = "float"
 
@@ -36,6 +38,8 @@ class QuantSpec:
         if self.block_size not in BLOCK_SIZES:
             known = ", ".join(map(str, BLOCK_SIZES))
             raise UsageError(f"unsupported block size {self.block_size}: choose one of {known}")
+        if self.objective == "auto":
+            object.__setattr__(self, "objective", BEST_OBJECTIVE[self.book.kind])
         if self.objective not in OBJECTIVES:
             known = ", ".join(OBJECTIVES)
             raise UsageError(f"unknown objective {self.objective!r}: choose one of {known}")

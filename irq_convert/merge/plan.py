@@ -236,7 +236,7 @@ def noted_means(artifact: Artifact, options: MergeOptions) -> dict[str, Any]:
     objective, refine = noted.get("objective"), noted.get("refine")
     whole = type(refine) is int and 0 <= refine <= MAX_REFINE and options.objective is None
     return {
-        "objective": options.objective or (objective if objective in OBJECTIVES else "entropy"),
+        "objective": options.objective or (objective if objective in OBJECTIVES else "auto"),
         "refine": refine if whole else 0,
         "zero_point": "integer" if noted.get("zero_point") == "integer" else "float",
     }

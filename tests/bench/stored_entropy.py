@@ -165,7 +165,7 @@ def measure(label: str, matrices: list[torch.Tensor], book: Codebook) -> list[Ro
         found = icq_search(cut.blocks, book, lengths=cut.lengths)
         exact = (found.tau, found.scale)
         totals["ideal"].add(cut, cut.codes(book, exact), book, exact)
-        spec = QuantSpec(codebook=book.name, block_size=SIZE)
+        spec = QuantSpec(codebook=book.name, block_size=SIZE, objective="entropy")
         q, _ = quantize_with_stats(matrix, spec)
         stored = (
             expand_statistic(q.tau, q.tau_grid).flatten(),

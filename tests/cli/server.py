@@ -14,6 +14,7 @@ import tempfile
 import traceback
 from pathlib import Path
 
+import torch
 from transformers import LlamaForCausalLM  # noqa: F401 - imported when it is first named
 from typer.testing import CliRunner
 
@@ -39,6 +40,9 @@ def warm_up() -> None:
 
 def become(request: dict[str, object]) -> None:
     """Make the fresh child the process that was asked for."""
+    # torch replaces its thread pool at the first call after a fork, and fails with "Invalid thread
+    # pool!" when two threads make that call at once, as a backward pass and its caller may.
+    torch.set_num_threads(torch.get_num_threads())
     for number, key in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(str(request[key]), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     os.chdir(str(request["cwd"]))

@@ -104,6 +104,13 @@ def table_sum(block: np.ndarray, mids: np.ndarray, tau: np.float32, scale: np.fl
     return int(entropy_table(64)[np.bincount(codes, minlength=len(mids) + 1)].sum())
 
 
+def test_the_objective_that_is_best_for_the_codebook() -> None:
+    """Measured in docs/benchmarks.md; a manifest notes what it became."""
+    assert [QuantSpec(f"{kind}3").objective for kind in ("nf", "int")] == ["entropy", "mse"]
+    assert QuantSpec("int4", zero_point="integer").objective == "mse"
+    assert QuantSpec("int4", objective="entropy").objective == "entropy"
+
+
 @pytest.mark.parametrize("codebook", ["nf2", "nf3", "nf4"])
 @pytest.mark.parametrize("kind", ["gauss", "student", "equal", "outlier"])
 def test_no_storable_tau_has_more_entropy(codebook: str, kind: str) -> None:

@@ -46,7 +46,8 @@ def source_tensors(seed: int) -> dict[str, torch.Tensor]:
 def quantize_source(codebook: str, source: dict[str, torch.Tensor]) -> dict[str, QuantizedTensor]:
     """Each tensor at its own block size."""
     sizes = {"groups.weight": 16, "tail.weight": 64, "odd.weight": 16}
-    return {n: quantize_tensor(w, QuantSpec(codebook, sizes[n])) for n, w in source.items()}
+    specs = {n: QuantSpec(codebook, sizes[n], "entropy") for n in source}
+    return {n: quantize_tensor(w, specs[n]) for n, w in source.items()}
 
 
 def with_plain_statistics(tensor: QuantizedTensor, dtype: torch.dtype) -> QuantizedTensor:
