@@ -6,7 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-from export.make import put_on_grid, quantized, save_model
+import torch
+from export.compare import decoded
+from export.make import DEMO, put_on_grid, quantized, save_model
+from merge.make import write_adapter
 
 from .process import Commands, fresh, listing, nothing_left
 
@@ -103,6 +106,41 @@ def test_shards_and_overwriting(irq: Commands, artifact: Path, tmp_path: Path) -
     assert again.code == 0, again
     assert [path.name for path in out.glob("*.safetensors")] == ["model.safetensors"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_gguf_by_commands_alone(irq: Commands, tmp_path: Path, merged: bool) -> None:
+    """Quantize, merge and export; then the packages gguf and transformers read what is there."""
+    gguf = pytest.importorskip("gguf", reason="the package gguf is not installed")
+    from transformers import AutoModelForCausalLM
+
+    import irq_convert
+
+    artifact = tmp_path / "demo-int4"
+    wide = ("--bits", 4, "--codebook", "int", "--block-size", 32, "--threads", 1)
+    assert irq("quantize", DEMO, artifact, *wide).code == 0
+    if merged:
+        adapter = write_adapter(tmp_path / "adapter", artifact, kind="block", rank=4, size=0.003)
+        made = irq("merge", artifact, adapter, tmp_path / "merged", "--to", "irq")
+        assert made.code == 0, made
+        artifact = tmp_path / "merged"
+    done = irq("export", artifact, tmp_path / "out", "--to", "gguf", "--json")
+    assert done.code == 0, done
+    report = json.loads(done.out)
+    assert 0 < report["relative_error"] < 1e-5
+    assert report["changed_codes"] == 0
+    (file,) = (tmp_path / "out").glob("*.gguf")
+    kinds = {tensor.tensor_type.name for tensor in gguf.GGUFReader(file).tensors}
+    assert kinds == {"Q4_1", "F32"} | ({"BF16"} & kinds)
+    theirs = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)
+    for name, expected in decoded(artifact).items():
+        gap = float((theirs.get_parameter(name).detach().float() - expected).abs().max())
+        assert gap <= 2.0**-10 * float(expected.abs().max()), name  # d and m are float16
+    ours = irq_convert.load(artifact, dtype=torch.float32)
+    ids = torch.arange(1, 24)[None]
+    with torch.no_grad():
+        wanted, found = ours(ids).logits, theirs(ids).logits
+    assert float((wanted - found).abs().max()) < 0.05 * float(wanted.abs().max())
 
 
 def test_help_is_quick_and_whole() -> None:
