@@ -1,17 +1,23 @@
 """Convert one shard as a stream: read a tile, search it, write it; the three overlap.
 
-Memory holds a few tiles, whatever the size of a tensor, a shard or the model.
+Memory holds a few tiles, whatever the size of a tensor, a shard or the model. On a GPU the reader's
+thread also uploads and the writer's downloads, so that five things go on at once: disk to host,
+host to device, search, device to host, host to disk.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from irq_convert.artifact.contents import write_quantized
+from irq_convert.checkpoint.buffers import torch_dtype
+from irq_convert.checkpoint.columns import transposed_tiles
 from irq_convert.checkpoint.reader import TileReader
 from irq_convert.checkpoint.supply import Feed
 from irq_convert.checkpoint.writer import ShardWriter
@@ -19,6 +25,7 @@ from irq_convert.convert.options import ConvertOptions
 from irq_convert.convert.plan import ShardPlan, TensorPlan
 from irq_convert.convert.progress import Progress
 from irq_convert.convert.streams import Behind, prefetched
+from irq_convert.convert.transfer import Engine, Ring, Slot, make_engine
 from irq_convert.core.quantize import quantize_with_stats
 from irq_convert.core.quantized import QuantizedTensor
 from irq_convert.core.stats import TensorStats
@@ -28,12 +35,13 @@ COPY_CHUNK = 8 << 20
 
 @dataclass(frozen=True)
 class _Piece:
-    """Part of a source tensor: rows to quantize, or bytes to copy from `start` on."""
+    """Part of a source tensor: rows to quantize, in a slot, or bytes to copy from `start` on."""
 
     tensor: TensorPlan
     start: int
     data: torch.Tensor | bytes
     last: bool
+    slot: Slot | None = None
 
 
 def convert_shard(
@@ -50,36 +58,60 @@ def convert_shard(
     the tensor), or the disk refuses.
     """
     stats: dict[str, TensorStats] = {}
+    engine = make_engine(options.device)
+    ring = Ring(engine)
     with (
         ShardWriter(folder / shard.name, shard.outputs) as writer,
         Behind() as behind,
         TileReader(feed=feed) as reader,
-        prefetched(_pieces(shard, reader, options)) as pieces,
+        prefetched(_pieces(shard, reader, ring, options)) as pieces,
+        feed or nullcontext(),  # when the block fails, nobody waits for a download any longer
+        ring,  # nor for a slot
     ):
         for piece in pieces:
             name = piece.tensor.info.name
-            if isinstance(piece.data, torch.Tensor):
-                tile, seen = _quantize(piece, options)
+            if piece.slot is not None:
+                tile, seen = _quantize(piece, engine, options)
+                ring.give(piece.slot)
                 stats[name] = stats[name] + seen if name in stats else seen
-                shape = piece.tensor.shape
-                behind.submit(write_quantized, writer, name, shape, piece.start, tile)
+                behind.submit(
+                    _write, engine, engine.mark(), writer, piece.tensor, piece.start, tile
+                )
             else:
+                assert isinstance(piece.data, bytes)
                 behind.submit(writer.write, name, piece.data, piece.start)
             progress.advance(_size(piece.data), finished=piece.last)
     return stats
 
 
-def _pieces(shard: ShardPlan, reader: TileReader, options: ConvertOptions) -> Iterator[_Piece]:
+def _pieces(
+    shard: ShardPlan, reader: TileReader, ring: Ring, options: ConvertOptions
+) -> Iterator[_Piece]:
     for tensor in shard.tensors:
         if tensor.spec is None:
             yield from _copied(tensor, reader)
             continue
-        rows = tensor.shape.rows
-        step = tensor.shape.tile_rows(options.tile_weights)
-        for start in range(0, rows, step):
-            stop = min(rows, start + step)
-            data = reader.read_rows(tensor.info, start, stop)
-            yield _Piece(tensor, start, data, last=stop == rows)
+        for start, slot, tile in _tiles(tensor, reader, ring, options):
+            last = start + tile.shape[0] == tensor.shape.rows
+            yield _Piece(tensor, start, ring.engine.upload(slot, tile), last, slot)
+
+
+def _tiles(
+    tensor: TensorPlan, reader: TileReader, ring: Ring, options: ConvertOptions
+) -> Iterator[tuple[int, Slot, torch.Tensor]]:
+    """Whole groups of rows as `(start, slot, tile)`, read into the slot where that is possible."""
+    info, shape = tensor.info, tensor.shape
+    step = shape.tile_rows(options.tile_weights)
+    if tensor.transposed:
+        for start, tile in transposed_tiles(reader, info, step):
+            yield start, ring.take(), tile
+        return
+    flat = replace(info, shape=(shape.rows, shape.cols))
+    for start in range(0, shape.rows, step):
+        stop = min(shape.rows, start + step)
+        slot = ring.take()
+        out = ring.room(slot, (stop - start, shape.cols), torch_dtype(info.dtype))
+        yield start, slot, reader.read_rows(flat, start, stop, out=out)
 
 
 def _copied(tensor: TensorPlan, reader: TileReader) -> Iterator[_Piece]:
@@ -92,14 +124,31 @@ def _copied(tensor: TensorPlan, reader: TileReader) -> Iterator[_Piece]:
         yield _Piece(tensor, 0, b"", last=True)
 
 
-def _quantize(piece: _Piece, options: ConvertOptions) -> tuple[QuantizedTensor, TensorStats]:
+def _quantize(
+    piece: _Piece, engine: Engine, options: ConvertOptions
+) -> tuple[QuantizedTensor, TensorStats]:
+    """Search a tile; returns when the device is through with it."""
     assert isinstance(piece.data, torch.Tensor)
+    assert piece.slot is not None
+    engine.ready(piece.slot)
     return quantize_with_stats(
-        piece.data.to(options.device),
+        piece.data,
         piece.tensor.spec,
         threads=options.threads,
         name=piece.tensor.info.name,
     )
+
+
+def _write(
+    engine: Engine,
+    mark: Any,
+    writer: ShardWriter,
+    tensor: TensorPlan,
+    start: int,
+    tile: QuantizedTensor,
+) -> None:
+    tile = engine.fetch(tile, mark)
+    write_quantized(writer, tensor.info.name, tensor.shape, start, tile)
 
 
 def _size(data: torch.Tensor | bytes) -> int:

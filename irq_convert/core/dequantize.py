@@ -1,8 +1,8 @@
-"""From a quantized matrix back to dense weights: one function over two exact implementations.
+"""From a quantized matrix back to dense weights: one function over three exact implementations.
 
-On the CPU compiled kernels split the rows over threads; anywhere else torch operations do the same
-arithmetic. Both give the binary32 values of formats/irq-v1.md, section 4, bit for bit; another
-dtype is converted from those, once.
+On the CPU compiled kernels split the rows over threads, on an NVIDIA GPU a Triton kernel makes one
+pass, and anywhere else torch operations do the same arithmetic. All give the binary32 values of
+formats/irq-v1.md, section 4, bit for bit; another dtype is converted from those, once.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from irq_convert.core.backends import resolve_backend
 from irq_convert.core.codebook import get_codebook
 from irq_convert.core.packing import unpack_codes
 from irq_convert.core.statistics import check_statistic, expand_statistic
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from irq_convert.core.quantized import QuantizedTensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-BACKENDS = ("auto", "numba", "torch")
 SERIAL_WEIGHTS = 1 << 20
 """Below this many weights handing rows to threads costs more than it saves."""
 TILE_WEIGHTS = 1 << 20
@@ -43,9 +43,10 @@ def dequantize_tensor(
 ) -> torch.Tensor:
     """The dense matrix `[rows, cols]` of `q` in `dtype`, on the device of `q`.
 
-    `backend`: "numba" (CPU only), "torch" (any device) or "auto". `out`, contiguous and of the
-    right shape, dtype and device, is written instead of a new tensor. Raises `UsageError` for an
-    unsupported dtype, backend or `out`, `IrqError` when the parts of `q` do not fit together.
+    `backend`: "numba" (CPU only), "triton" (NVIDIA GPUs), "torch" (any device) or "auto". `out`,
+    contiguous and of the right shape, dtype and device, is written instead of a new tensor.
+    Raises `UsageError` for an unsupported dtype, backend or `out`, `IrqError` when the parts of `q`
+    do not fit together.
     """
     return dequantize_rows(q, 0, q.codes.shape[0], dtype, backend=backend, out=out)
 
@@ -64,10 +65,8 @@ def dequantize_rows(
         raise UsageError(
             f"cannot dequantize to {dtype}: choose one of {', '.join(map(str, DTYPES))}"
         )
-    if backend not in BACKENDS:
-        raise UsageError(f"unknown backend {backend!r}: choose one of {', '.join(BACKENDS)}")
-    on_cpu = q.codes.device.type == "cpu"
-    if backend == "numba" and not on_cpu:
+    backend = resolve_backend(backend, q.codes.device)
+    if backend == "numba" and q.codes.device.type != "cpu":
         raise UsageError(f"the numba backend needs tensors on the CPU, not on {q.codes.device}")
     if not 0 <= begin <= end <= q.codes.shape[0]:
         raise UsageError(f"rows {begin} to {end} are not rows of a matrix of {q.codes.shape[0]}")
@@ -77,8 +76,12 @@ def dequantize_rows(
         out = torch.empty(shape, dtype=dtype, device=q.codes.device)
     _check_out(out, shape, dtype, q.codes.device)
     with torch.no_grad():
-        if on_cpu and backend != "torch":
+        if backend == "numba":
             _numba(q, begin, end, out)
+        elif backend == "triton":
+            from irq_convert.core.triton.dequantize import dequantize_triton
+
+            dequantize_triton(q, begin, end, out)
         else:
             _torch(q, begin, end, out)
     return out

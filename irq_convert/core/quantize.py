@@ -9,6 +9,7 @@ import numba
 import numpy as np
 import torch
 
+from irq_convert.core.backends import resolve_backend
 from irq_convert.core.blocks import BlockShape
 from irq_convert.core.kernels.quantize import quantize_tile
 from irq_convert.core.plan import make_plan, make_tables
@@ -19,7 +20,6 @@ from irq_convert.core.statistics import expand_statistic
 from irq_convert.core.stats import TensorStats
 from irq_convert.errors import IrqError, UsageError
 
-BACKENDS = ("auto", "numba", "torch")
 TILE_WEIGHTS = 1 << 20
 # Not numba.get_num_threads(): that starts its threads, and with them changes torch's count.
 _MOST_THREADS: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
@@ -37,9 +37,10 @@ def quantize_tensor(
 
     Blocks run along a row. The search follows `spec.objective` over the pairs (tau, scale) that
     the 8-bit statistics can hold, so what is returned is exactly what was optimized. The result
-    does not depend on `backend` ("numba" on the CPU, "torch" anywhere, "auto" by device) nor on
-    `threads` (default: numba's). Raises `IrqError` for NaN, infinities or magnitudes from
-    2**120 on, naming `name`; `UsageError` for a shape or dtype that cannot be quantized.
+    does not depend on `backend` ("numba" on the CPU, "triton" on an NVIDIA GPU, "torch" anywhere,
+    "auto" by device) nor on `threads` (of the CPU; default: numba's). Raises `IrqError` for NaN,
+    infinities or magnitudes from 2**120 on, naming `name`; `UsageError` for a shape or dtype that
+    cannot be quantized.
     """
     return quantize_with_stats(weight, spec, backend=backend, threads=threads, name=name)[0]
 
@@ -54,20 +55,14 @@ def quantize_with_stats(
 ) -> tuple[QuantizedTensor, TensorStats]:
     """`quantize_tensor` with the entropy and error of what is stored."""
     spec = spec or QuantSpec()
-    if backend not in BACKENDS:
-        raise UsageError(f"unknown backend {backend!r}: choose one of {', '.join(BACKENDS)}")
+    backend = resolve_backend(backend, weight.device)
     if weight.dim() != 2 or not weight.numel():
         raise UsageError(f"{name} has shape {list(weight.shape)}: only matrices are quantized")
     if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise UsageError(f"{name} is {weight.dtype}: only floating-point weights are quantized")
     weight = weight.detach()
     shape = BlockShape(weight.shape[0], weight.shape[1], spec.block_size, spec.bits)
-    use_numba = backend == "numba" or (backend == "auto" and weight.device.type == "cpu")
-    parts = (
-        _run_numba(weight.cpu(), shape, spec, threads)
-        if use_numba
-        else quantize_portable(weight.to(torch.float32).contiguous(), shape, spec)
-    )
+    parts = _run(backend, weight, shape, spec, threads)
     packed, scale, tau, scale_grid, tau_grid, counts, energies = parts
     _refuse_bad(int(counts[:, 2].sum()), weight, name)
     blocks = (shape.rows, shape.blocks_per_row)
@@ -85,6 +80,18 @@ def quantize_with_stats(
     )
     stats = TensorStats(shape, int(counts[:, 0].sum()), int(counts[:, 1].sum()), energies)
     return result, stats
+
+
+def _run(
+    backend: str, weight: torch.Tensor, shape: BlockShape, spec: QuantSpec, threads: int | None
+) -> tuple:
+    if backend == "numba":
+        return _run_numba(weight.cpu(), shape, spec, threads)
+    if backend == "triton":
+        from irq_convert.core.triton.quantize import quantize_triton
+
+        return quantize_triton(weight, shape, spec)
+    return quantize_portable(weight.to(torch.float32).contiguous(), shape, spec)
 
 
 def zero_point_tau(

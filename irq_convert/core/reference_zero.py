@@ -21,7 +21,8 @@ def profile_zero_points(blocks: Blocks, plan: Plan, tables: Tables) -> Blocks:
     some = low < high
     span = torch.where(some, high - low, torch.ones_like(low))
     real = -low / span * torch.tensor(float(top), device=low.device)
-    z = real.floor().long().clamp_max(top)
+    # Not the last one yet: rounding may reach it although something lies above zero.
+    z = real.floor().long().clamp_max(top - 1)
     scale = _fitting_scale(z, low, high, levels, top)
     after = (z + 1).clamp_max(top)
     other = torch.where(

@@ -21,9 +21,10 @@ class QuantSpec:
 
     `codebook`: nf2, nf3, nf4, int2, int3 or int4. `block_size`: weights that share a scale and a
     tau. `objective`: "entropy" (ICQ), "mse" (tau and scale by squared error), "none" (plain,
-    uncalibrated) or "auto", which becomes what is best for the codebook. `refine`: most rounds of alternating least squares after the search.
-    `zero_point`: "integer" (codebooks int2, int3, int4 only) lets tau be minus a level times the
-    scale and nothing else, as other engines' integer formats do; tau is then stored in float32.
+    uncalibrated) or "auto", which becomes what is best for the codebook. `refine`: most rounds of
+    alternating least squares after the search. `zero_point`: "integer" (codebooks int2, int3, int4
+    only) lets tau be minus a level times the scale and nothing else, as other engines' integer
+    formats do; tau is then stored in float32.
     Raises `UsageError` for anything else.
     """
 

@@ -2,7 +2,7 @@
 
 The autograd function saves nothing but the packed parts, which the module owns anyway, and
 dequantizes again for the gradient of the input. The products walk over tiles of the weight, of rows
-forward and of columns backward, so that on the CPU the dense weight is never whole. Two operators,
+forward and of columns backward, so that the dense weight is never whole. Two operators,
 `irq::linear` and `irq::linear_grad`, keep compilers from looking inside, so a compiled model
 computes the same bits.
 """
@@ -21,12 +21,13 @@ from irq_convert.core.quantized import QuantizedTensor
 from irq_convert.core.statistics import expand_statistic
 
 FEW_ROWS = 16
-"""Inputs of at most this many rows use small tiles, which stay in the cache until multiplied."""
+"""On a CPU inputs of at most this many rows use small tiles, which stay in its cache."""
 SMALL_TILE = 1 << 21
 LARGE_TILE = 1 << 24
-"""Bytes of dense weights at a time on the CPU.
+"""Bytes of dense weights at a time.
 
-Fresh memory costs more than filling it: below 32 MiB the allocator keeps what it had.
+On a CPU fresh memory costs more than filling it: below 32 MiB the allocator keeps what it had. On a
+GPU a tile of this size stays in the second-level cache until it is multiplied.
 """
 
 
@@ -75,7 +76,8 @@ def _is_plain(tensor: torch.Tensor) -> bool:
 
 
 def _linear(x: torch.Tensor, q: QuantizedTensor, bias: torch.Tensor | None) -> torch.Tensor:
-    tile_bytes = SMALL_TILE if x.numel() <= FEW_ROWS * q.cols else LARGE_TILE
+    few = x.device.type == "cpu" and x.numel() <= FEW_ROWS * q.cols
+    tile_bytes = SMALL_TILE if few else LARGE_TILE
     tiles = _tiles(x, q, tile_bytes)
     if tiles is None:
         return functional.linear(x, dequantize_tensor(q, x.dtype), bias)
@@ -90,7 +92,7 @@ def _linear_grad(grad: torch.Tensor, q: QuantizedTensor) -> torch.Tensor:
     """`grad @ W` over tiles of columns: no sum is split, so one rounding, as without tiles."""
     rows, blocks = q.codes.shape[0], q.shape.blocks_per_row
     step = max(1, LARGE_TILE // max(1, rows * q.block_size * grad.element_size()))
-    if grad.device.type != "cpu" or blocks <= step:
+    if blocks <= step:
         return grad @ dequantize_tensor(q, grad.dtype)
     wide = replace(
         q,
@@ -133,7 +135,7 @@ def _tiles(
     """Dense rows `begin .. end` of `q` in the dtype of `like`, all in one buffer; None for one."""
     rows = q.codes.shape[0]
     step = max(1, tile_bytes // max(1, q.cols * like.element_size()))
-    if like.device.type != "cpu" or rows <= step:
+    if rows <= step:
         return None
     buffer = like.new_empty(step, q.cols)
 

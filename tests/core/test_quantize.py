@@ -21,7 +21,7 @@ from irq_convert.core.spec import QuantSpec
 from irq_convert.errors import IrqError, UsageError
 
 KINDS = ("gauss", "student", "equal", "constant", "zero", "outlier", "offset", "tiny", "huge",
-         "scales", "negative zero")  # fmt: skip
+         "scales", "negative zero", "far")  # fmt: skip
 
 
 def make(kind: str, rows: int, cols: int, seed: int = 0) -> torch.Tensor:
@@ -39,6 +39,9 @@ def make(kind: str, rows: int, cols: int, seed: int = 0) -> torch.Tensor:
         x = torch.zeros(rows, cols)
     elif kind == "outlier":
         x[0, 0], x[rows // 2, cols // 2] = 50.0, -300.0
+    elif kind == "far":  # beside these the rest of their group is next to nothing
+        x[0, 0], x[rows // 2, cols // 2] = -(10.0 ** (seed % 33 + 3)), 10.0 ** (seed % 17 + 3)
+        x *= 1e-4
     elif kind in ("offset", "tiny", "huge"):
         x = {"offset": x + 5, "tiny": x * 1e-36, "huge": x * 1e35}[kind]
     elif kind == "scales":

@@ -20,8 +20,9 @@ STRIDED = 32
 @kernel
 def code_window(center, radius, inverse, offset):
     """First and last code whose value lies in `center +- radius`; the nearest if there is none."""
-    first = max(0, int(np.ceil((center - radius) * inverse - offset)))
-    last = min(255, int(np.floor((center + radius) * inverse - offset)))
+    # Clamped as float32: beside an outlier the other blocks' grid is too fine for any integer.
+    first = int(max(F32(0.0), np.ceil((center - radius) * inverse - offset)))
+    last = int(min(F32(255.0), np.floor((center + radius) * inverse - offset)))
     if last < first:
         first = last = int(encode(center, inverse, offset))
     return first, last

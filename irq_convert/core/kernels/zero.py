@@ -38,7 +38,8 @@ def zero_profile(plan, levels, n_levels, out):
     top = n_levels - 1
     z, scale = 0, F32(0.0)
     if low < high:
-        z = min(top, int(np.floor(-low / (high - low) * F32(top))))
+        # Not the last one yet: rounding may reach it although something lies above zero.
+        z = min(top - 1, int(np.floor(-low / (high - low) * F32(top))))
         scale = _fitting_scale(z, low, high, levels, top)
         if z < top:
             other = _fitting_scale(z + 1, low, high, levels, top)

@@ -1,0 +1,197 @@
+"""The Triton kernels under the interpreter: cases that `test_triton.py` runs in their own process.
+
+`TRITON_INTERPRET=1` has to be set before Triton is imported, and would change Triton for every
+other test of the process. Two of the interpreter's habits are kept out of the way: its `tl.sort` is
+replaced (it takes seconds; one test runs the real one), and denormals in bfloat16, which it flushes
+when it widens them, are not drawn.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import triton
+import triton.language as tl
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from triton.runtime.interpreter import TensorHandle
+
+from irq_convert.core.blocks import BlockShape
+from irq_convert.core.codebook import CODEBOOKS
+from irq_convert.core.dequantize import dequantize_rows, dequantize_tensor
+from irq_convert.core.quantize import quantize_tensor, quantize_with_stats
+from irq_convert.core.quantized import QuantizedTensor
+from irq_convert.core.spec import BLOCK_SIZES, QuantSpec
+from irq_convert.core.statistics import expand_statistic
+from irq_convert.core.triton import dequantize as kernels
+from irq_convert.core.triton import quantize as driver
+from irq_convert.core.triton.arithmetic import round_down, round_even, round_up
+from irq_convert.core.triton.probe import failure
+from irq_convert.errors import IrqError
+
+from .oracle import random_sample
+from .test_quantize import KINDS, make, same_bytes
+
+assert os.environ["TRITON_INTERPRET"] == "1", "run by test_triton.py"
+warnings.filterwarnings("ignore", "invalid value|divide by zero|overflow", RuntimeWarning)
+REAL_SORT = tl.sort
+
+
+def sort_at_once(x: Any, dim: int, descending: bool = False) -> Any:
+    return tl.tensor(TensorHandle(np.sort(x.handle.data, axis=dim), x.handle.dtype), x.type)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick_sort():
+    tl.sort = sort_at_once
+    yield
+    tl.sort = REAL_SORT
+
+
+def assert_same(weight: torch.Tensor, spec: QuantSpec, other: str = "numba") -> QuantizedTensor:
+    """The kernels give the bytes and statistics of another backend."""
+    ours, stats = quantize_with_stats(weight, spec, backend="triton")
+    theirs, expected = quantize_with_stats(weight, spec, backend=other)
+    assert same_bytes(ours, theirs)
+    assert (stats.plain, stats.stored) == (expected.plain, expected.stored)
+    assert stats.energies.tobytes() == expected.energies.tobytes()
+    return ours
+
+
+floats = st.builds(
+    QuantSpec,
+    codebook=st.sampled_from(sorted(CODEBOOKS)),
+    block_size=st.sampled_from([16, 64, 256]),
+    objective=st.sampled_from(["none", "entropy", "mse"]),
+    refine=st.sampled_from([0, 3]),
+)
+integers = st.builds(
+    QuantSpec,
+    codebook=st.sampled_from(["int2", "int3", "int4"]),
+    block_size=st.sampled_from([16, 64]),
+    objective=st.sampled_from(["none", "entropy", "mse"]),
+    refine=st.sampled_from([0, 3]),
+    zero_point=st.just("integer"),
+)
+
+
+@settings(max_examples=8, deadline=None)
+@given(floats, st.sampled_from(KINDS), st.integers(1, 24), st.integers(1, 150), st.integers(0, 99))
+def test_same_bytes_as_the_cpu_kernels(
+    spec: QuantSpec, kind: str, rows: int, cols: int, seed: int
+) -> None:
+    assert_same(make(kind, rows, cols, seed), spec)
+
+
+@settings(max_examples=5, deadline=None)
+@given(
+    integers, st.sampled_from(KINDS), st.integers(1, 16), st.integers(1, 120), st.integers(0, 99)
+)
+def test_same_bytes_with_integer_zero_points(
+    spec: QuantSpec, kind: str, rows: int, cols: int, seed: int
+) -> None:
+    assert_same(make(kind, rows, cols, seed), spec)
+
+
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+def test_every_block_size_has_its_tails(block_size: int) -> None:
+    assert_same(make("student", 3, block_size + 9, block_size), QuantSpec("nf3", block_size))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_sources_of_any_float_dtype(dtype: torch.dtype) -> None:
+    assert_same(make("outlier", 9, 100, 2).to(dtype), QuantSpec("int4", 32, "entropy"))
+
+
+def test_against_torch_in_chunks_and_many_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three chunks, the last one short, of a matrix that is not contiguous."""
+    monkeypatch.setattr(driver, "CHUNK_WEIGHTS", 1)
+    spec, weight = QuantSpec("nf4", 16, "entropy"), make("scales", 300, 17, 4)
+    assert BlockShape(300, 17, 16, 4).row_multiple == 128
+    assert_same(weight.t().contiguous().t(), spec, "torch")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -(2.0**120)])
+def test_unusable_weights_are_refused_by_name(bad: float) -> None:
+    weight = make("gauss", 20, 70)
+    weight[19, 69] = bad
+    with pytest.raises(IrqError, match=r"layers\.7\.weight \[20, 70\] has"):
+        quantize_tensor(weight, QuantSpec("nf2"), backend="triton", name="layers.7.weight")
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    st.sampled_from(sorted(CODEBOOKS)),
+    st.sampled_from([16, 64]),
+    st.sampled_from(["uint8", "float16", "float32"]),
+    st.sampled_from(["uint8", "float16", "float32"]),
+    st.integers(1, 40),
+    st.integers(1, 150),
+    st.integers(0, 99),
+)
+def test_dequantized_values_are_those_of_the_format(
+    codebook: str, block_size: int, scale: str, tau: str, rows: int, cols: int, seed: int
+) -> None:
+    sample = random_sample(seed, rows, cols, codebook, block_size, scale, tau)
+    begin = seed % rows
+    for dtype in (torch.float32, torch.float16, torch.float64):
+        dense = dequantize_rows(sample.q, begin, rows, dtype, backend="triton")
+        assert torch.equal(dense, torch.from_numpy(sample.dense[begin:]).to(dtype))
+
+
+@pytest.mark.parametrize("codebook", ["nf2", "int3", "nf4"])
+def test_columns_are_read_out_of_wider_rows(codebook: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What backward asks for: strided codes and statistics, one launch a few rows."""
+    monkeypatch.setattr(kernels, "TILE_WEIGHTS", 300)
+    sample = random_sample(5, 11, 150, codebook, 32)
+    q, bits = sample.q, sample.q.shape.bits
+    scale, tau = expand_statistic(q.scale, q.scale_grid), expand_statistic(q.tau, q.tau_grid)
+    part = QuantizedTensor(
+        q.codes[:, 8 * bits :], scale[:, 2:], tau[:, 2:], None, None, 86, codebook, 32
+    )
+    assert not part.codes.is_contiguous()
+    dense = dequantize_tensor(part, backend="triton")
+    assert torch.equal(dense, torch.from_numpy(sample.dense[:, 64:].copy()))
+
+
+@triton.jit
+def _rounded(x, out, n: tl.constexpr):
+    i = tl.arange(0, n)
+    value = tl.load(x + i)
+    tl.store(out + i, round_even(value))
+    tl.store(out + n + i, round_down(value))
+    tl.store(out + 2 * n + i, round_up(value))
+
+
+def test_rounding_is_exact() -> None:
+    near = [0.5, 1.5, 2.5, 0.49999997, 1e-40, 0.0, 255.5, 2.0**22 + 0.5, 2.0**23 - 0.5, 2.0**23 + 1]
+    rng = np.random.default_rng(0)
+    drawn = rng.standard_normal(108) * 10.0 ** rng.integers(-3, 9, 108)
+    values = np.array([*near, *(-v for v in near), *drawn], np.float32)
+    out = torch.empty(3, 128)
+    _rounded[(1,)](torch.from_numpy(values), out, 128)
+    for row, known in zip(out.numpy(), (np.rint, np.floor, np.ceil), strict=True):
+        assert (row == known(values)).all()
+
+
+def test_the_probe_finds_separate_roundings() -> None:
+    assert failure(torch.device("cpu")) is None
+
+
+@triton.jit
+def _sorted(x, out, rows: tl.constexpr, n: tl.constexpr):
+    at = tl.arange(0, rows)[:, None] * n + tl.arange(0, n)[None, :]
+    tl.store(out + at, tl.sort(tl.load(x + at), dim=1))
+
+
+def test_the_sort_that_runs_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tl, "sort", REAL_SORT)
+    keys = torch.cat([make("equal", 2, 60), torch.full((2, 4), torch.inf)], 1)
+    out = torch.empty_like(keys)
+    _sorted[(1,)](keys, out, 2, 64)
+    assert torch.equal(out, keys.sort(1).values)
