@@ -1,22 +1,34 @@
 """Room for the output: free space, output folders that may be used, folders that appear whole.
 
-`output_folder` gives a run a staging folder `<out>.partial` beside the target and renames it at the
-end. A killed run therefore leaves only `<out>.partial`, which the next run replaces or resumes.
+A run works in `<out>.partial` beside its target:
+
+    <out>.partial/.output.lock    held by the run
+    <out>.partial/records/        what it notes to be continued (see `irq_convert.jobs`)
+    <out>.partial/files/          becomes <out>, in one rename, when everything is there
+
+So `<out>` never holds anything but the result, and a killed run leaves only `<out>.partial`, which
+the next run replaces or continues.
 """
 
 import contextlib
-import fcntl
+import errno
 import os
-import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from irq_convert.checkpoint.files import fsync_folder
 from irq_convert.checkpoint.layout import LOCK_NAME
+from irq_convert.checkpoint.lock import await_members, take_folder, unused
+from irq_convert.checkpoint.swap import put_in_place, restore_replaced
 from irq_convert.checkpoint.system import format_bytes, free_bytes, os_errors
 from irq_convert.errors import IrqError, UsageError
+
+_FILES, _RECORDS = "files", "records"
+_STRAGGLERS = 60.0
+"""Seconds that processes of a run that was killed are given to come to their end."""
 
 
 def require_space(folder: Path, needed: int, what: str) -> None:
@@ -30,7 +42,7 @@ def require_space(folder: Path, needed: int, what: str) -> None:
         raise IrqError(
             f"{folder}: not enough space to {what}: {format_bytes(needed)} needed, "
             f"{format_bytes(free)} free; free some or choose a folder on another disk"
-        )
+        ) from OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def check_output(out: Path, source: Path | None, overwrite: bool) -> Path:
@@ -82,55 +94,124 @@ def discard_output(out: Path, created: bool) -> None:
         shutil.rmtree(out, ignore_errors=True)
 
 
+def partial_folder(out: Path) -> Path:
+    """The folder `<out>.partial`, for an `out` that is resolved as a run resolves it."""
+    with os_errors("look at it", out):
+        real = Path(out).resolve()
+    return real.with_name(real.name + ".partial")
+
+
+@dataclass
+class Staging:
+    """The working folder `root` of one run, which holds its lock.
+
+    `files` becomes the output when the run ends well. When it fails, the folder is removed, or with
+    `keep` left for the next run.
+    """
+
+    root: Path
+    keep: bool
+
+    @property
+    def files(self) -> Path:
+        return self.root / _FILES
+
+    @property
+    def records(self) -> Path:
+        return self.root / _RECORDS
+
+    def clear(self) -> None:
+        """Empty the folder, records first: a kill in the middle leaves files that nobody trusts."""
+        with os_errors("empty it", self.root):
+            _empty(self.root)
+            self.files.mkdir()
+            fsync_folder(self.root)
+            fsync_folder(self.root.parent)
+
+    def keep_only(self, names: Collection[str]) -> None:
+        """Remove every file but those of `names`, and what is half written."""
+        with os_errors("empty it", self.root):
+            for path in self.files.iterdir():
+                if path.name not in names or not path.is_file() or path.is_symlink():
+                    _discard(path)
+        self.remove_temporary()
+
+    def remove_temporary(self) -> None:
+        """Remove what is half written."""
+        with os_errors("empty it", self.root):
+            for path in list(self.root.rglob(".*.tmp-*")):
+                path.unlink(missing_ok=True)
+
+
 @contextmanager
-def output_folder(
-    out: Path,
-    source: Path | None = None,
-    overwrite: bool = False,
-    *,
-    resume: bool = False,
-    keep_partial: bool = False,
-) -> Iterator[Path]:
-    """Yield an empty staging folder to fill; it becomes `out` when the block ends without error.
+def output_folder(out: Path, source: Path | None = None, overwrite: bool = False) -> Iterator[Path]:
+    """Yield an empty folder to fill; it becomes `out` when the block ends without error.
 
-    The staging folder is `<out>.partial`, locked by this process, so that two runs cannot share
-    it. One left by a killed run is emptied first, or with `resume` handed over as it is (without
-    unfinished temporary files). When the block raises, the staging folder is removed, or with
-    `keep_partial` kept for a later `resume`. Folders above `out` are created as needed and removed
-    again on failure. With `overwrite` an existing `out` stays untouched until the new one is
-    complete, then is moved aside, replaced and deleted; a kill in the middle of this loses neither:
-    the old one is put back by the next run.
+    When the block raises, nothing is left. Raises as `staging_folder`.
+    """
+    with staging_folder(out, source, overwrite) as staging:
+        staging.keep = False
+        staging.clear()
+        yield staging.files
 
-    Raises `UsageError` as `check_output`, when another run holds the staging folder, or when a
-    folder of its name exists that no run made; `IrqError` when the disk refuses.
+
+@contextmanager
+def staging_folder(
+    out: Path, source: Path | None = None, overwrite: bool = False
+) -> Iterator[Staging]:
+    """Yield the working folder of a run, locked by this process, with what an earlier run left.
+
+    Its `files` become `out` when the block ends without error. When the block raises, the folder is
+    removed, unless `keep` is set, which it is at first for a folder that was there. Folders above
+    `out` are created as needed and removed again with it. With `overwrite` an existing `out` stays
+    untouched until the new one is complete, then is moved aside, replaced and deleted; a kill in
+    the middle of this loses neither: the old one is put back by the next run.
+
+    Raises `UsageError` as `check_output`, when another run holds the folder, or when a folder of
+    its name exists that no run made; `IrqError` when the disk refuses.
     """
     real = check_output(out, source, overwrite)
     if real.is_mount():
         raise UsageError(f"{out}: a mount point, which cannot be replaced; give a folder inside it")
-    staging = real.with_name(real.name + ".partial")
+    root = partial_folder(out)
     made = _make_parents(real.parent)
-    keep = staging.exists()  # a request refused below must not cost an earlier run its work
+    existed = root.exists()  # a request refused below must not cost an earlier run its work
     try:
-        lock = _lock_staging(staging)
+        lock = take_folder(root)
     except BaseException:
-        if not keep:
-            _remove_unused(staging)
+        if not existed and root.is_dir() and _holds_nothing(root):
+            _remove(root)
         _remove_empty(made)
         raise
+    staging = Staging(root, keep=existed)
     try:
-        _restore_replaced(real)
+        _await_stragglers(root)
+        restore_replaced(real)
         check_output(out, source, overwrite)  # again, now that no other run can interfere
-        _clear(staging, resume)
-        keep = keep_partial
         yield staging
-        _swap(staging, real)
+        put_in_place(staging.files, real)
+        _remove(root)
     except BaseException:
-        if not keep:
-            shutil.rmtree(staging, ignore_errors=True)
+        if not staging.keep:
+            _remove(root)
             _remove_empty(made)
         raise
     finally:
         os.close(lock)
+
+
+def remove_leftovers(out: Path) -> None:
+    """Remove the working folder of a run to `out` that was killed after its files had moved there.
+
+    Nothing happens to any other folder, or while a run works in it.
+    """
+    root = partial_folder(out)
+    with contextlib.suppress(OSError):
+        names = {path.name for path in root.iterdir()}
+        if not names:
+            root.rmdir()
+        elif LOCK_NAME in names and _FILES not in names and unused(root):
+            _remove(root)
 
 
 def _make_parents(folder: Path) -> list[Path]:
@@ -151,113 +232,44 @@ def _remove_empty(folders: list[Path]) -> None:
             folder.rmdir()
 
 
-def _remove_unused(staging: Path) -> None:
-    """Remove a staging folder in which there is nothing but a lock that nobody holds.
-
-    A signal may come between the making of the folder and the taking of its lock.
-    """
-    with contextlib.suppress(OSError):
-        if any(path.name != LOCK_NAME for path in staging.iterdir()):
-            return
-        path = staging / LOCK_NAME
-        if path.exists():
-            fd = os.open(path, os.O_RDWR)
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                path.unlink()
-            finally:
-                os.close(fd)
-        staging.rmdir()
-
-
-def _lock_staging(staging: Path) -> int:
-    """Create the staging folder if needed and lock it; return the descriptor of the lock."""
-    with os_errors("create it", staging):
-        while True:
-            if staging.is_symlink() or (staging.exists() and not staging.is_dir()):
-                raise UsageError(f"{staging}: in the way; remove it")
-            staging.mkdir(exist_ok=True)
-            path = staging / LOCK_NAME
-            if not path.exists() and any(staging.iterdir()) and not path.exists():
-                raise UsageError(
-                    f"{staging}: exists, not empty, not made by a run; rename or remove it"
-                )
-            try:
-                fd = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
-            except FileNotFoundError:  # the other run finished and renamed the folder
-                continue
-            try:
-                mine = _take(fd, path, staging)
-            except BaseException:
-                os.close(fd)
-                raise
-            if mine:
-                return fd
-            os.close(fd)
-
-
-def _take(fd: int, path: Path, staging: Path) -> bool:
-    """Lock `fd`; False when the file is no longer the one at `path` and all must start over."""
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        owner = os.pread(fd, 32, 0).decode("ascii", "replace").strip()
+def _await_stragglers(root: Path) -> None:
+    """Processes of a killed run on several may still be writing."""
+    if not await_members(root, _STRAGGLERS):
         raise UsageError(
-            f"{staging}: in use by a run that is not finished (process {owner or 'unknown'}); "
-            "wait for it or choose another output folder"
-        ) from None
-    try:
-        same = os.path.samestat(os.fstat(fd), path.stat())
-    except FileNotFoundError:
-        return False
-    if same:
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, b"%d\n" % os.getpid(), 0)
-    return same
+            f"{root}: processes of an earlier run still work in it, on this host or another; "
+            "end them, or wait for them"
+        )
 
 
-def _clear(staging: Path, resume: bool) -> None:
-    """Remove what an earlier run left: all of it, or for `resume` its temporary files only."""
-    with os_errors("empty it", staging):
-        for path in list(staging.rglob(".*.tmp-*") if resume else staging.iterdir()):
-            if path.name == LOCK_NAME:
-                continue
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+def _holds_nothing(root: Path) -> bool:
+    """Nothing but a lock that nobody holds: a signal may come before the lock is taken."""
+    with contextlib.suppress(OSError):
+        return all(path.name == LOCK_NAME for path in root.iterdir()) and unused(root)
+    return False
 
 
-def _replaced(real: Path) -> list[Path]:
-    """Return folders that `_swap` of a killed run moved aside and did not delete."""
-    pattern = re.compile(re.escape(real.name) + r"\.replaced-\d+")
-    return sorted(path for path in real.parent.iterdir() if pattern.fullmatch(path.name))
+def _empty(root: Path) -> None:
+    """Remove everything but the lock, the records first."""
+    found = sorted(root.iterdir(), key=lambda path: path.name != _RECORDS)
+    for path in found:
+        if path.name != LOCK_NAME:
+            _discard(path)
 
 
-def _restore_replaced(real: Path) -> None:
-    with os_errors("recover it", real):
-        for aside in _replaced(real):
-            if real.exists():
-                shutil.rmtree(aside)
-            else:
-                aside.rename(real)
+def _discard(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
-def _swap(staging: Path, real: Path) -> None:
-    """Give the finished staging folder the name `real`, moving an older folder out of the way."""
-    aside = real.with_name(f"{real.name}.replaced-{os.getpid()}")
-    with os_errors("put the finished folder there", real):
-        fsync_folder(staging)
-        old = real.is_dir() and any(real.iterdir())
-        if old:
-            real.rename(aside)
+def _remove(root: Path) -> None:
+    """Remove a working folder, its lock last: without it the folder would be nobody's."""
+    with contextlib.suppress(OSError):
+        _empty(root)
+        (root / LOCK_NAME).unlink(missing_ok=True)
         try:
-            staging.rename(real)
-        except BaseException:
-            if old:
-                aside.rename(real)
+            root.rmdir()
+        except OSError:
+            (root / LOCK_NAME).touch()
             raise
-        (real / LOCK_NAME).unlink()
-        fsync_folder(real.parent)
-    if old:
-        shutil.rmtree(aside, ignore_errors=True)

@@ -9,7 +9,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from irq_convert.convert.progress import Progress as Listener
+from irq_convert.jobs.progress import Progress as Listener
 
 
 def peak_memory() -> int:
@@ -61,14 +61,26 @@ class ConversionBar(Listener):
         self._bar.reset(self._task, description=text, total=nbytes)
         self._bar.start()
 
-    def note(self, text: str) -> None:
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+    def resumed(self, tensors: int, nbytes: int) -> None:
+        self._done += tensors
+        self._bar.reset(self._task, completed=nbytes)  # so that it does not count for the speed
+        self._bar.update(self._task, tensors=self._count())
 
-    def advance(self, nbytes: int, finished: bool) -> None:
+    def note(self, text: str) -> None:
+        line = f"irq-convert: {text}"
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def kept(self, text: str) -> None:
+        self.note(f"stopped; {text}")
+
+    def advance(self, nbytes: int, finished: int) -> None:
         self._done += finished
         self._bar.update(
             self._task,
             advance=nbytes,
-            tensors=f"{self._done}/{self._tensors} tensors",
+            tensors=self._count(),
             memory=f"{peak_memory() / 1e9:.2f} GB",
         )
+
+    def _count(self) -> str:
+        return f"{self._done}/{self._tensors} tensors"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path, PurePosixPath
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,36 +16,32 @@ from irq_convert.artifact.manifest import (
     build_manifest,
     describe_source,
     describe_tensor,
+    is_listed,
     total_stats,
 )
-from irq_convert.checkpoint.disk import check_output, output_folder, require_space
+from irq_convert.checkpoint.disk import check_output, remove_leftovers
 from irq_convert.checkpoint.files import (
     copy_file_atomic,
+    require_readable,
     sha256_file,
     write_bytes_atomic,
     write_json_atomic,
 )
-from irq_convert.checkpoint.locate import locate
-from irq_convert.checkpoint.source import Checkpoint, open_checkpoint
+from irq_convert.checkpoint.locate import Fetch, open_source
 from irq_convert.checkpoint.system import existing_parent, os_errors
 from irq_convert.convert.options import ConvertOptions
-from irq_convert.convert.pipeline import convert_shard
 from irq_convert.convert.plan import ConversionPlan, make_plan
 from irq_convert.convert.progress import Progress
 from irq_convert.convert.report import ConvertReport, WorstTensor
+from irq_convert.convert.resume import conversion_job, decode_stats
 from irq_convert.core.quantize import quantize_tensor
 from irq_convert.core.stats import TensorStats
 from irq_convert.errors import UsageError
+from irq_convert.jobs.meeting import Meeting
+from irq_convert.jobs.ranks import Ranks
+from irq_convert.jobs.run import Written, run_job
 
 WORST = 3
-
-
-def open_source(
-    model: str, revision: str | None = None, *, headers_only: bool = False
-) -> Checkpoint:
-    """The checkpoint that `model`, a local folder or a Hub id, names."""
-    found = locate(model, revision, headers_only=headers_only)
-    return open_checkpoint(found.folder, found.repo_id, found.revision)
 
 
 def quantize_checkpoint(
@@ -60,26 +56,68 @@ def quantize_checkpoint(
 
     The folder appears under its name only when it is complete. Same source and same options give
     the same bytes, whatever the threads, tiles or device. `options.overwrite` replaces an older
-    artifact, and no other folder. Raises `UsageError` for a request that cannot be served and
-    `IrqError` for a source or disk that fails; nothing is left behind then.
+    artifact, and no other folder. What an earlier run of the same has finished is used, as
+    `options.resume` says. Under torchrun the processes share the work, and all return the report.
+
+    Raises `UsageError` for a request that cannot be served and `IrqError` for a source or disk that
+    fails; shards that are finished then are left in `<out>.partial`, and nothing else.
     """
     begun = time.perf_counter()
-    options = options or ConvertOptions()
-    progress = progress or Progress()
-    out = Path(out)
+    options, out = options or ConvertOptions(), Path(out)
+    with Meeting() as meeting:
+        if meeting.ranks.first:
+            remove_leftovers(out)
+        options = for_process(options, meeting.ranks)
+        progress = (progress if meeting.ranks.first else None) or Progress()
+        report = _quantize(model, out, options, revision, meeting, progress)
+    return replace(report, seconds=time.perf_counter() - begun)
+
+
+def for_process(options: ConvertOptions, ranks: Ranks) -> ConvertOptions:
+    """`options` with the device and the CPU threads that this process has for itself.
+
+    Raises `UsageError` for a device that cannot be used here.
+    """
+    device = ranks.device(options.device)
+    if device != "cpu":
+        try:
+            torch.ones(1, device=device).item()  # "meta" allocates and holds nothing
+            if device.startswith("cuda:"):
+                torch.cuda.set_device(device)
+        except Exception as error:  # each backend fails in its own way
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise UsageError(f"--device {device}: not usable here ({reason})") from None
+    return replace(options, device=device, threads=ranks.threads(options.threads))
+
+
+def _quantize(
+    model: str,
+    out: Path,
+    options: ConvertOptions,
+    revision: str | None,
+    meeting: Meeting,
+    progress: Progress,
+) -> ConvertReport:
     check_target(model, out, options)
-    checkpoint = open_source(model, revision)
-    progress.stage("planning")
-    plan = make_plan(checkpoint, options)
-    require_space(out, plan.bytes_needed, "write the artifact")
-    compile_kernels(options, progress)
-    with output_folder(out, checkpoint.folder, options.overwrite) as staging:
-        progress.start(plan)
-        stats, files = _write_files(plan, staging, options, progress)
-        manifest = _manifest(plan, model, options, stats, files)
-        write_json_atomic(staging / MANIFEST_NAME, manifest)
-        size = sum((staging / name).stat().st_size for name in (*files, MANIFEST_NAME))
-    return _report(plan, out, manifest, size, time.perf_counter() - begun)
+    checkpoint = open_source(model, revision, Fetch.STREAM if options.stream else Fetch.AS_READ)
+    with checkpoint.supply:
+        checkpoint.supply.tell = lambda text: progress.stage(text or "quantizing")
+        progress.stage("planning")
+        plan = make_plan(checkpoint, options)
+        require_readable(checkpoint.folder, plan.carried_files)
+        compile_kernels(options, progress)
+        job = conversion_job(plan, model, out, options)
+
+        def finish(written: Written) -> ConvertReport:
+            files = _write_rest(plan, written, progress)
+            stats = {name: decode_stats(found) for name, found in written.results.items()}
+            manifest = _manifest(plan, model, options, stats, files)
+            write_json_atomic(written.folder / MANIFEST_NAME, manifest)
+            size = (written.folder / MANIFEST_NAME).stat().st_size
+            size += sum(int(entry["bytes"]) for entry in files.values())
+            return _report(plan, out, manifest, size)
+
+        return run_job(job, meeting, finish, progress)
 
 
 def check_target(model: str, out: Path, options: ConvertOptions) -> None:
@@ -117,28 +155,23 @@ def compile_kernels(options: ConvertOptions, progress: Progress) -> None:
     quantize_tensor(nothing, spec, threads=options.threads)
 
 
-def _write_files(
-    plan: ConversionPlan, folder: Path, options: ConvertOptions, progress: Progress
-) -> tuple[dict[str, TensorStats], dict[str, dict[str, Any]]]:
-    """Write everything but the manifest; checksums are taken from the disk, behind the writing."""
-    stats: dict[str, TensorStats] = {}
-    sums: dict[str, Future[str]] = {}
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="irq-checksum") as pool:
-        for shard in plan.shards:
-            stats |= convert_shard(shard, folder, options, progress)
-            sums[shard.name] = pool.submit(sha256_file, folder / shard.name)
-        for name in plan.carried_files:
-            copy_file_atomic(plan.checkpoint.folder / name, folder / name)
-            sums[name] = pool.submit(sha256_file, folder / name)
-        for name, text in plan.documents.items():
-            write_bytes_atomic(folder / name, text)
-            sums[name] = pool.submit(sha256_file, folder / name)
-        progress.stage("checksums")
-        files = {
-            name: {"bytes": (folder / name).stat().st_size, "sha256": future.result()}
-            for name, future in sums.items()
-        }
-    return stats, files
+def _write_rest(
+    plan: ConversionPlan, written: Written, progress: Progress
+) -> dict[str, dict[str, Any]]:
+    """Write everything else but the manifest; returns sizes and checksums of all files."""
+    folder = written.folder
+    files: dict[str, dict[str, Any]] = {
+        name: {"bytes": part.bytes, "sha256": part.sha256} for name, part in written.parts.items()
+    }
+    progress.stage("checksums")
+    for name in plan.carried_files:
+        copy_file_atomic(plan.checkpoint.folder / name, folder / name)
+    for name, text in plan.documents.items():
+        write_bytes_atomic(folder / name, text)
+    for name in (*plan.carried_files, *plan.documents):
+        size = (folder / name).stat().st_size
+        files[name] = {"bytes": size, "sha256": sha256_file(folder / name)}
+    return files
 
 
 def _manifest(
@@ -148,7 +181,7 @@ def _manifest(
     stats: Mapping[str, TensorStats],
     files: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
-    listed = {name: entry for name, entry in files.items() if not _begins_with_dot(name)}
+    listed = {name: entry for name, entry in files.items() if is_listed(name)}
     tensors = {
         t.info.name: describe_tensor(t.info, t.spec.codebook, t.spec.block_size, stats[t.info.name])
         for t in plan.quantized
@@ -171,14 +204,7 @@ def _manifest(
     )
 
 
-def _begins_with_dot(name: str) -> bool:
-    """Whether the manifest leaves a file out (specification, section 7)."""
-    return any(part.startswith(".") for part in PurePosixPath(name).parts)
-
-
-def _report(
-    plan: ConversionPlan, out: Path, manifest: dict[str, Any], size: int, seconds: float
-) -> ConvertReport:
+def _report(plan: ConversionPlan, out: Path, manifest: dict[str, Any], size: int) -> ConvertReport:
     entries = manifest["tensors"].items()
     worst = sorted(entries, key=lambda item: -item[1]["relative_error"])[:WORST]
     totals = manifest["totals"]
@@ -194,5 +220,6 @@ def _report(
         entropy=totals["entropy"],
         relative_error=totals["relative_error"],
         worst=tuple(WorstTensor(n, e["codebook"], e["relative_error"]) for n, e in worst),
-        seconds=seconds,
+        seconds=0.0,
+        kept=plan.kept,
     )

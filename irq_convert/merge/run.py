@@ -6,9 +6,11 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from irq_convert.checkpoint.disk import output_folder, require_space
-from irq_convert.convert.progress import Progress
+from irq_convert.checkpoint.disk import output_folder, remove_leftovers, require_space
 from irq_convert.core.threads import torch_threads
+from irq_convert.jobs.meeting import Meeting
+from irq_convert.jobs.progress import Progress
+from irq_convert.jobs.run import run_once
 from irq_convert.merge.inputs import Inputs, open_inputs
 from irq_convert.merge.layers import LayerCheck
 from irq_convert.merge.logits import check_logits
@@ -33,21 +35,29 @@ def merge_adapter(
     `options.to` says what is written: a dense checkpoint, a plain LoRA, or an artifact. Without an
     adapter (dense only) the artifact is just expanded. The folder appears under its name only when
     it is complete and has passed its check. Memory is bounded by tiles of rows; only the check of
-    logits, which is made where both models fit, loads models. Raises `UsageError` for a request
-    that cannot be served, `IrqError` for inputs, a disk or a check that fails; nothing is left
-    behind then.
+    logits, which is made where both models fit, loads models. What an earlier run of the same has
+    finished is used, as `options.resume` says. Under torchrun the processes share the work (one
+    folds an adapter), and all return the report.
+
+    Raises `UsageError` for a request that cannot be served, `IrqError` for inputs, a disk or a
+    check that fails; then finished shards are left in `<out>.partial`, but for a check nothing is.
     """
     begun = time.perf_counter()
-    options, progress = options or MergeOptions(), progress or Progress()
-    base, out = Path(base), Path(out)
+    options, out = options or MergeOptions(), Path(out)
     folder = None if adapter is None else Path(adapter)
-    progress.stage("reading headers")
-    inputs = open_inputs(base, folder, out, options)
-    with torch_threads(options.threads):
-        if options.to == Target.ADAPTER:
-            report = _fold(inputs, out, options, progress)
-        else:
-            report = write_model(inputs, out, options, progress)
+    with Meeting() as meeting:
+        ranks = meeting.ranks
+        if ranks.first:
+            remove_leftovers(out)
+        options = replace(options, threads=ranks.threads(options.threads))
+        progress = (progress if ranks.first else None) or Progress()
+        progress.stage("reading headers")
+        inputs = open_inputs(Path(base), folder, out, options)
+        with torch_threads(options.threads):
+            if options.to == Target.ADAPTER:
+                report = run_once(meeting, lambda: _fold(inputs, out, options, progress))
+            else:
+                report = write_model(inputs, out, options, meeting, progress)
     return replace(report, seconds=time.perf_counter() - begun)
 
 

@@ -1,9 +1,12 @@
 """Output folders: refused when they would hurt, whole when they appear, recoverable when killed."""
 
+import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,10 +15,14 @@ from irq_convert.checkpoint.disk import (
     check_output,
     discard_output,
     output_folder,
+    partial_folder,
     prepare_output,
+    remove_leftovers,
     require_space,
+    staging_folder,
 )
 from irq_convert.checkpoint.layout import LOCK_NAME
+from irq_convert.checkpoint.lock import await_members, join_folder, take_folder
 from irq_convert.checkpoint.source import open_checkpoint
 from irq_convert.checkpoint.system import free_bytes
 from irq_convert.errors import IrqError, UsageError
@@ -25,12 +32,24 @@ from .helpers import assert_one_line, make_checkpoint, snapshot
 
 def fill(out: Path, text: str = "new", error: BaseException | None = None, **options: bool) -> Path:
     """Write one file through `output_folder`, then perhaps fail; return the staging folder."""
-    with output_folder(out, **options) as staging:  # type: ignore[arg-type]
-        (staging / "sub").mkdir(exist_ok=True)
-        (staging / "sub" / "file").write_text(text)
+    with output_folder(out, **options) as files:  # type: ignore[arg-type]
+        (files / "sub").mkdir()
+        (files / "sub" / "file").write_text(text)
         if error is not None:
             raise error
-        return staging
+        return files
+
+
+def leave(out: Path) -> Path:
+    """Fail, keeping what is written, as a run does that can be continued; return its folder."""
+    with contextlib.suppress(KeyboardInterrupt), staging_folder(out) as staging:
+        staging.clear()
+        staging.keep = True
+        (staging.files / "file").write_text("half")
+        staging.records.mkdir()
+        (staging.records / "note").write_text("of the first run")
+        raise KeyboardInterrupt
+    return staging.root
 
 
 def test_require_space(tmp_path: Path) -> None:
@@ -92,10 +111,10 @@ def test_folder_appears_at_the_end(tmp_path: Path, state: str) -> None:
     out = tmp_path / "deep" / "er" / "out" if state == "deep" else tmp_path / "out"
     if state == "empty":
         out.mkdir()
-    with output_folder(out) as staging:
-        assert staging.parent == out.parent
-        assert staging.name == "out.partial"
-        (staging / "file").write_text("x")
+    with output_folder(out) as files:
+        assert files.parent.parent == out.parent
+        assert files.parent.name == "out.partial"
+        (files / "file").write_text("x")
         assert not out.exists() or not any(out.iterdir())
     assert snapshot(out) == {"file": b"x"}
     assert [path.name for path in out.parent.iterdir()] == ["out"]
@@ -130,25 +149,94 @@ def test_overwrite_keeps_the_old_until_the_new_is_whole(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [out]
 
 
-def test_keep_partial_and_resume(tmp_path: Path) -> None:
+def test_what_is_kept_is_there_for_the_next(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with pytest.raises(KeyboardInterrupt):
-        fill(out, "half", error=KeyboardInterrupt(), keep_partial=True)
-    partial = tmp_path / "out.partial"
-    assert snapshot(partial)["sub/file"] == b"half"
-    (partial / "sub" / ".x.tmp-1-0").touch()
-    with output_folder(out, resume=True) as staging:
-        assert sorted(snapshot(staging)) == [LOCK_NAME, "sub/file"]
-        (staging / "more").touch()
-    assert snapshot(out) == {"sub/file": b"half", "more": b""}
+    root = leave(out)
+    assert root == partial_folder(out) == tmp_path / "out.partial"
+    (root / "files" / ".x.tmp-1-0").touch()
+    (root / "files" / "other").touch()
+    (root / "files" / "folder").mkdir()
+    (root / "files" / "link").symlink_to("file")
+    with staging_folder(out) as staging:
+        assert (staging.records / "note").read_text() == "of the first run"
+        staging.keep_only({"file", "folder", "link"})
+        assert sorted(snapshot(staging.files)) == ["file"]
+        (staging.files / "more").touch()
+    assert snapshot(out) == {"file": b"half", "more": b""}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_stale_partial_is_emptied_without_resume(tmp_path: Path) -> None:
+def test_what_is_not_wanted_is_removed(tmp_path: Path) -> None:
+    leave(tmp_path / "out")
+    with output_folder(tmp_path / "out") as files:
+        assert not list(files.iterdir())
+        assert sorted(p.name for p in files.parent.iterdir()) == [LOCK_NAME, "files"]
+
+
+def test_a_refusal_costs_an_earlier_run_nothing(tmp_path: Path) -> None:
+    root = leave(tmp_path / "out")
+    before = snapshot(root)
+    with pytest.raises(UsageError), staging_folder(tmp_path / "out"):
+        raise UsageError("other options")
+    after = snapshot(root)
+    assert after.pop(LOCK_NAME) == before.pop(LOCK_NAME)
+    assert after == before
+
+
+def test_a_failure_removes_records_first_and_the_lock_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill in the middle leaves a folder that is known as a run's, and in which none is noted."""
+    root = leave(tmp_path / "out")
+    seen: list[list[str]] = []
+    remove = shutil.rmtree
+
+    def watch(path: Path, *args: object, **options: object) -> None:
+        seen.append(sorted(p.name for p in root.iterdir()))
+        remove(path)
+
+    monkeypatch.setattr(shutil, "rmtree", watch)
+    with pytest.raises(IrqError, match="boom"):
+        fill(tmp_path / "out", error=IrqError("boom"))
+    assert seen[:2] == [[LOCK_NAME, "files", "records"], [LOCK_NAME, "files"]]
+    assert not list(tmp_path.iterdir())
+
+
+def test_leftovers_of_a_finished_run_are_removed(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with pytest.raises(KeyboardInterrupt):
-        fill(out, error=KeyboardInterrupt(), keep_partial=True)
-    with output_folder(out) as staging:
-        assert [path.name for path in staging.iterdir()] == [LOCK_NAME]
+    root = leave(out)
+    remove_leftovers(out)
+    assert root.exists()  # its files are still there
+    (root / "files").rename(out)
+    with staging_lock(root):
+        remove_leftovers(out)
+        assert root.exists()
+    remove_leftovers(out)
+    assert list(tmp_path.iterdir()) == [out]
+
+
+@contextlib.contextmanager
+def staging_lock(root: Path) -> Iterator[None]:
+    fd = take_folder(root)
+    yield
+    os.close(fd)
+
+
+def test_members_of_a_killed_run_are_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = leave(tmp_path / "out")
+    member = join_folder(root)
+    other = join_folder(root)
+    assert not await_members(root, 0)
+    monkeypatch.setattr("irq_convert.checkpoint.disk._STRAGGLERS", 0.1)
+    with pytest.raises(UsageError) as caught, staging_folder(tmp_path / "out"):
+        pass
+    assert_one_line(str(caught.value), "out.partial", "earlier run")
+    os.close(member)
+    assert not await_members(root, 0)
+    os.close(other)
+    assert await_members(root, 0)
 
 
 def test_a_folder_that_no_run_made_is_not_deleted(tmp_path: Path) -> None:
@@ -182,12 +270,14 @@ out = pathlib.Path(sys.argv[1])
 if sys.argv[2] == "swap":  # stop between moving the old folder aside and moving the new one in
     rename = pathlib.Path.rename
     def stop(self, target):
-        if self.name.endswith(".partial"):
+        if self.name == "files":
             print("ready", flush=True)
             time.sleep(60)
         return rename(self, target)
     pathlib.Path.rename = stop
-with disk.output_folder(out, overwrite=True, keep_partial=True) as staging:
+with disk.staging_folder(out, overwrite=True) as holder:
+    holder.clear()
+    staging = holder.files
     (staging / "config.json").write_text("{}")
     with writer.ShardWriter(staging / "model.safetensors",
                             [writer.TensorSpec("a", "U8", (4,))]) as shard:
@@ -234,7 +324,7 @@ def test_killed_between_the_two_renames(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="not empty"):
         fill(out)
     assert snapshot(out) == {"sub/file": b"old"}
-    with output_folder(out, overwrite=True, resume=True):
+    with staging_folder(out, overwrite=True):
         pass
     assert list(open_checkpoint(out).tensors) == ["a"]
     assert list(tmp_path.iterdir()) == [out]

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,6 +14,7 @@ from safetensors.torch import load_file
 from tests.finetune.base import make_artifact, write_tales
 
 from .process import Commands, assert_fails, fresh, listing, nothing_left
+from .stopping import stop_at
 
 ARGS = ["--steps", 6, "--batch-size", 4, "--sequence-length", 48, "--rank", 4, "--save-every", 2]
 ARGS += ["--device", "cpu", "--learning-rate", 1e-3]
@@ -41,13 +40,6 @@ def adapter(
     for words in ("held-out loss", "6 steps", "iec, rank 4", "training loss"):
         assert words in result.out, words
     return out
-
-
-def wait_for(ready: Callable[[], object], seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not ready():
-        assert time.monotonic() < end
-        time.sleep(0.005)
 
 
 def checkpoints(out: Path) -> list[Path]:
@@ -102,15 +94,17 @@ def test_stopped_and_resumed(
     """At a moment that nobody chose, and still the adapter of an undisturbed run comes out."""
     out = tmp_path / "out"
     args = ["finetune", artifact, "--data", tales, "--out", out, *ARGS]
-    running = irq.start(*args)
-    wait_for(lambda: checkpoints(out))
-    running.kill(number)
-    stopped = running.wait()
+    stopped = stop_at(
+        lambda: irq.start(*args),
+        lambda: checkpoints(out),
+        lambda: shutil.rmtree(out),
+        number,
+    )
     if number == signal.SIGKILL:
         assert stopped.code == -signal.SIGKILL
         assert not (out / "adapter_config.json").exists()
         assert_fails(irq(*args), 2, "holds an unfinished run at step", "--resume", "--overwrite")
-    elif stopped.code:  # else it was quicker
+    else:
         assert stopped.code == 128 + number
         assert stopped.out == ""
         assert stopped.err.startswith("irq-convert: stopped at step ")
@@ -121,9 +115,8 @@ def test_stopped_and_resumed(
             irq(*args, "--resume", "--learning-rate", "0.5", "--rank", 8), 2,
             "--rank was 4 and is 8 now; --learning-rate was 0.001 and is 0.5 now",
         )  # fmt: skip
-    if stopped.code:
-        resumed = irq(*args, "--resume", "--eval-every", 5)
-        assert resumed.code == 0, resumed
+    resumed = irq(*args, "--resume", "--eval-every", 5)
+    assert resumed.code == 0, resumed
     found, expected = (load_file(f / "adapter_model.safetensors") for f in (out, adapter))
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert not (out / ".training").exists()
@@ -134,10 +127,12 @@ def test_an_interruption_before_training_leaves_nothing(
 ) -> None:
     out = tmp_path / "new" / "out"
     with nothing_left(tmp_path):
-        running = irq.start("finetune", artifact, "--data", tales, "--out", out, *ARGS)
-        wait_for(lambda: (out / ".training" / "run.json").exists())
-        running.kill(signal.SIGINT)
-        result = running.wait()
+        result = stop_at(
+            lambda: irq.start("finetune", artifact, "--data", tales, "--out", out, *ARGS),
+            lambda: (out / ".training" / "run.json").exists(),
+            lambda: shutil.rmtree(tmp_path / "new"),
+            signal.SIGINT,
+        )
     assert result.code == 130, result
     assert "Traceback" not in result.err
 

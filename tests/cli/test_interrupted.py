@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
+import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,8 +18,10 @@ from irq_convert.checkpoint.disk import output_folder
 
 from .process import Commands, assert_fails, listing, nothing_left
 from .sources import make_source
+from .stopping import await_moment, stop_at
 
-ARGS = ("--objective", "mse", "--block-size", 16, "--max-shard-size", "1e-3", "--threads", 1)
+ARGS = ("--objective", "mse", "--block-size", 16, "--max-shard-size", "1e-4", "--threads", 1)
+SHARDS = 6
 
 
 @pytest.fixture(scope="module")
@@ -31,14 +34,8 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def undisturbed(irq: Commands, large: Path) -> dict[str, object]:
     out = large.parent / "out"
     assert irq("quantize", large, out, *ARGS).code == 0
+    assert len(list(out.glob("*.safetensors"))) == SHARDS
     return listing(out)
-
-
-def wait_for(pattern: str, folder: Path, seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not list(folder.glob(pattern)):
-        assert time.monotonic() < end
-        time.sleep(0.002)
 
 
 @pytest.mark.slow
@@ -48,35 +45,31 @@ def test_killed_at_any_moment(
 ) -> None:
     out = tmp_path / "out"
     options = [*ARGS, "--overwrite"] if overwrite else list(ARGS)
-    old: dict[str, object] = {}
-    if overwrite:
-        assert irq("quantize", large, out, "--bits", 2, *ARGS).code == 0
-        old = listing(out)
-    chance, killed, partial = random.Random(1), 0, 0
-    for attempt in range(12):
-        running = irq.start("quantize", large, out, *options)
-        if attempt % 3:
-            wait_for("out.partial", tmp_path)
-            time.sleep(chance.uniform(0, 1.5))
-        else:
-            time.sleep(chance.uniform(0, 0.5))
-        with contextlib.suppress(ProcessLookupError):
-            running.kill(signal.SIGKILL)
-        result = running.wait()
-        if result.code == 0:  # it was quicker
-            assert listing(out) == undisturbed
-            break
-        assert result.code == -signal.SIGKILL
-        killed += 1
-        partial += (tmp_path / "out.partial").exists()
+
+    def reset() -> None:
+        shutil.rmtree(out, ignore_errors=True)
         if overwrite:
-            assert listing(out) == old
-        else:
-            assert not out.exists()
+            assert irq("quantize", large, out, "--bits", 2, *ARGS).code == 0
+
+    reset()
+    old = listing(out)
+    killed = stop_at(
+        lambda: irq.start("quantize", large, out, *options),
+        lambda: list(tmp_path.glob("out.partial/records/model*.record")),
+        reset,
+    )
+    chance = random.Random(1)
+    for _ in range(5):
+        if out.exists() and listing(out) == undisturbed:  # it was quicker, or killed at its end
+            break
+        assert killed.code == -signal.SIGKILL
+        assert listing(out) == old
         whole = [p for p in tmp_path.rglob("*") if p.suffix == ".safetensors"]
         assert all("out.partial" in p.parts or out in p.parents for p in whole)
-    assert killed
-    assert partial
+        running = irq.start("quantize", large, out, *options)
+        time.sleep(chance.uniform(0, 0.5))
+        running.kill(signal.SIGKILL)
+        killed = running.wait()
     result = irq("quantize", large, out, *options)
     if not (out.exists() and result.code == 2):  # unless the last attempt had come through
         assert result.code == 0, result
@@ -89,16 +82,81 @@ def test_killed_at_any_moment(
 )
 @pytest.mark.parametrize("late", [False, True])
 def test_interrupted(
-    irq: Commands, large: Path, tmp_path: Path, number: int, code: int, late: bool
+    irq: Commands,
+    large: Path,
+    undisturbed: dict[str, object],
+    tmp_path: Path,
+    number: int,
+    code: int,
+    late: bool,
 ) -> None:
-    with nothing_left(tmp_path):
-        running = irq.start("quantize", large, tmp_path / "new" / "out", *ARGS)
-        wait_for("new/out.partial/*.safetensors" if late else "new/out.partial", tmp_path)
-        running.kill(number)
-        result = running.wait()
+    """What is finished is kept, and the only line says so; before that nothing is left."""
+    out, partial = tmp_path / "new" / "out", tmp_path / "new" / "out.partial"
+    ready = "out.partial/records/model*.record" if late else "out.partial"
+    result = stop_at(
+        lambda: irq.start("quantize", large, out, *ARGS),
+        lambda: list(out.parent.glob(ready)),
+        lambda: shutil.rmtree(tmp_path / "new"),
+        number,
+    )
     assert result.code == code, result
     assert "Traceback" not in result.err
-    assert result.err.count("\n") <= 1
+    count = len(list(partial.glob("records/model*.record")))
+    if not count:
+        assert not late
+        assert result.err == ""
+        assert not list(tmp_path.iterdir())
+        return
+    assert result.err == (
+        f"irq-convert: stopped; {count} of {SHARDS} shards are finished and kept in {partial}: the "
+        "same command continues there\n"
+    )
+    assert not list(partial.rglob(".*.tmp-*"))
+    again = irq("quantize", large, out, *ARGS)
+    assert again.code == 0
+    line = f"irq-convert: continuing {partial}: {count} of {SHARDS} shards are finished\n"
+    assert again.err == line
+    assert listing(out) == undisturbed
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+def test_interrupted_where_nothing_is_to_be_kept(
+    irq: Commands, large: Path, tmp_path: Path
+) -> None:
+    out, partial = tmp_path / "new" / "out", tmp_path / "new" / "out.partial"
+    result = stop_at(
+        lambda: irq.start("quantize", large, out, *ARGS, "--resume", "never"),
+        lambda: list(partial.glob("records/model*.record")),
+        lambda: shutil.rmtree(tmp_path / "new"),
+        signal.SIGTERM,
+    )
+    assert (result.code, result.err) == (143, "")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_the_command_says_of_an_earlier_run(
+    irq: Commands, large: Path, tmp_path: Path
+) -> None:
+    out, partial = tmp_path / "out", tmp_path / "out.partial"
+    assert_fails(irq("quantize", large, out, *ARGS, "--resume", "required"), 2, "nothing to resume")
+    assert not partial.exists()
+    stop_at(
+        lambda: irq.start("quantize", large, out, *ARGS),
+        lambda: list(partial.glob("records/model*.record")),
+        lambda: shutil.rmtree(out),
+    )
+    count = len(list(partial.glob("records/model*.record")))
+    with nothing_left(tmp_path):
+        dry = irq("quantize", large, out, *ARGS, "--dry-run")
+        found = json.loads(irq("quantize", large, out, *ARGS, "--dry-run", "--json").out)
+        refused = irq("quantize", large, out, *ARGS, "--bits", 3, "--dry-run")
+    assert f"would resume     {count} of {SHARDS} shards are there" in dry.out
+    assert found["finished"] == count
+    assert_fails(refused, 2, "codebook was nf4 and is nf3 now", "--resume never")
+    assert_fails(irq("quantize", large, out, *ARGS, "--bits", 3), 2, "is nf3 now")
+    done = irq("quantize", large, out, *ARGS, "--bits", 3, "--resume", "never")
+    assert (done.code, done.err) == (0, "")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize("options", [[], ["--json"], ["--dry-run"]], ids=str)

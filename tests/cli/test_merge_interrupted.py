@@ -13,7 +13,8 @@ from merge.make import make_artifact, write_adapter
 from irq_convert.artifact.verify import verify_artifact
 from irq_convert.checkpoint.disk import output_folder
 
-from .process import Commands, assert_fails, nothing_left
+from .process import Commands, assert_fails, listing, nothing_left
+from .stopping import await_moment, stop_at
 
 
 @pytest.fixture
@@ -35,15 +36,31 @@ def test_two_runs_at_once(irq: Commands, artifact: Path, adapter: Path, tmp_path
 @pytest.mark.parametrize("number", [2, 15])
 @pytest.mark.parametrize("to", ["dense", "irq"])
 def test_interrupted(irq: Commands, tmp_path: Path, number: int, to: str) -> None:
-    """Ctrl-C or SIGTERM while tensors are written leaves nothing at all."""
+    """Ctrl-C or SIGTERM keeps the shards that are finished, and the next run continues."""
     base, adapter = _large(tmp_path)
-    with nothing_left(tmp_path):
-        running = irq.start("merge", base, adapter, tmp_path / "new" / "out", "--to", to, *_SLOW)
-        _wait_for("new/out.partial/*.safetensors", tmp_path)
-        running.kill(number)
-        result = running.wait()
+    new = tmp_path / "new"
+    args = ("merge", base, adapter, new / "out", "--to", to, *_SLOW)
+    assert irq(*args).code == 0
+    expected = listing(new / "out")
+    shutil.rmtree(new)
+    result = stop_at(
+        lambda: irq.start(*args),
+        lambda: list(new.glob("out.partial/records/model*.record")),
+        lambda: shutil.rmtree(new),
+        number,
+    )
     assert result.code == {2: 130, 15: 143}[number], result
     assert "Traceback" not in result.err
+    assert "shards are finished and kept in" in result.err
+    assert result.err.count("\n") == 1
+    assert [path.name for path in new.iterdir()] == ["out.partial"]
+    refused = irq(*args, "--max-shard-size", "2e-4")
+    assert_fails(refused, 2, "max shard bytes was 100000 and is 200000 now", "--resume never")
+    again = irq(*args, "--resume", "required")
+    assert again.code == 0, again
+    assert "irq-convert: continuing" in again.err
+    assert listing(new / "out") == expected
+    assert [path.name for path in new.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize("to", ["dense", "irq", "adapter"])
@@ -53,7 +70,7 @@ def test_killed(irq: Commands, tmp_path: Path, to: str) -> None:
     out = tmp_path / "out"
     for delay in (0.0, 0.05, 0.2):
         running = irq.start("merge", base, adapter, out, "--to", to, *_SLOW)
-        _wait_for("out.partial", tmp_path)
+        await_moment(running, (tmp_path / "out.partial").exists)
         time.sleep(delay)
         running.kill()
         result = running.wait()
@@ -70,6 +87,24 @@ def test_killed(irq: Commands, tmp_path: Path, to: str) -> None:
     )
 
 
+def test_a_refused_result_is_not_kept(
+    irq: Commands, artifact: Path, adapter: Path, tmp_path: Path
+) -> None:
+    """All shards are finished then, and would be refused again."""
+    args = ("--to", "irq", "--max-shard-size", "1e-4", "--min-survival", 1)
+    with nothing_left(tmp_path):
+        result = irq("merge", artifact, adapter, tmp_path / "out", *args)
+    assert_fails(result, 1, "--min-survival 1")
+
+
+def test_a_folded_adapter_has_nothing_to_resume(
+    irq: Commands, artifact: Path, adapter: Path, tmp_path: Path
+) -> None:
+    args = ("merge", artifact, adapter, tmp_path / "out", "--to", "adapter", "--resume")
+    with nothing_left(tmp_path):
+        assert_fails(irq(*args, "required"), 2, "--resume required")
+
+
 _SLOW = ("--check", "layers", "--threads", "1", "--max-shard-size", "1e-4", "--min-survival", "-9")
 
 
@@ -77,10 +112,3 @@ def _large(folder: Path) -> tuple[Path, Path]:
     """An artifact in many shards, so that there is a moment between two of them."""
     base = make_artifact(folder / "large")
     return base, write_adapter(folder / "adapter", base, rank=64)
-
-
-def _wait_for(pattern: str, folder: Path, seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not list(folder.glob(pattern)):
-        assert time.monotonic() < end
-        time.sleep(0.002)
