@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from irq_convert.artifact.manifest import MANIFEST_NAME
+from irq_convert.artifact.manifest import CARD_NAME, MANIFEST_NAME, is_listed
 from irq_convert.artifact.structure import WAY_OUT
 from irq_convert.checkpoint.files import sha256_file
 from irq_convert.checkpoint.layout import is_hidden
@@ -23,8 +23,8 @@ def check_files(
 ) -> dict[str, str]:
     """One line by name for each file that is missing, changed or not `listed` (name: entry).
 
-    Hidden files, which version control and Hub downloads add, may be there unlisted. `advance` is
-    told the bytes of each file that was read.
+    The model card may say anything. Hidden files, which version control and Hub downloads add, may
+    be there unlisted. `advance` is told the bytes of each file that was read.
     """
     problems: dict[str, str] = {}
 
@@ -37,8 +37,9 @@ def check_files(
         for name, found in zip(listed, pool.map(check, listed), strict=True):
             if found is not None:
                 problems[name] = found
+    problems.pop(CARD_NAME, None)  # earlier versions listed the source's
     for name in list_files(folder):
-        if name not in listed and name != MANIFEST_NAME:
+        if name not in listed and is_listed(name):
             problems[name] = (
                 f"{name}: not part of the artifact ({MANIFEST_NAME} does not list it): remove it"
             )

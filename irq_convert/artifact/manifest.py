@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from irq_convert.artifact.config import FORMAT_VERSION
@@ -17,6 +17,14 @@ if TYPE_CHECKING:
     from irq_convert.core.stats import TensorStats
 
 MANIFEST_NAME = "irq_manifest.json"
+CARD_NAME = "README.md"
+"""The model card: it may be written anew at any time and is no part of what was made."""
+
+
+def is_listed(name: str) -> bool:
+    """Whether the manifest lists a file of the folder (specification, section 7)."""
+    hidden = any(part.startswith(".") for part in PurePosixPath(name).parts)
+    return not hidden and name not in (MANIFEST_NAME, CARD_NAME)
 
 
 def fingerprint(tensors: Iterable[TensorInfo]) -> str:

@@ -9,7 +9,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -88,6 +88,13 @@ def write_json_atomic(path: Path, obj: Any) -> None:
     write_bytes_atomic(path, text.encode("utf-8"))
 
 
+def require_readable(folder: Path, names: Iterable[str]) -> None:
+    """Raise `IrqError` for the first of `names` in `folder` that cannot be read."""
+    for name in names:
+        with os_errors("read it", folder / name), (folder / name).open("rb", buffering=0) as file:
+            file.read(1)
+
+
 def copy_file_atomic(src: Path, dst: Path) -> int:
     """Copy the contents of `src` (symbolic links followed) to `dst`; return the bytes copied.
 
@@ -116,3 +123,17 @@ def sha256_file(path: Path) -> str:
     """Return the SHA-256 of a file in hexadecimal, reading it in pieces; `IrqError` on failure."""
     with os_errors("read it", path), path.open("rb", buffering=0) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def git_sha1(content: Path | bytes) -> str:
+    """Return the name that git gives to the content of a file; `IrqError` on failure."""
+    if isinstance(content, bytes):
+        digest = hashlib.sha1(b"blob %d\0" % len(content), usedforsecurity=False)
+        digest.update(content)
+        return digest.hexdigest()
+    with os_errors("read it", content), content.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        digest = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()

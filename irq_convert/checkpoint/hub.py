@@ -1,9 +1,13 @@
-"""Downloading a model from the Hugging Face Hub: only what is needed, every failure one line."""
+"""A model on the Hugging Face Hub: its files at one commit, and bringing them to this machine."""
+
+from __future__ import annotations
 
 import glob
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from huggingface_hub import (
     HfApi,
@@ -15,21 +19,20 @@ from huggingface_hub import (
     snapshot_download,
     try_to_load_from_cache,
 )
-from huggingface_hub.errors import (
-    CachedRepoTreeNotFoundError,
-    DisabledRepoError,
-    GatedRepoError,
-    HfHubHTTPError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import CachedRepoTreeNotFoundError, HfHubHTTPError
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+from huggingface_hub.utils import (
+    WeakFileLock,
+    build_hf_headers,
+    get_session,
+    hf_raise_for_status,
+    tqdm,
+)
 
 from irq_convert.checkpoint.disk import output_folder
 from irq_convert.checkpoint.files import copy_file_atomic, write_bytes_atomic, write_json_atomic
 from irq_convert.checkpoint.header import header_length, parse_header
+from irq_convert.checkpoint.hub_errors import hub_errors, retrying
 from irq_convert.checkpoint.layout import (
     HEADERS_ONLY_NAME,
     is_hidden,
@@ -38,11 +41,47 @@ from irq_convert.checkpoint.layout import (
     shards_of_index,
 )
 from irq_convert.checkpoint.source import parse_index
-from irq_convert.checkpoint.system import explain_os_error
+from irq_convert.checkpoint.system import os_errors
 from irq_convert.errors import IrqError
 
-_LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
 _FIRST_READ = 1 << 20  # most headers fit, so one request a shard is enough
+
+
+class NoBar(tqdm):
+    """A bar that is not drawn."""
+
+    def __init__(self, *args: Any, **named: Any) -> None:
+        super().__init__(*args, **{**named, "disable": True})
+
+
+@dataclass(frozen=True)
+class RemoteModel:
+    """A model repository at one commit: what a conversion reads of it.
+
+    `shards` are the weight files that `open_checkpoint` would read, `others` all that is no weight
+    file, and the index. `files` are all files by path.
+    """
+
+    repo_id: str
+    commit: ResolvedRevision
+    files: Mapping[str, RepoFile]
+    shards: tuple[str, ...]
+    others: tuple[str, ...]
+
+    @property
+    def revision(self) -> str:
+        """The commit hash."""
+        return self.commit.resolved
+
+    @property
+    def entry(self) -> str:
+        """The name of a folder for this repository, as in the Hub cache."""
+        return "models--" + self.repo_id.replace("/", "--")
+
+    def cached(self, name: str) -> Path | None:
+        """Where a file lies in the Hub cache, complete; None when it does not."""
+        path = try_to_load_from_cache(self.repo_id, name, revision=self.revision)
+        return Path(path) if isinstance(path, str) else None
 
 
 def download(repo_id: str, revision: str | None, *, headers_only: bool) -> tuple[Path, str]:
@@ -52,21 +91,33 @@ def download(repo_id: str, revision: str | None, *, headers_only: bool) -> tuple
     is downloaded and for `headers_only`. Raises `IrqError`.
     """
     with hub_errors(repo_id, revision):
-        commit = HfApi().resolve_revision(repo_id, revision=revision)
-        sizes = _repo_files(repo_id, commit)
-        if sizes is None:  # unreachable, and cached by a version that kept no file list
-            folder = Path(snapshot_download(repo_id, revision=commit, local_files_only=True))
-            return folder, commit.resolved
-        shards, index = _choose(repo_id, commit, sizes)
-        other = [path for path in sizes if not is_hidden(path) and not is_weight_file(path)]
-        other += [index] if index else []
-        if headers_only and not _all_cached(repo_id, commit, shards):
-            return _download_headers(repo_id, commit, shards, other, sizes), commit.resolved
-        return _snapshot(repo_id, commit, [*shards, *other]), commit.resolved
+        found = find_model(repo_id, revision)
+        if not isinstance(found, RemoteModel):
+            return found
+        if headers_only and not all(map(found.cached, found.shards)):
+            return download_headers(found), found.revision
+        return snapshot(found, (*found.shards, *found.others)), found.revision
 
 
-def _repo_files(repo_id: str, commit: ResolvedRevision) -> dict[str, int] | None:
-    """Return path to size of all files; None if the Hub is out of reach and the cache lacks it."""
+def find_model(repo_id: str, revision: str | None) -> RemoteModel | tuple[Path, str]:
+    """Ask the Hub, or its cache, what a repository holds; the commit is settled here, once.
+
+    Returns the folder and commit of a complete copy in the cache when the Hub cannot be reached and
+    the cache was written by a version that kept no file list. To be called in `hub_errors`.
+    """
+    commit = retrying(lambda: HfApi().resolve_revision(repo_id, revision=revision), first=True)
+    files = retrying(lambda: _repo_files(repo_id, commit), first=True)
+    if files is None:
+        folder = Path(snapshot_download(repo_id, revision=commit, local_files_only=True))
+        return folder, commit.resolved
+    shards, index = _choose(repo_id, commit, files)
+    others = [path for path in files if not is_hidden(path) and not is_weight_file(path)]
+    others += [index] if index else []
+    return RemoteModel(repo_id, commit, files, shards, tuple(others))
+
+
+def _repo_files(repo_id: str, commit: ResolvedRevision) -> dict[str, RepoFile] | None:
+    """Return all files by path; None if the Hub is out of reach and the cache lacks the list."""
     try:
         files = get_cached_repo_tree(repo_id, revision=commit)
     except CachedRepoTreeNotFoundError:
@@ -82,61 +133,66 @@ def _repo_files(repo_id: str, commit: ResolvedRevision) -> dict[str, int] | None
     for file in files:
         if ".." in PurePosixPath(file.path).parts or file.path.startswith("/"):
             raise IrqError(f"{repo_id}: lists a file {file.path!r} outside of itself; refused")
-    return {file.path: file.size for file in files}
+    return {file.path: file for file in files}
 
 
 def _choose(
-    repo_id: str, commit: ResolvedRevision, sizes: Mapping[str, int]
+    repo_id: str, commit: ResolvedRevision, files: Mapping[str, RepoFile]
 ) -> tuple[tuple[str, ...], str | None]:
     """Return the weight files to download, and the index among them."""
-    selection = select_weights(sizes, repo_id)
-    if selection.index is None:
+    selection = select_weights(files, repo_id)
+    index = selection.index
+    if index is None:
         return selection.shards, None
-    path = hf_hub_download(repo_id, selection.index, revision=commit)
+    path = retrying(lambda: hf_hub_download(repo_id, index, revision=commit))
     shards = shards_of_index(selection, parse_index(Path(path))[0])
     for name in shards:
-        if name not in sizes:
+        if name not in files:
             raise IrqError(
-                f"{repo_id}: {selection.index} names {name}, which the repository lacks; "
+                f"{repo_id}: {index} names {name}, which the repository lacks; "
                 "its upload is incomplete: take another revision or ask its owner"
             )
-    return shards, selection.index
+    return shards, index
 
 
-def _all_cached(repo_id: str, commit: ResolvedRevision, names: tuple[str, ...]) -> bool:
-    found = (try_to_load_from_cache(repo_id, name, revision=commit.resolved) for name in names)
-    return all(isinstance(path, str) for path in found)
-
-
-def _snapshot(repo_id: str, commit: ResolvedRevision, names: list[str]) -> Path:
+def snapshot(model: RemoteModel, names: tuple[str, ...], *, quiet: bool = False) -> Path:
+    """Bring files into the Hub cache; return the folder where the cache shows them."""
     patterns = [glob.escape(name) for name in names]
-    return Path(snapshot_download(repo_id, revision=commit, allow_patterns=patterns))
+    bars: Any = {"tqdm_class": NoBar} if quiet else {}
+    fetch = partial(
+        snapshot_download, model.repo_id, revision=model.commit, allow_patterns=patterns, **bars
+    )
+    return Path(str(retrying(fetch)))
 
 
-def _download_headers(
-    repo_id: str,
-    commit: ResolvedRevision,
-    shards: tuple[str, ...],
-    other: list[str],
-    sizes: Mapping[str, int],
-) -> Path:
+def download_headers(model: RemoteModel) -> Path:
     """Make, or find, a folder with each shard cut off after its header and all other files."""
-    entry = "models--" + repo_id.replace("/", "--")
-    folder = Path(constants.HF_HOME, "irq-convert", "headers", entry, commit.resolved)
+    root = Path(constants.HF_HOME, "irq-convert", "headers", model.entry)
+    folder = root / model.revision
     if (folder / HEADERS_ONLY_NAME).is_file():
         return folder
-    with output_folder(folder, overwrite=True) as staging:
-        if other:
-            snapshot = _snapshot(repo_id, commit, other)
-            for name in other:
-                copy_file_atomic(snapshot / name, staging / name)
-        for name in shards:
-            url = hf_hub_url(repo_id, name, revision=commit.resolved)
-            head = _fetch_header(url, Path(f"{repo_id}/{name}"), sizes[name])
-            (staging / name).parent.mkdir(parents=True, exist_ok=True)
-            write_bytes_atomic(staging / name, head)
-        write_json_atomic(staging / HEADERS_ONLY_NAME, {name: sizes[name] for name in shards})
+    with os_errors("create it", root):
+        root.mkdir(parents=True, exist_ok=True)
+    with WeakFileLock(root / f"{model.revision}.lock"):  # of several ranks, one makes the folder
+        if (folder / HEADERS_ONLY_NAME).is_file():
+            return folder
+        with output_folder(folder, overwrite=True) as staging:
+            _write_headers(model, staging)
     return folder
+
+
+def _write_headers(model: RemoteModel, folder: Path) -> None:
+    if model.others:
+        cache = snapshot(model, model.others, quiet=True)
+        for name in model.others:
+            copy_file_atomic(cache / name, folder / name)
+    sizes = {name: model.files[name].size for name in model.shards}
+    for name, size in sizes.items():
+        url = hf_hub_url(model.repo_id, name, revision=model.revision)
+        head = _fetch_header(url, Path(f"{model.repo_id}/{name}"), size)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write_bytes_atomic(folder / name, head)
+    write_json_atomic(folder / HEADERS_ONLY_NAME, sizes)
 
 
 def _fetch_header(url: str, path: Path, size: int) -> bytes:
@@ -154,79 +210,18 @@ def _fetch_range(url: str, start: int, stop: int) -> bytes:
     """Return bytes `start` to `stop` of a file, even from a server that ignores ranges."""
     headers = build_hf_headers()
     headers |= {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
-    with get_session().stream("GET", url, headers=headers, timeout=60) as response:
-        if response.status_code >= 400:
-            response.read()
-        hf_raise_for_status(response)
-        skip = start if response.status_code == 200 else 0
-        data = bytearray()
-        for piece in response.iter_bytes():
-            data += piece
-            if len(data) >= skip + stop - start:
-                break
-    return bytes(data[skip : skip + stop - start])
 
+    def fetch() -> bytes:
+        with get_session().stream("GET", url, headers=headers, timeout=60) as response:
+            if response.status_code >= 400:
+                response.read()
+            hf_raise_for_status(response)
+            skip = start if response.status_code == 200 else 0
+            data = bytearray()
+            for piece in response.iter_bytes():
+                data += piece
+                if len(data) >= skip + stop - start:
+                    break
+        return bytes(data[skip : skip + stop - start])
 
-@contextmanager
-def hub_errors(repo_id: str, revision: str | None = None) -> Iterator[None]:
-    """Run the block; whatever the Hub client raises in it becomes a one-line `IrqError`."""
-    try:
-        yield
-    except (IrqError, TypeError, AttributeError, NameError):  # ours: told already, or a bug
-        raise
-    except Exception as error:  # the client raises many kinds, RuntimeError from hf_xet among them
-        raise IrqError(explain_hub_error(error, repo_id, revision)) from error
-
-
-def explain_hub_error(error: Exception, repo_id: str, revision: str | None = None) -> str:
-    """Return one line for an exception of huggingface_hub: what happened and the way out."""
-    page = f"{constants.ENDPOINT}/{repo_id}"
-    if isinstance(error.__cause__, HfHubHTTPError) and not isinstance(error, HfHubHTTPError):
-        error = error.__cause__  # "cannot resolve the revision", because of this answer
-    if isinstance(error, GatedRepoError):
-        return f"{repo_id}: access is restricted; accept its terms at {page} and {_LOG_IN}"
-    if isinstance(error, DisabledRepoError):
-        return f"{repo_id}: disabled by the Hub; see {page}"
-    if isinstance(error, RevisionNotFoundError):
-        return f"{repo_id}: has no revision {revision!r}; see {page}/commits for what there is"
-    if isinstance(error, RepositoryNotFoundError):
-        return (
-            f"{repo_id}: neither a local folder nor a model on {constants.ENDPOINT} that you may "
-            f"read; check the spelling, and for a private model {_LOG_IN}"
-        )
-    if isinstance(error, HfHubHTTPError):
-        return f"{repo_id}: {_explain_status(error.response.status_code)}"
-    if _caused_by(error, OfflineModeIsEnabled):
-        return (
-            f"{repo_id}: not a local folder, not complete in the Hub cache, and HF_HUB_OFFLINE "
-            "forbids downloading; unset it, or give a local folder"
-        )
-    if isinstance(error, OSError) and error.errno is not None:
-        return explain_os_error(
-            error, f"download {repo_id}", Path(error.filename or constants.HF_HUB_CACHE)
-        )
-    detail = " ".join(str(error.__cause__ or error).split())[:200]
-    return (
-        f"{repo_id}: not a local folder, not complete in the Hub cache, and downloading from "
-        f"{constants.ENDPOINT} failed ({detail or type(error).__name__}); check the connection and "
-        "try again, or give a local folder"
-    )
-
-
-def _explain_status(status: int) -> str:
-    if status in (401, 403):
-        return (
-            f"the Hub refused access (HTTP {status}): no such model, or not for your token; "
-            f"check the spelling, and {_LOG_IN} with a valid token that may read it"
-        )
-    if status == 429:
-        return f"the Hub is limiting requests (HTTP 429); wait a few minutes, or {_LOG_IN}"
-    return f"the Hub answered with an error (HTTP {status}); try again later"
-
-
-def _caused_by(error: BaseException | None, kind: type[BaseException]) -> bool:
-    while error is not None:
-        if isinstance(error, kind):
-            return True
-        error = error.__cause__
-    return False
+    return retrying(fetch)

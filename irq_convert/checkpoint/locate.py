@@ -1,12 +1,16 @@
 """Where a model is: an existing local folder, or a Hugging Face Hub id that is downloaded."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import Enum, auto
 from pathlib import Path
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from irq_convert.checkpoint import hub
+from irq_convert.checkpoint.hub_errors import hub_errors
+from irq_convert.checkpoint.hub_supply import CacheSupply, HubSupply, StreamSupply
+from irq_convert.checkpoint.source import Checkpoint, open_checkpoint
 from irq_convert.checkpoint.system import os_errors
 from irq_convert.errors import UsageError
 
@@ -33,6 +37,72 @@ def locate(model: str, revision: str | None = None, *, headers_only: bool = Fals
     Raises `UsageError` for a file, a path that does not exist, a name that cannot be a Hub id, or a
     `revision` for a local folder; `IrqError` when the Hub or its cache does not provide the model.
     """
+    folder = find_folder(model, revision)
+    if folder is not None:
+        return Located(folder, *_cached_origin(folder))
+    path, commit = hub.download(model, revision, headers_only=headers_only)
+    return Located(path, model, commit)
+
+
+class Fetch(Enum):
+    """How much of a Hub model `open_source` brings to this machine, and when."""
+
+    ALL = auto()
+    """Everything, before it returns."""
+    HEADERS = auto()
+    """Only headers: tensors cannot be read."""
+    AS_READ = auto()
+    """Weight files as they are read (`Checkpoint.feed`), into the Hub cache."""
+    STREAM = auto()
+    """As they are read, and each is deleted afterwards; those in the cache are not."""
+
+
+def open_source(model: str, revision: str | None = None, fetch: Fetch = Fetch.ALL) -> Checkpoint:
+    """The checkpoint that `model`, a local folder or a Hub id, names.
+
+    With `AS_READ` and `STREAM` its `supply` has to be closed. Raises as `locate` and
+    `open_checkpoint`.
+    """
+    if fetch in (Fetch.ALL, Fetch.HEADERS) or find_folder(model, revision) is not None:
+        found = locate(model, revision, headers_only=fetch is Fetch.HEADERS)
+        return open_checkpoint(found.folder, found.repo_id, found.revision)
+    with hub_errors(model, revision):
+        remote = hub.find_model(model, revision)
+        if not isinstance(remote, hub.RemoteModel):
+            return open_checkpoint(remote[0], model, remote[1])
+        if all(map(remote.cached, remote.shards)):
+            folder = hub.snapshot(remote, (*remote.shards, *remote.others))
+            return open_checkpoint(folder, model, remote.revision)
+        heads = hub.download_headers(remote)
+        opened = open_checkpoint(heads, model, remote.revision)
+        if fetch is Fetch.STREAM:
+            return _moved(opened, StreamSupply(remote, heads))
+        cache = hub.snapshot(remote, remote.others, quiet=True)
+        return _moved(opened, CacheSupply(remote, cache, heads))
+
+
+def _moved(opened: Checkpoint, supply: HubSupply) -> Checkpoint:
+    """The same checkpoint where `supply` will put its files."""
+
+    def place(path: Path) -> Path:
+        return supply.folder / path.relative_to(opened.folder)
+
+    return replace(
+        opened,
+        folder=supply.folder,
+        shards=tuple(map(place, opened.shards)),
+        tensors={n: replace(t, shard=place(t.shard)) for n, t in opened.tensors.items()},
+        shard_metadata={place(path): text for path, text in opened.shard_metadata.items()},
+        headers_only=False,
+        supply=supply,
+    )
+
+
+def find_folder(model: str, revision: str | None = None) -> Path | None:
+    """The local folder that `model` names; None when it can only be a Hub id.
+
+    Raises `UsageError` as `locate`.
+    """
     if not model:
         raise UsageError("no model given; give a folder or a Hub id")
     path = Path(model).expanduser()
@@ -43,7 +113,7 @@ def locate(model: str, revision: str | None = None, *, headers_only: bool = Fals
             raise UsageError(f"{model}: a file, not a folder; give the folder that holds it")
         if revision is not None:
             raise UsageError(f"{model}: a local folder has no revisions; leave out the revision")
-        return Located(path, *_cached_origin(path))
+        return path
     if model.startswith(("/", ".", "~")) or model.count("/") > 1:
         hint = "; for a Hub model give its id, name or organization/name" if "://" in model else ""
         raise UsageError(f"{model}: no such folder{hint}")
@@ -54,8 +124,7 @@ def locate(model: str, revision: str | None = None, *, headers_only: bool = Fals
             f"{model}: no such folder, and not a Hub id (name or organization/name of letters, "
             "digits, '-', '_' and '.')"
         ) from error
-    folder, commit = hub.download(model, revision, headers_only=headers_only)
-    return Located(folder, model, commit)
+    return None
 
 
 def _cached_origin(folder: Path) -> tuple[str | None, str | None]:

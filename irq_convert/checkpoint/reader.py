@@ -15,6 +15,7 @@ import torch
 
 from irq_convert.checkpoint.buffers import tensor_bytes, torch_dtype
 from irq_convert.checkpoint.header import DTYPE_BITS, TensorInfo
+from irq_convert.checkpoint.supply import Feed
 from irq_convert.checkpoint.system import os_errors
 from irq_convert.errors import IrqError
 
@@ -38,14 +39,17 @@ def matrix_shape(info: TensorInfo) -> tuple[int, int]:
 class TileReader:
     """Reads tiles of tensors; safe to share between threads; at most `max_open` files stay open.
 
+    With a `feed` (see `Checkpoint.feed`) each file is asked for before it is opened, and only one
+    stays open: a file that the feed removes gives its room back at once.
     A context manager; the files are closed at its end. Each method raises `IrqError` naming file
     and tensor when the file ends early or cannot be read.
     """
 
-    def __init__(self, max_open: int = 16) -> None:
+    def __init__(self, max_open: int = 16, feed: Feed | None = None) -> None:
         if max_open < 1:
             raise ValueError(f"max_open must be at least 1, got {max_open}")
-        self._max_open = max_open
+        self._max_open = max_open if feed is None else 1
+        self._feed = feed
         self._lock = threading.Lock()
         self._files: OrderedDict[Path, _OpenFile] = OrderedDict()
         self._closed = False
@@ -95,6 +99,29 @@ class TileReader:
         self._read_into(info, start * bits // 8, tensor_bytes(out))
         return out
 
+    def read_columns(self, info: TensorInfo, matrix: int, start: int, stop: int) -> torch.Tensor:
+        """Read columns `start` to `stop` of matrix number `matrix` of a tensor `[..., rows, cols]`.
+
+        Returns `[rows, stop - start]`; leading dimensions number the matrices as they lie in the
+        file. Costs one read for each row, so ask for many columns at a time. Raises `ValueError`
+        for what does not exist.
+        """
+        rows, cols = info.shape[-2:]
+        dtype = torch_dtype(info.dtype)
+        if not 0 <= start <= stop <= cols or not 0 <= matrix * rows * cols < max(1, info.numel):
+            raise ValueError(f"tensor {info.name!r} has no columns {start}:{stop} in {matrix}")
+        out = torch.empty((rows, stop - start), dtype=dtype)
+        view, size = tensor_bytes(out), dtype.itemsize
+        first, width = matrix * rows * cols * size, (stop - start) * size
+        if width == cols * size:
+            self._read_into(info, first, view)
+            return out
+        with self._open(info):  # so that it stays open from row to row
+            for row in range(rows):
+                at = first + (row * cols + start) * size
+                self._read_into(info, at, view[row * width : (row + 1) * width])
+        return out
+
     def read_tensor(self, info: TensorInfo) -> torch.Tensor:
         """Read a whole tensor in its own shape; for "F4" the last dimension counts pairs."""
         flat = self.read_rows(info, 0, matrix_shape(info)[0])
@@ -141,18 +168,32 @@ class TileReader:
                     file.close()
 
     def _borrow(self, info: TensorInfo) -> "_OpenFile":
+        self._prepare(info)
         with self._lock:
             if self._closed:
                 raise ValueError("the reader is closed")
             file = self._files.get(info.shard)
             if file is None:
+                self._close_down_to(self._max_open - 1)
                 with os_errors(f"read tensor {info.name!r}", info.shard):
                     file = self._files[info.shard] = _OpenFile(info.shard)
-                while len(self._files) > self._max_open:
-                    self._files.popitem(last=False)[1].close()
             self._files.move_to_end(info.shard)
             file.users += 1
             return file
+
+    def _prepare(self, info: TensorInfo) -> None:
+        """Ask the feed, outside of the lock: fetching a file takes minutes."""
+        if self._feed is None:
+            return
+        with self._lock:
+            if info.shard in self._files or self._closed:
+                return
+            self._close_down_to(0)
+        self._feed.reach(info.shard)
+
+    def _close_down_to(self, count: int) -> None:
+        while len(self._files) > count:
+            self._files.popitem(last=False)[1].close()
 
 
 class _OpenFile:

@@ -6,7 +6,7 @@ completely is refused here, before any work is done.
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -26,6 +26,7 @@ from irq_convert.checkpoint.layout import (
     select_weights,
     shards_of_index,
 )
+from irq_convert.checkpoint.supply import Feed, Supply
 from irq_convert.checkpoint.system import os_errors
 from irq_convert.errors import IrqError, UsageError
 
@@ -38,7 +39,8 @@ class Checkpoint:
     order (shard, then offset). `config` is `config.json`, None when there is none.
     `other_files` are relative posix paths of every file to carry over unchanged. `left_out` are
     weight files that are neither read nor carried over (other formats, second copies, subfolders).
-    `headers_only` marks a folder whose tensors have no data (see `locate`).
+    `headers_only` marks a folder whose tensors have no data (see `locate`). `supply` brings the
+    shards to `folder` as they are needed; for a local folder it has nothing to do.
     """
 
     folder: Path
@@ -52,11 +54,20 @@ class Checkpoint:
     left_out: tuple[str, ...] = ()
     shard_metadata: dict[Path, dict[str, str]] = field(default_factory=dict)
     headers_only: bool = False
+    supply: Supply = field(default_factory=Supply, compare=False)
 
     @property
     def nbytes(self) -> int:
         """The bytes of all tensors together."""
         return sum(info.nbytes for info in self.tensors.values())
+
+    def file_of(self, info: TensorInfo) -> str:
+        """The file that holds a tensor, relative to `folder`: its name for `supply`."""
+        return info.shard.relative_to(self.folder).as_posix()
+
+    def feed(self, infos: Iterable[TensorInfo]) -> Feed:
+        """What a `TileReader` that reads `infos`, in this order, asks for each file."""
+        return Feed(self.supply, self.folder, map(self.file_of, infos))
 
 
 def open_checkpoint(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from types import FrameType
@@ -16,6 +17,7 @@ from irq_convert.cli.export import export_command
 from irq_convert.cli.finetune import finetune_command
 from irq_convert.cli.inspect import inspect_command
 from irq_convert.cli.merge import merge_command
+from irq_convert.cli.push import push_command
 from irq_convert.cli.quantize import quantize_command
 from irq_convert.cli.verify import verify_command
 from irq_convert.errors import IrqError
@@ -34,6 +36,7 @@ app.command("eval")(eval_command)
 app.command("finetune")(finetune_command)
 app.command("merge")(merge_command)
 app.command("export")(export_command)
+app.command("push")(push_command)
 app.command("demo")(demo_command)
 
 
@@ -63,6 +66,9 @@ def main() -> None:
 
     typer sees to usage errors, Ctrl-C (130) and a reader of the output that went away (1).
     """
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # what matters is told by errors of ours
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores SIGHUP: leave it so
             signal.signal(number, _stop)

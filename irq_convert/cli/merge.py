@@ -9,9 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from irq_convert.cli.push import check_target, print_push, push_result
+from irq_convert.cli.voice import one_voice, speaks
 from irq_convert.errors import UsageError
+from irq_convert.jobs.resume import Resume
 
 if TYPE_CHECKING:
+    from irq_convert.hub.push import PushOptions
     from irq_convert.merge.estimate import MergeEstimate
     from irq_convert.merge.options import MergeOptions
     from irq_convert.merge.report import LogitsCheck, MergedLayer, MergeReport
@@ -97,6 +101,20 @@ def merge_command(
     ] = False,
     threads: Annotated[int | None, typer.Option(help="CPU threads.  \\[default: all]")] = None,
     max_shard_size: Annotated[float, typer.Option(help="Largest shard, in GB (10^9 bytes).")] = 5.0,
+    resume: Annotated[
+        Resume,
+        typer.Option(help="Continue a stopped run: where there is one, else fail, or start anew."),
+    ] = Resume.AUTO,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(metavar="ORG/NAME", help="Push the result to the Hub (see `push`)."),
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="With --push-to-hub: make a private repository.")
+    ] = False,
+    push_revision: Annotated[
+        str | None, typer.Option(help="With --push-to-hub: branch to push to.  \\[default: main]")
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be written, and stop.")
     ] = False,
@@ -115,24 +133,30 @@ def merge_command(
     """
     from irq_convert.merge.options import Check, Dtype, MergeOptions, Target, Tau
 
-    if not 1e-9 <= max_shard_size < 1e9:
-        raise UsageError(f"--max-shard-size {max_shard_size}: a positive number of GB is needed")
-    options = MergeOptions(
-        to=Target(to.value),
-        dtype=Dtype(dtype.value),
-        tau=Tau(tau.value),
-        objective=None if objective is None else objective.value,
-        min_survival=min_survival,
-        check=Check(check.value),
-        any_base=any_base,
-        threads=threads,
-        overwrite=overwrite,
-        max_shard_bytes=int(max_shard_size * 1e9),
-    )
-    if dry_run:
+    with one_voice(same=True):
+        if not 1e-9 <= max_shard_size < 1e9:
+            raise UsageError(
+                f"--max-shard-size {max_shard_size}: a positive number of GB is needed"
+            )
+        options = MergeOptions(
+            to=Target(to.value),
+            dtype=Dtype(dtype.value),
+            tau=Tau(tau.value),
+            objective=None if objective is None else objective.value,
+            min_survival=min_survival,
+            check=Check(check.value),
+            any_base=any_base,
+            threads=threads,
+            overwrite=overwrite,
+            max_shard_bytes=int(max_shard_size * 1e9),
+            resume=resume,
+        )
+        target = check_target(push_to_hub, private=private, revision=push_revision)
+    if not dry_run:
+        with one_voice():
+            _merge(base, adapter, out, options, as_json, target)
+    elif speaks():
         _dry_run(base, adapter, out, options, as_json)
-        return
-    _merge(base, adapter, out, options, as_json)
 
 
 def _dry_run(base: Path, adapter: Path, out: Path, options: MergeOptions, as_json: bool) -> None:
@@ -147,21 +171,34 @@ def _dry_run(base: Path, adapter: Path, out: Path, options: MergeOptions, as_jso
         _print_estimate(found)
 
 
-def _merge(base: Path, adapter: Path, out: Path, options: MergeOptions, as_json: bool) -> None:
+def _merge(
+    base: Path,
+    adapter: Path,
+    out: Path,
+    options: MergeOptions,
+    as_json: bool,
+    target: tuple[str, PushOptions] | None,
+) -> None:
     from irq_convert.cli.bar import ConversionBar
     from irq_convert.merge.run import merge_adapter
 
     with ConversionBar() as bar:
         report = merge_adapter(base, adapter, out, options, progress=bar)
-    if as_json:
-        typer.echo(json.dumps(report.to_dict(), indent=2))
-    else:
+    if not speaks():
+        return
+    if not as_json:
         _print_report(report)
         _print_layers(report)
+    pushed = push_result(out, target) if target else None
+    if as_json:
+        more = {"push": pushed.to_dict()} if pushed else {}
+        typer.echo(json.dumps(report.to_dict() | more, indent=2))
+    elif pushed:
+        print_push(pushed)
 
 
 def _print_estimate(found: MergeEstimate) -> None:
-    from irq_convert.cli.show import facts, gigabytes
+    from irq_convert.cli.show import facts, gigabytes, resume_rows
 
     free = "free" if found.disk_needed <= found.disk_free else "free: not enough"
     facts(
@@ -173,6 +210,7 @@ def _print_estimate(found: MergeEstimate) -> None:
             ("merged", f"{found.layers} layers by {found.how}, {found.saved} saved tensors"),
             ("memory", f"about {gigabytes(found.memory)} to merge"),
             ("check", found.check),
+            *resume_rows(found.finished, found.shards),
             ("disk needed", f"{found.disk_needed:,} bytes ({gigabytes(found.disk_free)} {free})"),
         ]
     )

@@ -10,12 +10,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from irq_convert.cli.push import check_target, print_push, push_result
+from irq_convert.cli.voice import one_voice, speaks
 from irq_convert.errors import UsageError
+from irq_convert.jobs.resume import Resume
 
 if TYPE_CHECKING:
     from irq_convert.convert.estimate import Estimate
     from irq_convert.convert.options import ConvertOptions
     from irq_convert.convert.report import ConvertReport
+    from irq_convert.hub.push import PushOptions
 
 
 class Objective(StrEnum):
@@ -65,12 +69,36 @@ def quantize_command(
         list[str] | None,
         typer.Option(metavar="REGEX=BITS", help="Other bits for tensors that match; repeatable."),
     ] = None,
+    include_towers: Annotated[
+        bool,
+        typer.Option("--include-towers", help="Quantize vision and audio towers, too."),
+    ] = False,
     revision: Annotated[
         str | None, typer.Option(help="Branch, tag or commit of a Hub repository.")
     ] = None,
+    stream: Annotated[
+        bool,
+        typer.Option(
+            "--stream", help="Delete each file of a Hub model when it was read: little disk needed."
+        ),
+    ] = False,
     device: Annotated[str, typer.Option(help="Where to search: cpu, cuda, cuda:1, mps.")] = "cpu",
     threads: Annotated[int | None, typer.Option(help="CPU threads.  \\[default: all]")] = None,
     max_shard_size: Annotated[float, typer.Option(help="Largest shard, in GB (10^9 bytes).")] = 5.0,
+    resume: Annotated[
+        Resume,
+        typer.Option(help="Continue a stopped run: where there is one, else fail, or start anew."),
+    ] = Resume.AUTO,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(metavar="ORG/NAME", help="Push the result to the Hub (see `push`)."),
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="With --push-to-hub: make a private repository.")
+    ] = False,
+    push_revision: Annotated[
+        str | None, typer.Option(help="With --push-to-hub: branch to push to.  \\[default: main]")
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be written, and stop.")
     ] = False,
@@ -88,25 +116,33 @@ def quantize_command(
     from irq_convert.convert.options import ConvertOptions, codebook_name
     from irq_convert.core.spec import QuantSpec
 
-    name = codebook_name(codebook, bits)
-    means = objective.value if objective else "auto"
-    spec = QuantSpec(name, block_size, means, refine, zero_point.value)
-    if not 1e-9 <= max_shard_size < 1e9:
-        raise UsageError(f"--max-shard-size {max_shard_size}: a positive number of GB is needed")
-    options = ConvertOptions(
-        spec=spec,
-        keep=tuple(keep or ()),
-        bits_for=tuple(_bits_for(item) for item in bits_for or ()),
-        device=_check_device(device),
-        threads=threads,
-        overwrite=overwrite,
-        max_shard_bytes=int(max_shard_size * 1e9),
-    )
+    with one_voice(same=True):
+        name = codebook_name(codebook, bits)
+        means = objective.value if objective else "auto"
+        spec = QuantSpec(name, block_size, means, refine, zero_point.value)
+        if not 1e-9 <= max_shard_size < 1e9:
+            raise UsageError(
+                f"--max-shard-size {max_shard_size}: a positive number of GB is needed"
+            )
+        options = ConvertOptions(
+            spec=spec,
+            keep=tuple(keep or ()),
+            bits_for=tuple(_bits_for(item) for item in bits_for or ()),
+            include_towers=include_towers,
+            device=device,
+            threads=threads,
+            overwrite=overwrite,
+            max_shard_bytes=int(max_shard_size * 1e9),
+            stream=stream,
+            resume=resume,
+        )
+        target = check_target(push_to_hub, private=private, revision=push_revision)
     folder = out or _default_output(model, name)
-    if dry_run:
+    if not dry_run:
+        with one_voice():
+            _convert(model, folder, options, revision, as_json, target)
+    elif speaks():
         _dry_run(model, folder, options, revision, as_json)
-        return
-    _convert(model, folder, options, revision, as_json)
 
 
 def _default_output(model: str, codebook: str) -> Path:
@@ -122,19 +158,6 @@ def _bits_for(text: str) -> tuple[str, int]:
     return pattern, int(number)
 
 
-def _check_device(device: str) -> str:
-    if device == "cpu":
-        return device
-    import torch
-
-    try:
-        torch.ones(1, device=device).item()  # "meta" allocates and holds nothing
-    except Exception as error:  # each backend fails in its own way
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UsageError(f"--device {device}: not usable here ({reason})") from None
-    return device
-
-
 def _dry_run(
     model: str, out: Path, options: ConvertOptions, revision: str | None, as_json: bool
 ) -> None:
@@ -147,30 +170,45 @@ def _dry_run(
         typer.echo(json.dumps(found.to_dict(), indent=2))
     else:
         _print_estimate(found)
+    _warn_of_little(found)
 
 
 def _convert(
-    model: str, out: Path, options: ConvertOptions, revision: str | None, as_json: bool
+    model: str,
+    out: Path,
+    options: ConvertOptions,
+    revision: str | None,
+    as_json: bool,
+    target: tuple[str, PushOptions] | None,
 ) -> None:
     from irq_convert.cli.bar import ConversionBar
     from irq_convert.convert.run import quantize_checkpoint
 
     with ConversionBar() as bar:
         report = quantize_checkpoint(model, out, options, revision=revision, progress=bar)
-    if as_json:
-        typer.echo(json.dumps(report.to_dict(), indent=2))
-    else:
+    if not speaks():
+        return
+    if not as_json:
         _print_report(report, options)
-    if report.share < 0.5:
-        typer.echo(
-            f"irq-convert: only {report.share:.0%} of the weights are quantized: embeddings, heads "
-            "and tensors that are no linear layers are kept as they are",
-            err=True,
-        )
+    _warn_of_little(report)
+    pushed = push_result(out, target) if target else None
+    if as_json:
+        more = {"push": pushed.to_dict()} if pushed else {}
+        typer.echo(json.dumps(report.to_dict() | more, indent=2))
+    elif pushed:
+        print_push(pushed)
+
+
+def _warn_of_little(found: ConvertReport | Estimate) -> None:
+    from irq_convert.convert.report import little_quantized
+
+    line = little_quantized(found.weights, found.quantized_weights, found.kept)
+    if line is not None:
+        typer.echo(f"irq-convert: {line}", err=True)
 
 
 def _print_estimate(found: Estimate) -> None:
-    from irq_convert.cli.show import facts, gigabytes, seconds
+    from irq_convert.cli.show import facts, gigabytes, resume_rows, seconds
 
     free = "free" if found.disk_needed <= found.disk_free else "free: not enough"
     facts(
@@ -182,9 +220,19 @@ def _print_estimate(found: Estimate) -> None:
             ("", f"({found.quantized_tensors} of {found.tensors} tensors, by {found.decided_by})"),
             ("bits per weight", f"{found.bits_per_weight:.4f}"),
             ("time", f"about {seconds(found.seconds)} ({found.rate / 1e6:.0f} M weights/s here)"),
+            *resume_rows(found.finished, found.shards),
             ("disk needed", f"{found.disk_needed:,} bytes ({gigabytes(found.disk_free)} {free})"),
+            *_fetch_rows(found),
         ]
     )
+
+
+def _fetch_rows(found: Estimate) -> list[tuple[str, str]]:
+    from irq_convert.cli.show import gigabytes
+
+    if not found.fetched:
+        return []
+    return [("download takes", f"{gigabytes(found.fetched)} in {found.fetched_to}")]
 
 
 def _print_report(report: ConvertReport, options: ConvertOptions) -> None:

@@ -11,6 +11,8 @@ from irq_convert.checkpoint.files import (
     atomic_file,
     copy_file_atomic,
     create_temporary,
+    git_sha1,
+    require_readable,
     sha256_file,
     write_all,
     write_bytes_atomic,
@@ -101,3 +103,20 @@ def test_bytes_in_words() -> None:
     assert format_bytes(1536) == "1536 bytes (1.5 KiB)"
     assert format_bytes(5 << 40) == f"{5 << 40} bytes (5.0 TiB)"
     assert format_bytes(1 << 75).endswith("EiB)")
+
+
+def test_git_names_content_as_git_does(tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(b"hello\n")
+    name = "ce013625030ba8dba906f756967f9e9ca394464a"  # git hash-object
+    assert git_sha1(tmp_path / "f") == git_sha1(b"hello\n") == name
+    assert git_sha1(b"") == "e69de29bb2d1d6434b8b29ae775ad8c2e48c5391"
+
+
+def test_require_readable(tmp_path: Path) -> None:
+    (tmp_path / "there").write_text("x")
+    (tmp_path / "empty").touch()
+    require_readable(tmp_path, ["there", "empty"])
+    for name in ("gone", "."):
+        with pytest.raises(IrqError) as caught:
+            require_readable(tmp_path, ["there", name])
+        assert str(tmp_path / name) in str(caught.value)

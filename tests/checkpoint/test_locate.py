@@ -18,8 +18,10 @@ from .hub_server import COMMIT, ERRORS, FakeHub, serve
 
 LOCATE = """
 import json, sys
+from irq_convert.checkpoint import hub_errors
 from irq_convert.checkpoint.locate import locate
 from irq_convert.errors import IrqError
+hub_errors.FIRST_PAUSES = (0.01, 0.01)
 for request in json.loads(sys.argv[1]):
     try:
         found = locate(request[0], request[1], headers_only=len(request) > 2)

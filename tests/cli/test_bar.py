@@ -83,6 +83,21 @@ def test_nothing_is_drawn_where_there_is_no_terminal(tmp_path: Path) -> None:
     assert "quantizing" not in result.out
 
 
+def test_it_begins_at_what_is_done() -> None:
+    """And what was done before counts neither for the speed nor for the time left."""
+    from irq_convert.cli.bar import ConversionBar
+
+    with ConversionBar() as bar:
+        task = bar._bar.tasks[0]
+        bar.phase("quantizing", 8, 1000)
+        bar.resumed(3, 400)
+        assert (task.completed, task.total, task.fields["tensors"]) == (400, 1000, "3/8 tensors")
+        assert task.speed is None
+        bar.advance(100, True)
+        bar.advance(200, 3)  # what other processes have done
+        assert (task.completed, task.fields["tensors"]) == (700, "7/8 tensors")
+
+
 def test_the_widest_line_fits() -> None:
     """Ten thousand tensors, gigabytes a second, hundreds of gigabytes, hours to go."""
     import io

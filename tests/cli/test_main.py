@@ -14,7 +14,7 @@ from irq_convert.cli.main import app
 
 from .process import assert_fails, fresh
 
-COMMANDS = ["quantize", "inspect", "verify", "eval", "finetune", "merge", "export", "demo"]
+COMMANDS = ["quantize", "inspect", "verify", "eval", "finetune", "merge", "export", "push", "demo"]
 HEAVY = ("torch", "transformers", "numpy", "numba", "huggingface_hub", "matplotlib")
 
 
@@ -43,7 +43,9 @@ def test_defaults_are_shown_in_help() -> None:
         assert text in result.output, text
 
 
-@pytest.mark.parametrize("args", [["--help"], ["quantize", "--help"], ["--version"]])
+@pytest.mark.parametrize(
+    "args", [["--help"], ["quantize", "--help"], ["push", "--help"], ["--version"]]
+)
 def test_help_imports_nothing_heavy(args: list[str]) -> None:
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "irq_convert", *args],

@@ -1,0 +1,121 @@
+"""Bringing the files of a source to the disk as a run reads them: nothing to do for a local folder.
+
+A `Supply` fetches and removes files; a `Feed` tells it what to do while a run reads its source
+from the first tensor to the last. `TileReader` calls the feed, so that reading can begin with the
+first file of a shard and a streamed file can go in the middle of one.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from itertools import groupby
+from pathlib import Path
+from types import TracebackType
+
+from irq_convert.checkpoint.disk import require_space
+from irq_convert.checkpoint.system import existing_parent, format_bytes, os_errors
+
+
+class Supply:
+    """Files of a source by relative name; this one serves a local folder: everything is there.
+
+    A context manager: a run that fetches files closes its supply, whether it ends well or not.
+    `tell` is called, from any thread, with a few words while a file is waited for, and with ""
+    when reading goes on.
+    """
+
+    def __init__(self) -> None:
+        self.tell: Callable[[str], None] = lambda text: None
+
+    def ensure(self, names: Sequence[str]) -> None:
+        """Return when all of `names` are complete on the disk; `IrqError` when they cannot be."""
+
+    def ahead(self, names: Sequence[str]) -> None:
+        """Start to fetch `names`, in this order, in the background; `ensure` tells of failures."""
+
+    def release(self, names: Sequence[str]) -> None:
+        """Take note that `names` are not read again: a streamed file is removed from the disk."""
+
+    def room(self, names: Sequence[str]) -> tuple[Path, int]:
+        """The folder that fetching `names`, in this order, writes to, and the bytes it takes."""
+        return Path(), 0
+
+    def stop(self) -> None:
+        """Give up what is being fetched: an `ensure` that waits in another thread raises."""
+
+    def close(self, done: bool = True) -> None:
+        """End fetching; `done` is False when the run may be continued: keep what is here."""
+
+    def __enter__(self) -> Supply:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close(done=kind is None)
+
+
+class Feed:
+    """Drives the supply of `folder` along `order`: the file of each tensor, as a run reads them.
+
+    `reach(path)` comes before the first read of a file: earlier files that are not needed again
+    are released, this one is complete when it returns, and the next one is being fetched.
+    Reading out of order costs time and nothing else. See `Checkpoint.feed`. As a context manager it
+    stops its supply when the block fails, so that a reader in another thread does not wait on.
+    """
+
+    def __init__(self, supply: Supply, folder: Path, order: Iterable[str]) -> None:
+        self.supply = supply
+        self.folder = folder
+        self.order = tuple(name for name, _ in groupby(order))
+        self._at = 0
+        self._gone: set[str] = set()
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Feed:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is not None:
+            self.supply.stop()
+
+    def reach(self, path: Path) -> None:
+        """Prepare for reading the file `path`; raises `IrqError` when it cannot be had."""
+        name = path.relative_to(self.folder).as_posix()
+        with self._lock:
+            if name in self.order[self._at :]:
+                self._at = self.order.index(name, self._at)
+            left = self.order[self._at :]
+            done = set(self.order[: self._at]) - set(left) - self._gone - {name}
+            self._gone |= done
+            self._gone.discard(name)
+            self.supply.release(sorted(done))
+            following = next((other for other in left if other != name), None)
+            self.supply.ahead([name] if following is None else [name, following])
+            self.supply.ensure([name])
+
+
+def require_room(out: Path, needed: int, feed: Feed) -> None:
+    """Raise `IrqError` unless the disks hold `needed` bytes of output and what `feed` fetches."""
+    folder, fetched = feed.supply.room(feed.order)
+    if fetched and _same_disk(out, folder):
+        what = f"write the artifact and fetch the source ({format_bytes(fetched)})"
+        require_space(out, needed + fetched, what)
+        return
+    require_space(out, needed, "write the artifact")
+    if fetched:
+        require_space(folder, fetched, "fetch the source")
+
+
+def _same_disk(one: Path, other: Path) -> bool:
+    with os_errors("ask for its free space", one):
+        return existing_parent(one).stat().st_dev == existing_parent(other).stat().st_dev

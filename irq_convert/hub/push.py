@@ -1,0 +1,284 @@
+"""`push`: a finished folder and its model card to the Hub, in one commit, checked afterwards."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from huggingface_hub import constants, hf_hub_download
+
+from irq_convert.adapters.stored import open_adapter, read_layer
+from irq_convert.artifact.manifest import MANIFEST_NAME
+from irq_convert.artifact.verify import verify_artifact
+from irq_convert.checkpoint import hub_errors
+from irq_convert.checkpoint.files import git_sha1, sha256_file
+from irq_convert.checkpoint.reader import TileReader
+from irq_convert.checkpoint.source import open_checkpoint
+from irq_convert.convert.progress import Progress
+from irq_convert.errors import IrqError, UsageError
+from irq_convert.hub.card import is_ours, make_card
+from irq_convert.hub.remote import (
+    Remote,
+    check_repo_id,
+    commit,
+    create,
+    look,
+    push_errors,
+    who_pushes,
+)
+from irq_convert.hub.subject import CARD, Kind, Subject, open_subject
+
+_WEIGHTS = re.compile(r"[^/]+\.safetensors(\.index\.json)?")
+_RECORDS = (MANIFEST_NAME, "irq_merge.json", "irq_adapter.json", "adapter_config.json")
+
+
+@dataclass(frozen=True)
+class PushOptions:
+    """Options of one push.
+
+    `revision` is the branch, made where it is missing. `private` is for a repository that is made.
+    `overwrite` replaces the weights of a repository that holds something else. `base_model` names
+    the base on the Hub where the folder's record does not.
+    """
+
+    revision: str = constants.DEFAULT_REVISION
+    private: bool = False
+    message: str | None = None
+    verify: bool = True
+    overwrite: bool = False
+    base_model: str | None = None
+    dry_run: bool = False
+
+
+@dataclass(frozen=True)
+class PushReport:
+    """What a push did, or with `dry_run` would do.
+
+    `commit` is None when nothing had to be sent. `uploaded` are the files that the repository did
+    not hold in this form, with `bytes` together; `card` is the text of README.md.
+    """
+
+    repo_id: str
+    url: str
+    revision: str
+    kind: str
+    base_model: str | None
+    relation: str
+    commit: str | None
+    created: bool
+    dry_run: bool
+    uploaded: tuple[str, ...]
+    bytes: int
+    unchanged: tuple[str, ...]
+    deleted: tuple[str, ...]
+    card: str
+    seconds: float
+
+    def to_dict(self) -> dict[str, object]:
+        """All fields, for JSON."""
+        return asdict(self)
+
+
+def check_push(repo_id: str, options: PushOptions) -> None:
+    """Refuse a push that cannot succeed, before hours are spent on what would be pushed.
+
+    Raises `UsageError` for an id that is none, and `IrqError` without a token that may write.
+    """
+    check_repo_id(repo_id)
+    if options.base_model is not None:
+        check_repo_id(options.base_model)
+    remote = look(who_pushes(repo_id), options.revision)
+    _check_private(remote, options)
+    if not any(record in remote.files for record in _RECORDS):
+        _check_foreign(remote, [name for name in remote.files if _WEIGHTS.fullmatch(name)], options)
+
+
+def push_folder(
+    folder: Path | str,
+    repo_id: str,
+    options: PushOptions | None = None,
+    *,
+    progress: Progress | None = None,
+) -> PushReport:
+    """Bring an artifact, an adapter or a merged model to the repository `repo_id` on the Hub.
+
+    The folder is verified, the card written or renewed (`make_card`), and everything that the
+    repository does not hold yet goes up in one commit: it shows the old state or the new one, never
+    a part. Weight files of an earlier push that the folder has no more are deleted in the same
+    commit. Pushing the same folder again sends nothing. Raises `UsageError` for a request that
+    cannot be served, `IrqError` for a folder that is damaged and for all that the Hub refuses.
+    """
+    begun = time.perf_counter()
+    options, progress = options or PushOptions(), progress or Progress()
+    check_repo_id(repo_id)
+    if options.base_model is not None:
+        check_repo_id(options.base_model)
+    subject = open_subject(Path(folder))
+    if not options.dry_run or "/" not in repo_id:
+        repo_id = who_pushes(repo_id)
+    if options.verify:
+        verify_subject(subject, progress)
+    progress.stage("comparing with the Hub")
+    unseen = options.dry_run and constants.HF_HUB_OFFLINE
+    remote = Remote(repo_id, options.revision) if unseen else look(repo_id, options.revision)
+    _check_private(remote, options)
+    sums = _checksums(subject, options.verify)
+    push = _plan(subject, remote, sums, options)
+    if options.dry_run or not (push.uploaded or push.deleted):
+        return replace(push, seconds=time.perf_counter() - begun)
+    progress.stage("uploading")
+    create(remote, options.private)
+    if remote.head is None:
+        remote = look(repo_id, options.revision)
+    made = _commit(subject, remote, push, options)
+    _check_arrived(subject, look(repo_id, options.revision), sums, push)
+    return replace(push, commit=made, seconds=time.perf_counter() - begun)
+
+
+def verify_subject(subject: Subject, progress: Progress | None = None) -> None:
+    """Check that a folder is whole. Raises `IrqError` naming the first thing that is wrong."""
+    progress = progress or Progress()
+    progress.stage("verifying")
+    if subject.kind in (Kind.ARTIFACT, Kind.MERGED):
+        failures = verify_artifact(subject.folder).failures
+        if failures:
+            more = f" ({len(failures) - 1} more)" if failures[1:] else ""
+            raise IrqError(
+                f"{subject.folder}: not pushed: {failures[0]}{more}; see `irq-convert verify`"
+            )
+    elif subject.kind == Kind.ADAPTER:
+        adapter = open_adapter(subject.folder)
+        with TileReader() as reader:
+            for layer in adapter.layers.values():
+                read_layer(reader, adapter.config, layer)
+    else:
+        open_checkpoint(subject.folder)
+
+
+def _checksums(subject: Subject, verified: bool) -> dict[str, str]:
+    """SHA-256 of every file; where the manifest was just verified, the ones that it lists."""
+    listed = subject.note.get("files") if verified else None
+    known = {n: e["sha256"] for n, e in listed.items()} if isinstance(listed, dict) else {}
+    return {n: known.get(n) or sha256_file(subject.folder / n) for n in subject.files}
+
+
+def _check_private(remote: Remote, options: PushOptions) -> None:
+    if options.private and remote.exists and remote.private is False:
+        raise UsageError(
+            f"{remote.repo_id}: exists and is public; --private is for a repository that is made: "
+            "choose another name, or change its visibility in its settings"
+        )
+
+
+def _check_foreign(remote: Remote, weights: list[str], options: PushOptions) -> None:
+    if weights and not options.overwrite:
+        raise UsageError(
+            f"{remote.repo_id}: holds weights that are not of such a folder ({weights[0]}); choose "
+            "another repository, or --overwrite to replace them"
+        )
+
+
+def _plan(
+    subject: Subject, remote: Remote, sums: Mapping[str, str], options: PushOptions
+) -> PushReport:
+    """What has to change in the repository."""
+    stale = [n for n in remote.files if _WEIGHTS.fullmatch(n) and n not in subject.files]
+    marks = [record for record in _RECORDS if record in subject.files]
+    if stale and not any(mark in remote.files for mark in marks):
+        _check_foreign(remote, stale, options)
+    base_model = options.base_model or subject.base_model
+    card = make_card(
+        subject,
+        remote.repo_id,
+        sums,
+        base_model=base_model,
+        source_card=_source_card(subject, base_model),
+        existing=remote.card or (subject.local_card if _is_own_text(subject) else None),
+    )
+    changed = [n for n in sums if not remote.same(n, subject.folder / n, sums[n])]
+    size = sum(subject.sizes[name] for name in changed)
+    there = remote.files.get(CARD)
+    data = card.encode()
+    if there is None or there.blob_id != git_sha1(data):
+        changed.append(CARD)
+        size += len(data)
+    return PushReport(
+        repo_id=remote.repo_id,
+        url=remote.url,
+        revision=remote.branch,
+        kind=subject.kind.value,
+        base_model=base_model,
+        relation=subject.relation,
+        commit=None,
+        created=not remote.exists,
+        dry_run=options.dry_run,
+        uploaded=tuple(sorted(changed)),
+        bytes=size,
+        unchanged=tuple(sorted({*sums, CARD} - {*changed})),
+        deleted=tuple(stale),
+        card=card,
+        seconds=0.0,
+    )
+
+
+def _is_own_text(subject: Subject) -> bool:
+    """Whether the folder's README.md is about the folder, not a copy of the source's card."""
+    return is_ours(subject.local_card) or subject.kind == Kind.ADAPTER
+
+
+def _source_card(subject: Subject, base_model: str | None) -> str | None:
+    """The card of the base model: the copy in the folder, else from the Hub where it can be had."""
+    if subject.local_card is not None and not _is_own_text(subject):
+        return subject.local_card
+    if base_model is None:
+        return None
+    revision = subject.source.get("revision") if base_model == subject.source.get("model") else None
+    try:
+        path = hf_hub_download(base_model, CARD, revision=revision)
+    except Exception:  # gated, private, gone: the licence can be written into the card by hand
+        return None
+    return Path(path).read_bytes().decode("utf-8", "replace")
+
+
+def _commit(subject: Subject, remote: Remote, push: PushReport, options: PushOptions) -> str:
+    """Commit, and try again where that may help; an answer that got lost is found out about."""
+    files: dict[str, Path | bytes] = {
+        name: push.card.encode() if name == CARD else subject.folder / name
+        for name in push.uploaded
+    }
+    deleted = [name for name in push.deleted if name in remote.files]
+    message = options.message or f"Upload {subject.kind.value} with irq-convert"
+
+    def attempt() -> str:
+        try:
+            return commit(remote, files, deleted, message)
+        except Exception as error:
+            if not hub_errors.is_transient(error):
+                raise
+            now = look(remote.repo_id, remote.branch)
+            card = now.files.get(CARD)
+            if now.head == remote.head or card is None:
+                raise
+            return now.head or ""  # `_check_arrived` tells whether it is ours
+
+    with push_errors(remote.repo_id):
+        return hub_errors.retrying(attempt)
+
+
+def _check_arrived(
+    subject: Subject, remote: Remote, sums: Mapping[str, str], push: PushReport
+) -> None:
+    """Compare what the Hub lists with the folder. Raises `IrqError` naming what is missing."""
+    wrong = [n for n in sums if not remote.same(n, subject.folder / n, sums[n])]
+    card = remote.files.get(CARD)
+    if card is None or card.blob_id != git_sha1(push.card.encode()):
+        wrong.append(CARD)
+    wrong += [name for name in push.deleted if name in remote.files]
+    if wrong:
+        raise IrqError(
+            f"{remote.repo_id}: after the push {wrong[0]} is not what was sent: another push may "
+            "have come in between; push again"
+        )

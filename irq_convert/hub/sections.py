@@ -1,0 +1,225 @@
+"""The body of a model card: how to load, how it was made, sizes, losses, checksums."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from irq_convert.checkpoint.system import format_bytes
+from irq_convert.hub.subject import Kind, Subject
+
+WORST = 10
+
+
+def body(subject: Subject, repo_id: str, base_model: str | None, sums: Mapping[str, str]) -> str:
+    """The part of the card that each push writes anew; `sums` are sha256 by file."""
+    parts = [f"# {repo_id.rpartition('/')[2]}", _intro(subject, base_model)]
+    parts += ["## Load", _load(subject, repo_id, base_model)]
+    parts += _made(subject)
+    if subject.kind in (Kind.ARTIFACT, Kind.MERGED):
+        parts += _losses(subject)
+    if subject.kind == Kind.ADAPTER:
+        parts += _training(subject)
+    parts += ["## Files", _files(subject, sums)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _intro(subject: Subject, base_model: str | None) -> str:
+    source = subject.source.get("model")
+    name = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else source
+    name = name or "a model"
+    commit = subject.source.get("revision")
+    at = f" (commit `{commit}`)" if commit and base_model == source else ""
+    producer = subject.note.get("producer") or "irq-convert"
+    if subject.kind == Kind.ARTIFACT:
+        return (
+            f"{name}{at}, its linear layers quantized to {_bits(subject)} bits by `{producer}` "
+            "(IR-QLoRA's information calibration, arXiv:2402.05445). It loads with transformers "
+            "and stays trainable with LoRA."
+        )
+    if subject.kind == Kind.MERGED:
+        return (
+            f"{name}{at} with {_adapters(subject)} merged in by `{producer}`, its linear layers in "
+            f"{_bits(subject)} bits. It loads with transformers and stays trainable with LoRA."
+        )
+    if subject.kind == Kind.DENSE:
+        adapter = subject.note["adapter"].get("name", "an adapter")
+        return f"{name}{at}, quantized, with the adapter `{adapter}` merged in by `{producer}`."
+    if subject.kind == Kind.EXPANDED:
+        return f"{name}{at}, quantized and expanded to a plain checkpoint by `{producer}`."
+    how = {"plain": "LoRA", "iec": "IEC-LoRA", "block": "block-pooled IEC-LoRA"}
+    kind = how.get(str(subject.note.get("lora")), "LoRA")
+    return f"A {kind} adapter for {name}, made by `{producer}`."
+
+
+def _bits(subject: Subject) -> str:
+    books = {str(tensor["codebook"]) for tensor in subject.note["tensors"].values()}
+    return " and ".join(sorted({book[-1] for book in books}))
+
+
+def _adapters(subject: Subject) -> str:
+    names = [f"`{each.get('name')}`" for each in subject.source.get("adapters") or ()]
+    return f"the adapter{'s' if names[1:] else ''} " + ", ".join(names)
+
+
+def _load(subject: Subject, repo_id: str, base_model: str | None) -> str:
+    if subject.kind == Kind.ADAPTER:
+        return _load_adapter(subject, repo_id, base_model)
+    own = subject.kind in (Kind.ARTIFACT, Kind.MERGED)
+    causal = any("ForCausalLM" in str(n) for n in subject.settings.get("architectures") or ())
+    tokenizer = any(name.startswith("tokenizer") for name in subject.files)
+    if own and not causal:
+        return python("import irq_convert", "", f'model = irq_convert.load("{repo_id}")')
+    names = "AutoModelForCausalLM" if causal else "AutoModel"
+    imports = f"from transformers import {names}" + (", AutoTokenizer" if tokenizer else "")
+    lines = [f'model = {names}.from_pretrained("{repo_id}", dtype="auto")']
+    if tokenizer:
+        lines.append(f'tokenizer = AutoTokenizer.from_pretrained("{repo_id}")')
+    first = ["import irq_convert  # pip install irq-convert", imports] if own else [imports]
+    return python(*first, "", *lines)
+
+
+def _load_adapter(subject: Subject, repo_id: str, base_model: str | None) -> str:
+    plain = subject.note.get("lora", "plain") == "plain"
+    base = base_model or "./the-artifact"
+    text = python(
+        *(() if plain else ("import irq_convert.adapters  # pip install irq-convert",)),
+        "import irq_convert",
+        "from peft import PeftModel",
+        "",
+        f'model = irq_convert.load("{base}")',
+        f'model = PeftModel.from_pretrained(model, "{repo_id}")',
+    )
+    identity = (subject.note.get("base") or {}).get("sha256")
+    if identity and subject.artifact_id is None:
+        name = (subject.note.get("base") or {}).get("model")
+        text = text.replace(f'"{base}"', '"./the-artifact"')
+        text += (
+            f"\n\nIt was trained on the artifact `{name}`, whose identity (sha256) is `{identity}`."
+        )
+    return text
+
+
+def python(*lines: str) -> str:
+    """A block of Python."""
+    return "\n".join(["```python", *lines, "```"])
+
+
+def _made(subject: Subject) -> list[str]:
+    if subject.kind == Kind.ARTIFACT:
+        return ["## How it was made", f"```\n{quantize_command(subject)}\n```"]
+    if subject.kind in (Kind.MERGED, Kind.DENSE):
+        return ["## How it was made", f"```\n{_merge_command(subject)}\n```"]
+    return []
+
+
+def quantize_command(subject: Subject) -> str:
+    """The command that makes this artifact again, with all that decides its bytes."""
+    options = dict(subject.note["options"])
+    words = ["irq-convert", "quantize", str(subject.source.get("model"))]
+    if subject.source.get("revision"):
+        words += ["--revision", str(subject.source["revision"])]
+    book = str(options.pop("codebook", ""))
+    words += ["--bits", book[-1:], "--codebook", book[:-1]]
+    size = options.pop("max_shard_bytes", None)
+    for pattern, bits in options.pop("bits_for", ()):
+        words += ["--bits-for", f"{pattern}={bits}"]
+    words += _flags(options)
+    if isinstance(size, int):
+        words += ["--max-shard-size", repr(size / 1e9)]
+    return shlex.join(words)
+
+
+def _flags(options: Mapping[str, Any]) -> Iterable[str]:
+    for key, value in options.items():
+        flag = "--" + key.replace("_", "-")
+        if isinstance(value, bool):
+            yield from [flag] if value else []
+        elif isinstance(value, list):
+            for item in value:
+                yield from (flag, str(item))
+        elif value is not None:
+            yield from (flag, str(value))
+
+
+def _merge_command(subject: Subject) -> str:
+    options = {k: v for k, v in subject.note["options"].items() if k not in ("base", "refine")}
+    options.pop("max_shard_bytes", None)
+    if subject.kind == Kind.MERGED:
+        base, adapter = subject.source.get("base") or {}, subject.source["adapters"][-1]
+    else:
+        base, adapter = subject.note.get("base") or {}, subject.note["adapter"]
+    words = ["irq-convert", "merge", str(base.get("model")), str(adapter.get("name")), "OUT"]
+    to = {"to": "irq" if subject.kind == Kind.MERGED else "dense"}
+    known = ("to", "dtype", "tau", "objective", "min_survival")
+    return shlex.join([*words, *_flags({k: v for k, v in (to | options).items() if k in known})])
+
+
+def _losses(subject: Subject) -> list[str]:
+    totals, tensors = subject.note["totals"], subject.note["tensors"]
+    size = sum(subject.sizes.values())
+    share = totals["quantized_weights"] / max(1, totals["weights"])
+    facts = [
+        ("size of all files", format_bytes(size)),
+        ("weights", f"{totals['weights']:,}, of which {share:.1%} quantized"),
+        ("bits per quantized weight", f"{totals['bits_per_weight']:.4f}"),
+        ("entropy of the codes, plain", f"{totals['entropy_plain']:.4f} bits"),
+        ("entropy of the codes, stored", f"{totals['entropy']:.4f} bits"),
+        ("squared error, of the weights' energy", f"{totals['relative_error']:.6f}"),
+    ]
+    worst = sorted(tensors.items(), key=lambda item: (-item[1]["relative_error"], item[0]))
+    rows = [
+        (f"`{name}`", t["codebook"], f"{t['entropy']:.4f}", f"{t['relative_error']:.6f}")
+        for name, t in worst[:WORST]
+    ]
+    return [
+        "## Size and loss",
+        table(("", ""), facts),
+        f"Of {len(tensors)} quantized tensors, those with the largest error:",
+        table(("tensor", "codebook", "entropy", "error"), rows),
+        "`irq-convert verify` recomputes these figures from the source.",
+    ]
+
+
+def _training(subject: Subject) -> list[str]:
+    training = subject.note.get("training") or {}
+    losses = training.get("losses") or {}
+    facts = [("rank, alpha", f"{subject.settings.get('r')}, {subject.settings.get('lora_alpha')}")]
+    recipe = training.get("recipe") or {}
+    facts += [
+        (label, str(recipe[key]))
+        for key, label in (
+            ("steps", "steps"),
+            ("batch_size", "batch size"),
+            ("learning_rate", "learning rate"),
+            ("sequence_length", "sequence length"),
+            ("dropout", "dropout"),
+            ("seed", "seed"),
+        )
+        if recipe.get(key) is not None
+    ]
+    for key, label in (("heldout_before", "before"), ("heldout_after", "after")):
+        found = losses.get(key)
+        if found:
+            value = f"{found['value']:.4f}" + (f" ± {found['se']:.4f}" if found.get("se") else "")
+            facts.append((f"held-out loss {label}", f"{value} nats a token"))
+    curve = ["![loss](loss.png)"] if "loss.png" in subject.files else []
+    return ["## Training", table(("", ""), facts), *curve]
+
+
+def _files(subject: Subject, sums: Mapping[str, str]) -> str:
+    rows = [(f"`{name}`", f"{subject.sizes[name]:,}", f"`{sums[name]}`") for name in sorted(sums)]
+    lines = ["<details><summary>sha256 of each file</summary>", "", table(_COLUMNS, rows), ""]
+    return "\n".join([*lines, "</details>"])
+
+
+_COLUMNS = ("file", "bytes", "sha256")
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; bars in cells are escaped."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines
+    )

@@ -1,0 +1,141 @@
+"""What a folder that is to be pushed holds: an artifact, a merged model or an adapter."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from irq_convert.adapters.settings import CONFIG_FILE, NOTE_FILE, WEIGHTS_FILE
+from irq_convert.artifact.checksums import list_files
+from irq_convert.artifact.manifest import MANIFEST_NAME, read_manifest
+from irq_convert.checkpoint.layout import LOCK_NAME, PICKLE_SUFFIXES
+from irq_convert.checkpoint.source import read_json_object
+from irq_convert.checkpoint.system import os_errors
+from irq_convert.errors import UsageError
+from irq_convert.merge.plan import MERGE_NAME
+
+CARD = "README.md"
+_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+class Kind(StrEnum):
+    """What is pushed."""
+
+    ARTIFACT = "artifact"
+    MERGED = "merged artifact"
+    DENSE = "merged model"
+    EXPANDED = "expanded model"
+    ADAPTER = "adapter"
+
+
+RELATIONS = {
+    Kind.ARTIFACT: "quantized",
+    Kind.MERGED: "finetune",
+    Kind.DENSE: "finetune",
+    Kind.EXPANDED: "quantized",
+    Kind.ADAPTER: "adapter",
+}
+"""The Hub's word for how each is related to its base model."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A folder to push: `files` are relative paths without the card, `note` is its record.
+
+    `note` is the manifest of an artifact, `irq_merge.json` or `irq_adapter.json`; empty where there
+    is none. `settings` is config.json or adapter_config.json.
+    """
+
+    folder: Path
+    kind: Kind
+    files: tuple[str, ...]
+    note: Mapping[str, Any]
+    settings: Mapping[str, Any]
+
+    @property
+    def relation(self) -> str:
+        return RELATIONS[self.kind]
+
+    @property
+    def source(self) -> Mapping[str, Any]:
+        """The original model, as the record of the artifact names it: `model`, `revision`."""
+        if self.kind in (Kind.ARTIFACT, Kind.MERGED):
+            return self.note.get("source") or {}
+        base = self.note.get("base") or {}
+        return base.get("source") or {}
+
+    @property
+    def base_model(self) -> str | None:
+        """The Hub id of the base model; None where it is not known to be on the Hub."""
+        if self.kind == Kind.ADAPTER and self.artifact_id is not None:
+            return self.artifact_id
+        model, revision = self.source.get("model"), self.source.get("revision")
+        known = isinstance(revision, str) and _COMMIT.fullmatch(revision)
+        return model if known and isinstance(model, str) else None
+
+    @property
+    def artifact_id(self) -> str | None:
+        """The Hub id of the artifact that an adapter was trained on, where it came from there."""
+        name = (self.note.get("base") or {}).get("model")
+        return name if isinstance(name, str) and _ID.fullmatch(name) else None
+
+    @cached_property
+    def sizes(self) -> Mapping[str, int]:
+        with os_errors("look at its files", self.folder):
+            return {name: (self.folder / name).stat().st_size for name in self.files}
+
+    @cached_property
+    def local_card(self) -> str | None:
+        """The text of the folder's own README.md."""
+        path = self.folder / CARD
+        with os_errors("read it", path):
+            return path.read_bytes().decode("utf-8", "replace") if path.is_file() else None
+
+
+def open_subject(folder: Path) -> Subject:
+    """Tell what `folder` is, from its small files.
+
+    Raises `UsageError` for a folder of another kind or of an unfinished run, and `IrqError` when a
+    file of it cannot be read.
+    """
+    folder = Path(folder)
+    with os_errors("look at it", folder):
+        if not folder.is_dir():
+            raise UsageError(f"{folder}: no such folder; give an artifact, adapter or merged model")
+        _check_finished(folder)
+        files = [name for name in list_files(folder) if name != CARD]
+    if MANIFEST_NAME in files:
+        manifest = read_manifest(folder)
+        kind = Kind.MERGED if manifest["source"].get("adapters") else Kind.ARTIFACT
+        return Subject(folder, kind, tuple(files), manifest, _settings(folder, "config.json"))
+    if MERGE_NAME in files:
+        note = read_json_object(folder / MERGE_NAME)
+        kind = Kind.DENSE if note.get("adapter") else Kind.EXPANDED
+        return Subject(folder, kind, tuple(files), note, _settings(folder, "config.json"))
+    if CONFIG_FILE in files and WEIGHTS_FILE in files:
+        note = read_json_object(folder / NOTE_FILE) if NOTE_FILE in files else {}
+        wanted = [n for n in files if "/" not in n and not n.lower().endswith(PICKLE_SUFFIXES)]
+        return Subject(folder, Kind.ADAPTER, tuple(wanted), note, _settings(folder, CONFIG_FILE))
+    raise UsageError(
+        f"{folder}: neither an artifact ({MANIFEST_NAME}) nor an adapter ({CONFIG_FILE}) nor a "
+        f"merged model ({MERGE_NAME}); give a folder that quantize, finetune or merge has written"
+    )
+
+
+def _check_finished(folder: Path) -> None:
+    real = folder.resolve()
+    if real.name.endswith(".partial") or (real / LOCK_NAME).exists():
+        raise UsageError(f"{folder}: of a run that is not finished; let it finish, then push that")
+    unfinished = next(real.glob(".*.tmp-*"), None) or next(real.glob("*.partial"), None)
+    if unfinished is not None:
+        raise UsageError(f"{unfinished}: left by a run that was killed; remove it before pushing")
+
+
+def _settings(folder: Path, name: str) -> Mapping[str, Any]:
+    return read_json_object(folder / name) if (folder / name).is_file() else {}

@@ -1,0 +1,103 @@
+"""`push`, and `quantize --push-to-hub`, as a user runs them, with the Hub on loopback."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from hub.server import Hub, serve
+from hub.state import World
+
+from .process import Result, assert_fails, fresh, listing
+from .sources import make_source
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    world = World()
+    folder = make_source(tmp_path / "repo", shards=3)
+    world.add("org/model", {path.name: path.read_bytes() for path in folder.iterdir()})
+    return world
+
+
+@pytest.fixture
+def server(world: World) -> Iterator[Hub]:
+    with serve(world) as running:
+        yield running
+
+
+def run(server: Hub, cwd: Path, *args: object, token: str = "hf_writer") -> Result:
+    return fresh(
+        *args,
+        cwd=cwd,
+        HF_ENDPOINT=server.url,
+        HF_HOME=str(cwd / "home"),
+        HF_HUB_CACHE=str(cwd / "home" / "hub"),
+        HF_TOKEN=token,
+        HF_HUB_DISABLE_IMPLICIT_TOKEN="0",
+        HF_HUB_DISABLE_XET="1",
+        HF_HUB_DISABLE_TELEMETRY="1",
+        HF_HUB_OFFLINE="0",
+        NO_PROXY="127.0.0.1,localhost",
+        no_proxy="127.0.0.1,localhost",
+    )
+
+
+def test_from_the_hub_to_the_hub(world: World, server: Hub, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    args = ["quantize", "org/model", "out", "--bits", 3, "--stream", "--json"]
+    result = run(server, work, *args, "--push-to-hub", "org/model-3bit", "--private")
+    assert (result.code, result.err) == (0, ""), result
+    report = json.loads(result.out)
+    repo = world.repos["org/model-3bit"]
+    assert repo.private
+    assert report["push"]["commit"] == repo.branches["main"]
+    files = {n: b for n, b in repo.main.items() if n not in (".gitattributes", "README.md")}
+    assert files == listing(work / "out")
+    kept = [path for path in (work / "home").rglob("*.safetensors") if "headers" not in path.parts]
+    assert kept == []  # nothing stays of the source but its headers
+    local = fresh("quantize", tmp_path / "repo", work / "local", "--bits", 3)
+    assert local.code == 0, local
+    both = listing(work / "local"), listing(work / "out")
+    assert both[0].pop("irq_manifest.json") != both[1].pop("irq_manifest.json")
+    assert both[0] == both[1]
+    again = run(server, work, "push", "out", "org/model-3bit")
+    assert (again.code, again.err) == (0, ""), again
+    assert "nothing: the repository is up to date" in again.out
+    dry = run(server, work, "push", "out", "org/elsewhere", "--dry-run", token="")
+    assert (dry.code, dry.err) == (0, ""), dry
+    for words in ("would upload", "model.safetensors", "base_model: org/model", "# elsewhere"):
+        assert words in dry.out
+    assert "org/elsewhere" not in world.repos
+
+
+def test_a_target_that_cannot_be_pushed_to_is_refused_first(
+    world: World, server: Hub, tmp_path: Path
+) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    args = ["quantize", "org/model", "out"]
+    to = ["--push-to-hub", "org/x"]
+    assert_fails(run(server, work, *args, *to, token=""), 1, "org/x", "no token")
+    assert_fails(run(server, work, *args, "--private"), 2, "--private", "--push-to-hub")
+    assert not (work / "out").exists()
+    assert not server.asked("GET", "org/model")
+
+
+def test_a_push_that_fails_leaves_the_artifact_and_says_how_to_go_on(
+    world: World, server: Hub, tmp_path: Path
+) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    server.fail("status", "/commit/", "POST", times=1000, status=400)
+    result = run(server, work, "quantize", "org/model", "out", "--json", "--push-to-hub", "org/x")
+    assert_fails(result, 1, "org/x", "HTTP 400", "irq-convert push out org/x")
+    server.faults.clear()
+    assert run(server, work, "push", "out", "org/x").code == 0
+    assert "irq_manifest.json" in world.repos["org/x"].main

@@ -1,0 +1,146 @@
+"""Adapters and merged models on the Hub: what is sent, and what their cards say."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from huggingface_hub import RepoCard
+
+from irq_convert.artifact.manifest import MANIFEST_NAME
+from irq_convert.errors import IrqError
+from irq_convert.hub.push import PushOptions, push_folder
+from irq_convert.merge.options import Check, MergeOptions, Target
+from irq_convert.merge.run import merge_adapter
+
+from .conftest import BASE, base_files
+from .state import World
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from merge.make import change_weights, write_adapter
+
+pytestmark = pytest.mark.usefixtures("clock")
+
+
+@pytest.fixture
+def adapter(artifact: Path, tmp_path: Path) -> Path:
+    """Block-pooled, with the note that finetune writes, and files that are not to be sent."""
+    folder = write_adapter(tmp_path / "tales", artifact, kind="block", size=0.001)
+    source = json.loads((artifact / MANIFEST_NAME).read_text())["source"]
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    note = {
+        "format": "irq-adapter",
+        "format_version": 1,
+        "producer": "irq-convert 0",
+        "base": {"sha256": settings["base_sha256"], "model": "base-irq", "source": source},
+        "lora": "block",
+        "training": {
+            "recipe": {"steps": 7, "learning_rate": 2e-4},
+            "losses": {"heldout_after": {"value": 1.25, "se": 0.125}},
+        },
+    }
+    (folder / "irq_adapter.json").write_text(json.dumps(note))
+    (folder / "loss.png").write_bytes(b"png")
+    (folder / "optimizer.pt").write_bytes(b"pickle")
+    (folder / ".training").mkdir()
+    (folder / ".training" / "run.json").write_text("{}")
+    (folder / "checkpoint-3").mkdir()
+    (folder / "checkpoint-3" / "adapter_model.safetensors").write_bytes(b"older")
+    return folder
+
+
+def merged(artifact: Path, adapter: Path, out: Path, to: Target) -> Path:
+    merge_adapter(artifact, adapter, out, MergeOptions(to=to, check=Check.NONE, threads=1))
+    return out
+
+
+def pushed(world: World, folder: Path, **options: object) -> tuple[dict[str, object], str]:
+    """Push twice, the second time for nothing; metadata and text of the card."""
+    report = push_folder(folder, "org/x", PushOptions(**options))  # type: ignore[arg-type]
+    assert push_folder(folder, "org/x", PushOptions(**options)).uploaded == ()  # type: ignore[arg-type]
+    assert world.repos["org/x"].main["README.md"].decode() == report.card
+    return dict(RepoCard(report.card).data.to_dict()), report.card
+
+
+def test_an_adapter(world: World, adapter: Path) -> None:
+    world.add(BASE, base_files())
+    found, text = pushed(world, adapter, base_model=BASE)
+    assert set(world.repos["org/x"].main) == {
+        *("adapter_config.json", "adapter_model.safetensors", "irq_adapter.json", "loss.png"),
+        *(".gitattributes", "README.md"),
+    }
+    assert (found["base_model"], found["base_model_relation"]) == (BASE, "adapter")
+    assert found["library_name"] == "peft"
+    assert found["tags"] == ["irq-convert", "lora", "iec-lora"]
+    assert found["license_name"] == "tales"  # from the base's card, on the Hub
+    for words in ("block-pooled", "1.2500 ± 0.1250", "| steps | 7 |", "![loss](loss.png)"):
+        assert words in text
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    assert f"identity (sha256) is `{settings['base_sha256']}`" in text
+
+
+def test_an_adapter_of_an_artifact_on_the_hub_names_it(world: World, adapter: Path) -> None:
+    note = json.loads((adapter / "irq_adapter.json").read_text())
+    note["base"]["model"] = "org/base-irq"
+    (adapter / "irq_adapter.json").write_text(json.dumps(note))
+    found, text = pushed(world, adapter)
+    assert found["base_model"] == "org/base-irq"
+    assert 'irq_convert.load("org/base-irq")' in text
+
+
+def test_an_adapter_with_nan_or_damage_is_not_pushed(world: World, adapter: Path) -> None:
+    change_weights(adapter, lambda tensors: next(iter(tensors.values())).fill_(float("nan")))
+    with pytest.raises(IrqError, match="NaN"):
+        push_folder(adapter, "org/x")
+    (adapter / "adapter_model.safetensors").write_bytes(b"short")
+    with pytest.raises(IrqError, match=r"adapter_model\.safetensors"):
+        push_folder(adapter, "org/x")
+    assert world.repos == {}
+
+
+def test_a_folded_adapter(world: World, artifact: Path, adapter: Path, tmp_path: Path) -> None:
+    folder = merged(artifact, adapter, tmp_path / "plain", Target.ADAPTER)
+    found, text = pushed(world, folder)
+    assert (found["base_model"], found["base_model_relation"]) == (BASE, "adapter")
+    assert found["tags"] == ["irq-convert", "lora"]
+    assert "import irq_convert.adapters" not in text
+
+
+def test_a_merged_artifact(world: World, artifact: Path, adapter: Path, tmp_path: Path) -> None:
+    folder = merged(artifact, adapter, tmp_path / "merged", Target.IRQ)
+    found, text = pushed(world, folder)
+    assert (found["base_model"], found["base_model_relation"]) == (BASE, "finetune")
+    assert "irq" in found["tags"]  # type: ignore[operator]
+    assert found["license_name"] == "tales"
+    assert "irq-convert merge base-irq tales OUT --to irq" in text
+    assert "the adapter `tales` merged in" in text
+
+
+def test_a_dense_merge(world: World, artifact: Path, adapter: Path, tmp_path: Path) -> None:
+    folder = merged(artifact, adapter, tmp_path / "dense", Target.DENSE)
+    found, text = pushed(world, folder)
+    assert (found["base_model"], found["base_model_relation"]) == (BASE, "finetune")
+    assert found["library_name"] == "transformers"
+    assert "irq" not in found["tags"]  # type: ignore[operator]
+    assert "irq-convert merge base-irq tales OUT --to dense" in text
+    assert "import irq_convert" not in text
+    with (folder / "model.safetensors").open("ab") as file:
+        file.write(b"too long")
+    with pytest.raises(IrqError, match=r"model\.safetensors"):
+        push_folder(folder, "org/x")
+
+
+def test_a_base_that_is_not_on_the_hub_is_not_invented(world: World, artifact: Path) -> None:
+    path = artifact / MANIFEST_NAME
+    manifest = json.loads(path.read_text())
+    manifest["source"] |= {"model": "org/looks-like-an-id", "revision": None}
+    path.write_text(json.dumps(manifest))
+    found, text = pushed(world, artifact)
+    assert "base_model" not in found
+    assert "base_model_relation" not in found
+    assert "org/looks-like-an-id, its linear layers" in text
+    again = push_folder(artifact, "org/x", PushOptions(base_model=BASE))
+    assert again.uploaded == ("README.md",)
+    assert RepoCard(again.card).data["base_model"] == BASE
