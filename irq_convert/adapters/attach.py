@@ -41,13 +41,15 @@ def attach(
 
     `config` is an `IecLoraConfig` (the default: rank 64, alpha 16, all linear layers but the head)
     or any `LoraConfig`, and is not changed; without `target_modules` it means "all-linear". The
-    adapter's dtype is float32 whatever the model's. Raises `UsageError` when `model` has adapters
-    already.
+    adapter's dtype is float32 whatever the model's. Experts of a mixture are not among all linear
+    layers; where the files hold a tensor for each, they can be named. Raises `UsageError` when
+    `model` has adapters already, or when PEFT would put them on packed stacks of experts.
     """
     from peft import PeftModel, get_peft_model
 
     from irq_convert.adapters.config import IecLoraConfig
     from irq_convert.adapters.peft_type import register
+    from irq_convert.adapters.targets import prepare_stock_targets
 
     register()
     if isinstance(model, PeftModel):
@@ -57,5 +59,7 @@ def attach(
     config = copy.deepcopy(config)  # what is recorded in it is of this model alone
     if not config.target_modules and not config.target_parameters:
         config.target_modules = "all-linear"
+    if not isinstance(config, IecLoraConfig):
+        prepare_stock_targets(model, config)
     prepare_for_training(model, gradient_checkpointing=gradient_checkpointing)
     return get_peft_model(model, config, adapter_name=adapter_name)

@@ -30,7 +30,7 @@ from irq_convert.core.elastic import (
 from irq_convert.core.statistics import expand_statistic
 from irq_convert.errors import IrqError, UsageError
 from irq_convert.hf import autoload
-from irq_convert.nn.linear import IrqLinear
+from irq_convert.nn.linear import IrqLinear, dense_layer
 from irq_convert.nn.lowrank import add_low_rank
 
 if TYPE_CHECKING:
@@ -256,20 +256,17 @@ class IecLoraLinear(LoraLinear):
         _require_finite(tau, names)
         moved = replace(q, tau=tau.float(), tau_grid=None)
         layer = IrqLinear.from_quantized(moved)
+        layer.fmt = replace(layer.fmt, transposed=base.fmt.transposed)
         layer.bias = base.bias  # itself: a new parameter would require gradients
         layer.dense_dtype = base.dense_dtype
         return layer.train(base.training)
 
-    def _densify(self, base: IrqLinear, names: list[str]) -> nn.Linear:
+    def _densify(self, base: IrqLinear, names: list[str]) -> nn.Module:
         weight = base.dequantize(torch.float32)
         for name in names:
             weight += self._variant(name).delta(self, name).to(weight.dtype)
         _require_finite(weight, names)
-        dense = nn.Linear(base.in_features, base.out_features, base.bias is not None, device="meta")
-        dense.weight = nn.Parameter(weight.to(base.dense_dtype), requires_grad=False)
-        if base.bias is not None:
-            dense.bias = base.bias
-        return dense.train(base.training)
+        return dense_layer(base, nn.Parameter(weight.to(base.dense_dtype), requires_grad=False))
 
     def __repr__(self) -> str:
         return super().__repr__().replace("lora.", "iec_lora.", 1)

@@ -10,6 +10,7 @@ from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import LoraLayer
 
 from irq_convert.adapters.layer import IecLoraLinear
+from irq_convert.adapters.targets import prepare_targets
 from irq_convert.errors import IrqError, UsageError
 from irq_convert.hf import autoload
 from irq_convert.hf.identity import forget_identity, model_identity
@@ -20,6 +21,7 @@ class IecLoraModel(LoraModel):
 
     def _prepare_model(self, peft_config: Any, model: Any) -> None:
         super()._prepare_model(peft_config, model)
+        prepare_targets(model, peft_config)
         identity = model_identity(model)
         if peft_config.base_sha256 is None:
             peft_config.base_sha256 = identity

@@ -19,13 +19,17 @@ PART_SUFFIXES = ("_scale", "_tau", "_scale_grid", "_tau_grid")
 
 @dataclass(frozen=True)
 class ModuleFormat:
-    """How one tensor is stored; `columns` is None when it follows from the packed width."""
+    """How one tensor is stored; `columns` is None when it follows from the packed width.
+
+    `transposed` says that the last two dimensions of the source are stored swapped.
+    """
 
     codebook: str
     block_size: int
     scale_dtype: str = "uint8"
     tau_dtype: str = "uint8"
     columns: int | None = None
+    transposed: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.codebook, str) or self.codebook not in CODEBOOKS:
@@ -37,6 +41,8 @@ class ModuleFormat:
                 raise IrqError(f"quantization_config: unknown dtype of a statistic {name!r}")
         if self.columns is not None and (type(self.columns) is not int or self.columns < 1):
             raise IrqError(f"quantization_config: columns must be positive, not {self.columns!r}")
+        if type(self.transposed) is not bool:
+            raise IrqError(f"quantization_config: transposed cannot be {self.transposed!r}")
 
     @property
     def bits(self) -> int:
@@ -128,7 +134,10 @@ _REQUIRED = (
     "scale_dtype",
     "tau_dtype",
 )
-_MODULE_KEYS = ("codebook", "bits", "block_size", "scale_dtype", "tau_dtype", "columns")
+_MODULE_KEYS = (
+    *("codebook", "bits", "block_size", "scale_dtype", "tau_dtype"),
+    *("columns", "transposed"),
+)
 
 
 def _expect(condition: bool, key: str, value: object) -> None:
@@ -160,6 +169,8 @@ def _changes(own: ModuleFormat, default: ModuleFormat) -> dict[str, Any]:
             changes[key] = getattr(own, key)
     if own.columns is not None:
         changes["columns"] = own.columns
+    if own.transposed:
+        changes["transposed"] = True
     return changes
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from irq_convert.artifact.config import (
@@ -33,8 +33,9 @@ STATISTIC_NAMES = {"uint8": "U8", "float16": "F16", "float32": "F32"}
 class StoredTensor:
     """One quantized tensor as it lies in the files.
 
-    `name` is the source's; `leading` are the source's dimensions but the last, which `shape`
-    flattens to rows; `parts` are the stored tensors by suffix, "" for the codes.
+    `name` is the source's; `leading` are the stored tensor's dimensions but the last, which `shape`
+    flattens to rows; `parts` are the stored tensors by suffix, "" for the codes. Where
+    `format.transposed`, the last two dimensions of the source are stored swapped.
     """
 
     name: str
@@ -44,8 +45,14 @@ class StoredTensor:
     parts: Mapping[str, TensorInfo]
 
     @property
-    def source_shape(self) -> tuple[int, ...]:
+    def stored_shape(self) -> tuple[int, ...]:
+        """Of the weights as they are stored, inputs last."""
         return (*self.leading, self.shape.cols)
+
+    @property
+    def source_shape(self) -> tuple[int, ...]:
+        """Of the weights in the source."""
+        return swapped(self.stored_shape) if self.format.transposed else self.stored_shape
 
     @property
     def weights(self) -> int:
@@ -66,8 +73,14 @@ class Structure:
     problems: tuple[str, ...]
 
 
+def swapped(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """`shape` with its last two dimensions exchanged."""
+    return (*shape[:-2], shape[-1], shape[-2])
+
+
 def part_specs(name: str, shape: tuple[int, ...], fmt: ModuleFormat) -> dict[str, TensorSpec]:
     """The stored tensors of source tensor `name` of `shape`, by suffix."""
+    shape = swapped(shape) if fmt.transposed else shape
     leading = shape[:-1]
     blocks = BlockShape(math.prod(leading), shape[-1], fmt.block_size, fmt.bits)
     specs = {"": TensorSpec(name, "U8", (*leading, blocks.row_bytes))}
@@ -146,7 +159,12 @@ def _stored(
             f"columns {cols}, which {fmt.codebook} packs to {-(-cols * fmt.bits // 8)}: {WAY_OUT}"
         )
     leading = info.shape[:-1]
-    specs = part_specs(name, (*leading, cols), fmt)
+    if fmt.transposed and len(leading) < 1:
+        raise IrqError(
+            f"{name} in {info.shard.name} is {_words(info)}, but its override says transposed, "
+            f"which needs two dimensions: {WAY_OUT}"
+        )
+    specs = part_specs(name, (*leading, cols), replace(fmt, transposed=False))
     what = f"{fmt.codebook} in blocks of {fmt.block_size}, shape {[*leading, cols]},"
     for spec in specs.values():
         _check_part(tensors.get(spec.name), spec, what)

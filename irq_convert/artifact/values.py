@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from irq_convert.artifact.contents import flat, read_part, read_quantized
+from irq_convert.artifact.contents import read_part, read_quantized
 from irq_convert.artifact.structure import WAY_OUT, StoredTensor
+from irq_convert.checkpoint.columns import row_tiles
 from irq_convert.checkpoint.header import TensorInfo
 from irq_convert.checkpoint.reader import TileReader
 from irq_convert.core.blocks import GROUP_SIZE, BlockShape
@@ -57,6 +58,17 @@ def tiles(shape: BlockShape) -> Iterator[tuple[int, int]]:
     step = shape.tile_rows(TILE_WEIGHTS)
     for start in range(0, shape.rows, step):
         yield start, min(shape.rows, start + step)
+
+
+def source_tiles(
+    reader: TileReader, tensor: StoredTensor, dense: TensorInfo
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Rows of `dense`, the source of `tensor` or its decoded twin, as `tensor` has them.
+
+    `(start, [rows, cols])` in the dtype of the file, by the tiles of `tiles`.
+    """
+    step = tensor.shape.tile_rows(TILE_WEIGHTS)
+    return row_tiles(reader, dense, step, tensor.format.transposed)
 
 
 def check_values(reader: TileReader, tensor: StoredTensor) -> str | None:
@@ -129,9 +141,9 @@ def _bad_statistic(suffix: str, values: torch.Tensor, start: int) -> str | None:
 def measure(reader: TileReader, tensor: StoredTensor, source: TensorInfo) -> Measured:
     """Compare `tensor` with its source, in float64, and count its codes."""
     error = energy = bits = 0.0
-    for start, stop in tiles(tensor.shape):
-        stored = read_quantized(reader, tensor, start, stop)
-        dense = reader.read_rows(flat(source, tensor.shape.rows), start, stop).double()
+    for start, rows in source_tiles(reader, tensor, source):
+        stored = read_quantized(reader, tensor, start, start + rows.shape[0])
+        dense = rows.double()
         energy += float(dense.square().sum())
         error += float(dense.sub_(dequantize_tensor(stored)).square_().sum())
         bits += _code_bits(stored)
@@ -176,10 +188,10 @@ def first_difference(
     reader: TileReader, tensor: StoredTensor, source: TensorInfo, spec: QuantSpec
 ) -> str | None:
     """Quantize the source again and name the first stored part and row that is not the same."""
-    for start, stop in tiles(tensor.shape):
-        dense = reader.read_rows(flat(source, tensor.shape.rows), start, stop)
+    for start, dense in source_tiles(reader, tensor, source):
         fresh = quantize_tensor(dense, spec, name=tensor.name).parts()
-        for suffix, part in read_quantized(reader, tensor, start, stop).parts().items():
+        stored = read_quantized(reader, tensor, start, start + dense.shape[0])
+        for suffix, part in stored.parts().items():
             # Bytes, so that a NaN equals itself.
             same = part.view(torch.uint8) == fresh[suffix].view(torch.uint8)
             row = _first(~same.all(dim=1))

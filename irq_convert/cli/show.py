@@ -15,6 +15,11 @@ def facts(rows: Iterable[tuple[str, str]]) -> None:
         console.print(Text(f"{label:<16} ", style="bold") + Text(value), soft_wrap=True)
 
 
+def resume_rows(finished: int, shards: int) -> list[tuple[str, str]]:
+    """What a dry run says of shards that an earlier run has left; nothing where there are none."""
+    return [("would resume", f"{finished} of {shards} shards are there")] if finished else []
+
+
 def gigabytes(count: int) -> str:
     """Bytes in the unit that reads best, powers of ten."""
     # A unit begins where the one below would be rounded to 1000.00.

@@ -41,7 +41,7 @@ def verify_command(
 
     source = None
     if against is not None:
-        from irq_convert.convert.run import open_source
+        from irq_convert.checkpoint.locate import open_source
 
         source = open_source(against, revision)
     with _progress_bar() as progress:

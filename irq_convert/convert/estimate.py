@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 
+from irq_convert.checkpoint.locate import Fetch, open_source
 from irq_convert.checkpoint.system import free_bytes
 from irq_convert.convert.options import ConvertOptions
-from irq_convert.convert.plan import make_plan
+from irq_convert.convert.plan import ConversionPlan, ShardPlan, make_plan
 from irq_convert.convert.progress import Progress
-from irq_convert.convert.run import check_target, compile_kernels, open_source
+from irq_convert.convert.resume import conversion_job
+from irq_convert.convert.run import check_target, compile_kernels, for_process
 from irq_convert.core.quantize import quantize_tensor
+from irq_convert.jobs.ranks import Ranks
+from irq_convert.jobs.resume import Found
+from irq_convert.jobs.run import look
 
 _SAMPLE = (256, 4096)
 
@@ -23,6 +29,9 @@ class Estimate:
     """`bytes_out` is exact, without the manifest; `seconds` comes from `rate`, measured here.
 
     `rate` is in weights a second, for the search alone; reading and writing overlap with it.
+    `kept` counts the numbers that would be copied, by the reason. `finished` of the `shards` are
+    there already and would be used; `disk_needed` is for the others. `fetched` is the most that the
+    source's files take in `fetched_to` when they come from the Hub, beside `disk_needed`.
     """
 
     model: str
@@ -40,6 +49,10 @@ class Estimate:
     bits_per_weight: float
     rate: float
     seconds: float
+    kept: Mapping[str, int] = field(default_factory=dict)
+    finished: int = 0
+    fetched: int = 0
+    fetched_to: str | None = None
 
     @property
     def share(self) -> float:
@@ -64,10 +77,16 @@ def estimate(
     Raises what the conversion would raise before reading any weight, but for a full disk.
     """
     progress = progress or Progress()
+    options = for_process(options, Ranks())
     check_target(model, out, options)
-    checkpoint = open_source(model, revision, headers_only=True)
-    progress.stage("planning")
-    plan = make_plan(checkpoint, options)
+    checkpoint = open_source(model, revision, Fetch.STREAM if options.stream else Fetch.AS_READ)
+    with checkpoint.supply:
+        progress.stage("planning")
+        plan = make_plan(checkpoint, options)
+        sizes = plan.bytes_in, plan.bytes_out, plan.bytes_needed
+        found = look(conversion_job(plan, model, out, options))
+        tensors = (tensor.info for shard in _missing(plan, found) for tensor in shard.tensors)
+        fetched_to, fetched = checkpoint.supply.room(checkpoint.feed(tensors).order)
     compile_kernels(options, progress)
     progress.stage("measuring")
     rate = measure_rate(options)
@@ -75,9 +94,9 @@ def estimate(
         model=model,
         out=str(out),
         decided_by=plan.decided_by,
-        bytes_in=plan.bytes_in,
-        bytes_out=plan.bytes_out,
-        disk_needed=plan.bytes_needed,
+        bytes_in=sizes[0],
+        bytes_out=sizes[1],
+        disk_needed=sizes[2] - (found.nbytes if found else 0),
         disk_free=free_bytes(out),
         shards=len(plan.shards),
         tensors=len(plan.tensors),
@@ -86,8 +105,23 @@ def estimate(
         quantized_weights=plan.quantized_weights,
         bits_per_weight=plan.bits_per_weight,
         rate=rate,
-        seconds=plan.quantized_weights / rate,
+        seconds=_left(plan, found) / rate,
+        kept=plan.kept,
+        finished=len(found.shards) if found else 0,
+        fetched=fetched,
+        fetched_to=str(fetched_to) if fetched else None,
     )
+
+
+def _left(plan: ConversionPlan, found: Found | None) -> int:
+    """Weights to quantize that are not in a finished shard."""
+    missing = _missing(plan, found)
+    return sum(t.info.numel for shard in missing for t in shard.tensors if t.spec is not None)
+
+
+def _missing(plan: ConversionPlan, found: Found | None) -> list[ShardPlan]:
+    there = found.shards if found else {}
+    return [shard for shard in plan.shards if shard.name not in there]
 
 
 def measure_rate(options: ConvertOptions) -> float:

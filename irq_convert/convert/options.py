@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from irq_convert.core.codebook import CODEBOOKS
 from irq_convert.core.spec import QuantSpec
 from irq_convert.errors import UsageError
+from irq_convert.jobs.resume import Resume
 
 MAX_SHARD_BYTES = 5_000_000_000
 TILE_WEIGHTS = 1 << 21
@@ -36,17 +37,23 @@ class ConvertOptions:
 
     `keep` are regular expressions of tensors to copy, `bits_for` pairs of an expression and a
     number of bits, the last match winning; both are searched for in the tensor's name. `threads`
-    is for the search, None for all cores. `tile_weights` bounds memory and never changes a byte.
+    is for the search, None for all cores. `tile_weights` bounds memory and never changes a byte,
+    `stream` the room that a Hub model takes: its files are deleted when they were read.
+    `include_towers` quantizes the linear layers of vision and audio towers, too. `resume` says
+    whether shards that an earlier run has left are used.
     """
 
     spec: QuantSpec = field(default_factory=QuantSpec)
     keep: tuple[str, ...] = ()
     bits_for: tuple[tuple[str, int], ...] = ()
+    include_towers: bool = False
     device: str = "cpu"
     threads: int | None = None
     overwrite: bool = False
     max_shard_bytes: int = MAX_SHARD_BYTES
     tile_weights: int = TILE_WEIGHTS
+    stream: bool = False
+    resume: Resume = Resume.AUTO
 
     def __post_init__(self) -> None:
         for pattern in self.keep:
@@ -71,6 +78,7 @@ class ConvertOptions:
             "zero_point": self.spec.zero_point,
             "keep": list(self.keep),
             "bits_for": [list(pair) for pair in self.bits_for],
+            "include_towers": self.include_towers,
             "max_shard_bytes": self.max_shard_bytes,
         }
 

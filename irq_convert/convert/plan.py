@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from irq_convert import __version__
 from irq_convert.artifact.config import (
-    PART_SUFFIXES,
     ModuleFormat,
     QuantizationConfig,
     module_name,
@@ -21,14 +20,21 @@ from irq_convert.checkpoint.shards import INDEX_NAME, build_index, plan_shards, 
 from irq_convert.checkpoint.source import Checkpoint
 from irq_convert.checkpoint.system import os_errors
 from irq_convert.checkpoint.writer import TensorSpec, build_header
-from irq_convert.convert.linears import find_linears
+from irq_convert.convert.linears import Linears, find_linears
 from irq_convert.convert.options import ConvertOptions, codebook_name
+from irq_convert.convert.refusals import (
+    check_copied,
+    check_expressions,
+    check_names,
+    refuse_quantized,
+)
 from irq_convert.core.blocks import BlockShape
 from irq_convert.core.spec import QuantSpec
-from irq_convert.errors import IrqError, UsageError
+from irq_convert.errors import IrqError
 
 CONFIG_NAME = "config.json"
 REPLACED_FILES = (CONFIG_NAME, MANIFEST_NAME, INDEX_NAME)
+KEPT = "kept by --keep"
 SOURCE_DTYPES = ("F32", "BF16", "F16", "F64")
 _MANIFEST_BASE = 1 << 16
 _MANIFEST_ENTRY = 1 << 10
@@ -36,16 +42,21 @@ _MANIFEST_ENTRY = 1 << 10
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """One source tensor: quantized by `spec`, or copied when `spec` is None."""
+    """One source tensor: quantized by `spec`, or copied when `spec` is None.
+
+    `transposed`: its inputs are the last dimension but one, and it is stored with the two swapped.
+    """
 
     info: TensorInfo
     spec: QuantSpec | None
+    transposed: bool = False
 
     @property
     def shape(self) -> BlockShape:
         """Block geometry of a quantized tensor."""
         assert self.spec is not None
-        rows, cols = self.info.shape
+        cols = self.info.shape[-2 if self.transposed else -1]
+        rows = self.info.numel // max(1, cols)
         return BlockShape(rows, cols, self.spec.block_size, self.spec.bits)
 
     @property
@@ -53,7 +64,7 @@ class TensorPlan:
         """The stored tensors (specification, section 3)."""
         if self.spec is None:
             return (TensorSpec(self.info.name, self.info.dtype, self.info.shape),)
-        stored = _format(self.spec)
+        stored = _format(self.spec, self.transposed)
         return tuple(part_specs(self.info.name, self.info.shape, stored).values())
 
     @property
@@ -81,12 +92,16 @@ class ShardPlan:
 
 @dataclass(frozen=True)
 class ConversionPlan:
-    """Everything that is known before any weight is read."""
+    """Everything that is known before any weight is read.
+
+    `kept`: how many numbers are copied, by the reason in words.
+    """
 
     checkpoint: Checkpoint
     shards: tuple[ShardPlan, ...]
     config: QuantizationConfig
     decided_by: str
+    kept: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def tensors(self) -> list[TensorPlan]:
@@ -173,11 +188,15 @@ def make_plan(checkpoint: Checkpoint, options: ConvertOptions) -> ConversionPlan
     not a float of 16 bits or more, a name that an output would collide with, or a model without
     linears; `UsageError` for an expression in `options` that matches nothing.
     """
-    _refuse_quantized(checkpoint)
-    linears = find_linears(checkpoint)
-    _check_expressions(options, linears.tensors, checkpoint)
+    refuse_quantized(checkpoint)
+    linears = find_linears(checkpoint, options.include_towers)
+    check_expressions(options, linears.tensors, checkpoint)
     tensors = [
-        TensorPlan(info, _spec_of(info, options) if name in linears.tensors else None)
+        TensorPlan(
+            info,
+            _spec_of(info, options) if name in linears.tensors else None,
+            name in linears.transposed,
+        )
         for name, info in checkpoint.tensors.items()
     ]
     if not any(tensor.spec for tensor in tensors):
@@ -185,8 +204,8 @@ def make_plan(checkpoint: Checkpoint, options: ConvertOptions) -> ConversionPlan
             f"{checkpoint.folder}: nothing to quantize: no linear layer found by "
             f"{linears.decided_by}{' is left after --keep' if options.keep else ''}"
         )
-    _check_names(tensors)
-    _check_copied(tensors)
+    check_names(tensors)
+    check_copied(tensors)
     kept = sorted(linears.tensors - {t.info.name for t in tensors if t.spec})
     config = _config(tensors, (*linears.modules_kept, *map(module_name, kept)), options)
     by_name = {tensor.info.name: tensor for tensor in tensors}
@@ -196,37 +215,20 @@ def make_plan(checkpoint: Checkpoint, options: ConvertOptions) -> ConversionPlan
         ShardPlan(shard_name(number, len(parts)), tuple(by_name[name] for name in names))
         for number, names in enumerate(parts, start=1)
     )
-    return ConversionPlan(checkpoint, shards, config, linears.decided_by)
+    return ConversionPlan(
+        checkpoint, shards, config, linears.decided_by, _weights_kept(tensors, linears)
+    )
 
 
-def _refuse_quantized(checkpoint: Checkpoint) -> None:
-    config = checkpoint.config or {}
-    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
-    for found in filter(None, (part.get("quantization_config") for part in parts)):
-        method = found.get("quant_method", "unknown") if isinstance(found, dict) else "unknown"
-        raise IrqError(
-            f"{checkpoint.folder}: already quantized (quant_method {method!r}); give the original "
-            "model, in float32, bfloat16 or float16"
-        )
-
-
-def _check_expressions(
-    options: ConvertOptions, names: frozenset[str], checkpoint: Checkpoint
-) -> None:
-    for option, patterns in (
-        ("--keep", options.keep),
-        ("--bits-for", tuple(pattern for pattern, _ in options.bits_for)),
-    ):
-        for pattern in patterns:
-            if any(re.search(pattern, name) for name in names):
-                continue
-            elsewhere = [name for name in checkpoint.tensors if re.search(pattern, name)]
-            hint = f"; {elsewhere[0]} is copied in any case" if elsewhere else ""
-            example = min(names) if names else "none"
-            raise UsageError(
-                f"{option} {pattern!r} matches no tensor that would be quantized{hint} "
-                f"(they are named like {example})"
-            )
+def _weights_kept(tensors: Sequence[TensorPlan], linears: Linears) -> dict[str, int]:
+    """Numbers that are copied, by the reason, the most first."""
+    found: dict[str, int] = {}
+    for tensor in tensors:
+        if tensor.spec is None:
+            asked = tensor.info.name in linears.tensors
+            why = KEPT if asked else linears.why_kept(tensor.info.name)
+            found[why] = found.get(why, 0) + tensor.info.numel
+    return dict(sorted(found.items(), key=lambda item: (-item[1], item[0])))
 
 
 def _spec_of(info: TensorInfo, options: ConvertOptions) -> QuantSpec | None:
@@ -238,7 +240,7 @@ def _spec_of(info: TensorInfo, options: ConvertOptions) -> QuantSpec | None:
             f"{info.name} {list(info.shape)} in {info.shard.name} is {info.dtype}: the source is "
             "already quantized; give the original model, in float32, bfloat16 or float16"
         )
-    if len(info.shape) != 2:
+    if len(info.shape) not in (2, 3):
         raise IrqError(f"{info.name} {list(info.shape)} is not a matrix: keep it with --keep")
     spec = options.spec
     for pattern, bits in options.bits_for:
@@ -247,33 +249,10 @@ def _spec_of(info: TensorInfo, options: ConvertOptions) -> QuantSpec | None:
     return spec
 
 
-def _check_names(tensors: Sequence[TensorPlan]) -> None:
-    """No source tensor may bear a name that means a part of a quantized one."""
-    names = {tensor.info.name for tensor in tensors}
-    for tensor in tensors:
-        for suffix in PART_SUFFIXES:
-            if tensor.spec and tensor.info.name + suffix in names:
-                raise IrqError(
-                    f"{tensor.info.name}{suffix} exists in the source, so {tensor.info.name} "
-                    "cannot be quantized (is the source quantized already?): keep it with --keep"
-                )
-
-
-def _check_copied(tensors: Sequence[TensorPlan]) -> None:
-    """A copied tensor of bytes must not look like the codes of a quantized one."""
-    names = {tensor.info.name for tensor in tensors}
-    for tensor in tensors:
-        if tensor.spec is None and tensor.info.dtype == "U8":
-            for suffix in PART_SUFFIXES:
-                if tensor.info.name + suffix in names:
-                    raise IrqError(
-                        f"{tensor.info.name} is U8 and has {tensor.info.name}{suffix} beside it: "
-                        "the source is already quantized; give the original model"
-                    )
-
-
-def _format(spec: QuantSpec) -> ModuleFormat:
-    return ModuleFormat(spec.codebook, spec.block_size, tau_dtype=spec.tau_dtype)
+def _format(spec: QuantSpec, transposed: bool = False) -> ModuleFormat:
+    return ModuleFormat(
+        spec.codebook, spec.block_size, tau_dtype=spec.tau_dtype, transposed=transposed
+    )
 
 
 def _config(
@@ -284,7 +263,7 @@ def _config(
     for tensor in tensors:
         if tensor.spec is None:
             continue
-        own = _format(tensor.spec)
+        own = _format(tensor.spec, tensor.transposed)
         shape = tensor.shape
         if own.columns_of(shape.row_bytes) != shape.cols:
             own = replace(own, columns=shape.cols)

@@ -178,6 +178,7 @@ class CompressedTensorsTarget(Target):
 def _group(tensor: StoredTensor) -> int | None:
     """Group size; None for what has to stay dense."""
     plain = len(tensor.leading) == 1 and tensor.name != module_name(tensor.name)
+    plain = plain and not tensor.format.transposed
     return group_size(tensor, GROUPS) if plain else None
 
 

@@ -6,14 +6,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
 
-from irq_convert.artifact.contents import Artifact, flat, read_quantized
+from irq_convert.artifact.contents import Artifact, read_quantized
 from irq_convert.artifact.structure import StoredTensor
+from irq_convert.checkpoint.columns import row_tiles
 from irq_convert.checkpoint.header import TensorInfo, read_header
 from irq_convert.checkpoint.reader import TileReader
 from irq_convert.convert.progress import Progress
 from irq_convert.core.dequantize import dequantize_tensor
 from irq_convert.export.options import ExportOptions
-from irq_convert.export.shards import dense_plan, document_sizes, tile_starts, write_documents
+from irq_convert.export.shards import dense_plan, document_sizes, write_documents
 from irq_convert.export.target import Difference, ExportPlan, PlannedTensor, Target, Written
 from irq_convert.export.tiles import WORDS, difference
 from irq_convert.merge.pipeline import Means, merge_shard
@@ -70,10 +71,10 @@ def _compare(
     reader: TileReader, tensor: StoredTensor, written: TensorInfo, tile_weights: int
 ) -> Difference:
     total = Difference(tensor.name, 0, 0.0, 0.0, 0.0, 0.0)
-    info = flat(written, tensor.shape.rows)
-    for start, stop in tile_starts(tensor, 1, tile_weights):
-        dense = dequantize_tensor(read_quantized(reader, tensor, start, stop))
-        total += difference(tensor.name, dense, reader.read_rows(info, start, stop).double())
+    step = tensor.shape.tile_rows(tile_weights)
+    for start, rows in row_tiles(reader, written, step, tensor.format.transposed):
+        dense = dequantize_tensor(read_quantized(reader, tensor, start, start + rows.shape[0]))
+        total += difference(tensor.name, dense, rows.double())
     return total
 
 

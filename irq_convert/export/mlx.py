@@ -124,6 +124,7 @@ def _check_codebook(tensor: StoredTensor) -> None:
 def _group(tensor: StoredTensor) -> int | None:
     """Group size in MLX; None for what has to stay dense."""
     plain = len(tensor.leading) == 1 and tensor.name != module_name(tensor.name)
+    plain = plain and not tensor.format.transposed
     return group_size(tensor, GROUPS) if plain else None
 
 

@@ -7,12 +7,14 @@ the loss is measured where it arises.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
 from irq_convert.artifact.structure import StoredTensor
 from irq_convert.checkpoint.cast import narrow
+from irq_convert.checkpoint.columns import pieces
 from irq_convert.checkpoint.writer import TensorSpec
 from irq_convert.core.quantized import QuantizedTensor
 from irq_convert.export.target import Difference
@@ -74,8 +76,20 @@ class DenseEncoder(Encoder):
 
     def encode(self, tile: QuantizedTensor, dense: torch.Tensor, start: int) -> Encoded:
         data = narrow(dense, self.dtype, self.tensor.name)
+        if self.tensor.format.transposed:
+            return Encoded(tuple(self._columns(data, start)), data.double())
         offset = start * dense.shape[1] * data.element_size()
         return Encoded((Piece(self.tensor.name, data, offset),), data.double())
+
+    def _columns(self, rows: torch.Tensor, start: int) -> Iterator[Piece]:
+        """`rows` from `start` on as columns of what the source has."""
+        inputs, outputs = self.tensor.source_shape[-2:]
+        for matrix, low, high in pieces(start, start + rows.shape[0], outputs):
+            first = matrix * outputs + low - start
+            turned = rows[first : first + high - low].T.contiguous()
+            for row, data in enumerate(turned):
+                at = (matrix * inputs + row) * outputs + low
+                yield Piece(self.tensor.name, data, at * data.element_size())
 
 
 def difference(

@@ -10,9 +10,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
-from irq_convert.artifact.config import ModuleFormat, QuantizationConfig
-from irq_convert.hf.names import names_in_files, tied_keys
+from irq_convert.artifact.config import ModuleFormat, QuantizationConfig, module_name
+from irq_convert.hf.names import tensors_in_files, tied_keys
+from irq_convert.nn.experts import IrqExperts, Stacked
 from irq_convert.nn.linear import IrqLinear
 
 if TYPE_CHECKING:
@@ -21,16 +23,10 @@ if TYPE_CHECKING:
 
 def describe(model: PreTrainedModel, config: QuantizationConfig) -> QuantizationConfig:
     """`config` itself while it is true of `model`, else one that is."""
-    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    names = names_in_files(model, linears)
-    tied = tied_keys(model)
-    packed: dict[str, ModuleFormat] = {}
-    dense: list[str] = []
-    for name, module in linears.items():
-        if isinstance(module, IrqLinear):
-            packed[names[name]] = module.fmt
-        elif f"{name}.weight" not in tied:
-            dense.append(names[name])
+    formats, plain = _layers(model)
+    files = tensors_in_files(model, (*formats, *plain))
+    packed = {module_name(files[key]): fmt for key, fmt in formats.items()}
+    dense = [module_name(files[key]) for key in plain]
     kept = tuple(n for n in config.modules_to_not_convert if n not in packed)
     left_dense = (*kept, *(name for name in dense if name not in kept))
     true = all(config.module(name) == fmt for name, fmt in packed.items())
@@ -38,3 +34,21 @@ def describe(model: PreTrainedModel, config: QuantizationConfig) -> Quantization
         return config
     overrides = {name: fmt for name, fmt in packed.items() if fmt != config.default}
     return replace(config, modules_to_not_convert=left_dense, overrides=overrides)
+
+
+def _layers(model: PreTrainedModel) -> tuple[dict[str, ModuleFormat], list[str]]:
+    """State-dict keys of packed weights with their formats, and those of dense linear layers."""
+    tied = tied_keys(model)
+    packed: dict[str, ModuleFormat] = {}
+    dense: list[str] = []
+    for name, module in model.named_modules():
+        key = f"{name}.weight"
+        if isinstance(module, IrqLinear):
+            packed[key] = module.fmt
+        elif isinstance(module, IrqExperts):
+            for parameter, layout in module.packed.items():
+                if isinstance(layout, Stacked):
+                    packed[f"{name}.{parameter}"] = layout.fmt
+        elif isinstance(module, nn.Linear | Conv1D) and key not in tied:
+            dense.append(key)
+    return packed, dense

@@ -15,6 +15,8 @@ from irq_convert.hf.config import IrqConfig
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from irq_convert.hf.conversions import Adjusted
+
 # Modules that need a fully imported transformers are imported where they are used: this one is
 # imported while transformers' quantizers still are.
 
@@ -24,6 +26,8 @@ class IrqQuantizer(HfQuantizer):
 
     requires_calibration = False
     quantization_config: IrqConfig
+    _adjusted: Adjusted | None = None
+    _pairs: tuple[tuple[str, str], ...] = ()
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Raise `UsageError` when asked to quantize a dense model while loading it."""
@@ -34,42 +38,41 @@ class IrqQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         """Check the headers of the files and replace dense layers, all on meta."""
+        from irq_convert.hf.swap import swap_layers
         from irq_convert.hf.validate import check_names, plan_swaps, read_headers
-        from irq_convert.nn.linear import IrqLinear
 
         files = kwargs.get("checkpoint_files")
         if not files:
             raise UsageError("irq models load from safetensors files: give a folder or a Hub id")
         tensors = read_headers(files)
         swaps = plan_swaps(model, self.quantization_config.parsed, tensors)
-        for swap in swaps:
-            dense = model.get_submodule(swap.module)
-            assert isinstance(dense, nn.Linear)
-            packed = IrqLinear(
-                dense.in_features,
-                dense.out_features,
-                swap.fmt,
-                bias=dense.bias is not None,
-                device="meta",
-                dtype=dense.weight.dtype,
-            )
-            model.set_submodule(swap.module, packed.train(dense.training))
-        check_names(model, swaps, tensors)
+        swap_layers(model, swaps)
+        self._adjusted = check_names(model, swaps, tensors)
+        self._pairs = swaps.pairs(tensors)
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """Keep transformers from merging or rearranging packed tensors, when saving, too."""
+        from irq_convert.hf.conversions import adjust
+
+        return adjust(weight_conversions, self._adjusted)
 
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **kwargs: Any
     ) -> PreTrainedModel:
         """Freeze the packed parts: the loader makes every floating parameter trainable."""
-        from irq_convert.nn.linear import IrqLinear, part_shapes
+        from irq_convert.hf.conversions import finish_parts
+        from irq_convert.nn.experts import IrqExperts
+        from irq_convert.nn.linear import IrqLinear
 
+        finish_parts(model, self._pairs)
         for module in model.modules():
-            if not isinstance(module, IrqLinear):
+            if not isinstance(module, IrqLinear | IrqExperts):
                 continue
-            shapes = part_shapes(module.out_features, module.in_features, module.fmt)
+            dtypes = module.part_dtypes()
             for name, part in module.packed_parts().items():
                 part.requires_grad_(False)
-                if part.dtype != shapes[name][1]:  # a model's own dtype plan may widen float16
-                    part.data = part.data.to(shapes[name][1])
+                if part.dtype != dtypes[name]:  # a model's own dtype plan may widen float16
+                    part.data = part.data.to(dtypes[name])
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, Any]]:
@@ -87,23 +90,25 @@ class IrqQuantizer(HfQuantizer):
         self, model: PreTrainedModel, dtype: torch.dtype | str | None = None
     ) -> PreTrainedModel:
         """Replace packed layers by dense ones in `dtype`, one at a time."""
-        from irq_convert.nn.linear import IrqLinear
+        from irq_convert.nn.experts import IrqExperts, unpack_experts
+        from irq_convert.nn.linear import IrqLinear, dense_layer
 
         wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.float32
         loaded = model.dtype if model.dtype.is_floating_point else model.config.dtype
-        layers = {n: m for n, m in model.named_modules() if isinstance(m, IrqLinear)}
+        kinds = (IrqLinear, IrqExperts)
+        layers = {n: m for n, m in model.named_modules() if isinstance(m, kinds)}
         for name, module in layers.items():
-            if module.weight.is_meta:
+            if any(part.is_meta for part in module.packed_parts().values()):
                 raise IrqError(
                     f"{name} is offloaded to disk: load the model without offloading to dequantize"
                 )
+        for module in layers.values():
+            if isinstance(module, IrqExperts):
+                unpack_experts(module, wanted)
         for name, module in layers.items():
-            bias = module.bias is not None
-            dense = nn.Linear(module.in_features, module.out_features, bias, device="meta")
-            dense.weight = nn.Parameter(module.dequantize(wanted))
-            if module.bias is not None:
-                dense.bias = module.bias
-            model.set_submodule(name, dense.train(module.training))
+            if isinstance(module, IrqLinear) and _holds(model, name, module):
+                dense = dense_layer(module, nn.Parameter(module.dequantize(wanted)))
+                model.set_submodule(name, dense)
         for parameter in model.parameters():
             if parameter.dtype == loaded != wanted:
                 parameter.data = parameter.data.to(wanted)
@@ -122,6 +127,15 @@ class IrqQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """`torch.compile` passes through the layers."""
         return True
+
+
+def _holds(model: nn.Module, name: str, module: nn.Module) -> bool:
+    """Whether `module` is still there: those of experts have gone into one parameter."""
+    parent, _, child = name.rpartition(".")
+    try:
+        return model.get_submodule(parent)._modules.get(child) is module
+    except AttributeError:
+        return False
 
 
 autoload.install()  # where importing this module is what first imported transformers

@@ -7,12 +7,13 @@ each quantized layer has all its parts in the right shape and dtype, or loading 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from irq_convert.artifact.config import (
     PART_SUFFIXES,
@@ -20,25 +21,23 @@ from irq_convert.artifact.config import (
     QuantizationConfig,
     module_name,
 )
+from irq_convert.artifact.structure import swapped
 from irq_convert.checkpoint.header import TensorInfo, read_header
 from irq_convert.errors import IrqError
+from irq_convert.hf.conversions import Adjusted
+from irq_convert.hf.experts import Experts, find_experts
 from irq_convert.hf.names import keys_in_model, tied_keys
+from irq_convert.hf.swap import Child, ExpertsSwap, Swap, Swaps, layer_shape
+from irq_convert.nn.experts import Separate, Stacked, stack_parts
 from irq_convert.nn.linear import part_shapes
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
 _STORED = {"torch.uint8": "U8", "torch.float16": "F16", "torch.float32": "F32"}
+FLOATS = ("F32", "BF16", "F16", "F64")
 _WAY_OUT = "the artifact is damaged or of another model: convert or download it again"
-
-
-@dataclass(frozen=True)
-class Swap:
-    """A layer to be quantized: its name in the model, its tensor in the files, its format."""
-
-    module: str
-    tensor: str
-    fmt: ModuleFormat
 
 
 def read_headers(files: Iterable[str | Path]) -> dict[str, TensorInfo]:
@@ -56,20 +55,37 @@ def read_headers(files: Iterable[str | Path]) -> dict[str, TensorInfo]:
 
 def plan_swaps(
     model: PreTrainedModel, config: QuantizationConfig, tensors: dict[str, TensorInfo]
-) -> list[Swap]:
+) -> Swaps:
     """The layers of `model` (still dense, on meta) that the files hold quantized.
 
     Raises `IrqError` in one line, naming tensor, shape found and shape wanted, when a part is
     missing, superfluous or of another shape or dtype, when a layer has no tensor, when the
     configuration contradicts the files, and when a quantized tensor belongs to no layer.
     """
+    linears = tuple(_linear_swaps(model, config, tensors))
+    shapes = {
+        name: _source_shape(name, config, tensors)
+        for name in tensors
+        if not name.endswith(PART_SUFFIXES)
+    }
+    experts = find_experts(model, shapes)
+    swaps = Swaps(linears, tuple(_expert_swaps(experts, config, tensors)))
+    for key in sorted(experts.missing):
+        if _is_needed(model, key):
+            raise IrqError(f"the files hold no {key}, which the model needs: {_WAY_OUT}")
+    _check_all_taken(model, {tensor for tensor, _ in swaps.packed()}, tensors, experts.unknown)
+    return swaps
+
+
+def _linear_swaps(
+    model: PreTrainedModel, config: QuantizationConfig, tensors: dict[str, TensorInfo]
+) -> Iterator[Swap]:
     stems = {name for tensor in tensors for name in (tensor, _stem(tensor))}
     sources = {key: stem for stem, key in sorted(keys_in_model(model, stems).items())}
     tied = tied_keys(model)
-    swaps = []
     for name, module in model.named_modules():
         key = f"{name}.weight"
-        if type(module) is not nn.Linear or key in tied:
+        if type(module) not in (nn.Linear, Conv1D) or key in tied:
             continue
         tensor = sources.get(key)
         if tensor is None:
@@ -77,27 +93,86 @@ def plan_swaps(
                 raise IrqError(f"the files hold no {key}, which the model needs: {_WAY_OUT}")
         elif _is_quantized(tensor, config, tensors):
             fmt = config.module(module_name(tensor))
-            _check_parts(tensor, module, fmt, tensors)
-            swaps.append(Swap(name, tensor, fmt))
-    _check_all_taken(model, {swap.tensor for swap in swaps}, tensors)
-    return swaps
+            _check_turned(tensor, fmt, type(module) is Conv1D)
+            rows, cols = layer_shape(module)
+            _check_parts(tensor, part_shapes(rows, cols, fmt), (rows, cols), fmt, tensors)
+            yield Swap(name, tensor, fmt)
 
 
-def check_names(model: PreTrainedModel, swaps: list[Swap], tensors: dict[str, TensorInfo]) -> None:
-    """Raise `IrqError` unless transformers will load each part where the swapped layer has it."""
-    wanted = {
-        swap.tensor + suffix: f"{swap.module}.weight{suffix}"
-        for swap in swaps
-        for suffix in ("", *PART_SUFFIXES)
-        if swap.tensor + suffix in tensors
+def _expert_swaps(
+    experts: Experts, config: QuantizationConfig, tensors: dict[str, TensorInfo]
+) -> Iterable[ExpertsSwap]:
+    swaps: dict[str, ExpertsSwap] = {}
+    for found in experts.found.values():
+        quantized = {t: _is_quantized_expert(t, config, tensors) for t in found.tensors}
+        if not any(quantized.values()):
+            continue
+        weight = found.weight
+        swap = swaps.setdefault(weight.module, ExpertsSwap(weight.module))
+        if found.whole is not None:
+            fmt = config.module(module_name(found.whole))
+            _check_turned(found.whole, fmt, found.transposed)
+            layout = Stacked(fmt, weight.shape[0], weight.rows, weight.cols, weight.transposed)
+            shape = (weight.shape[0], weight.rows, weight.cols)
+            _check_parts(found.whole, stack_parts("weight", layout), shape, fmt, tensors)
+            swap.layouts[weight.parameter] = layout
+            swap.stacks[weight.parameter] = found.whole
+            continue
+        for part in (part for expert in found.parts for part in expert):
+            own = config.module(module_name(part.tensor)) if quantized[part.tensor] else None
+            if own is not None:
+                _check_turned(part.tensor, own, False)
+                parts = part_shapes(part.rows, weight.cols, own)
+                _check_parts(part.tensor, parts, (part.rows, weight.cols), own, tensors)
+            swap.children[part.child] = Child(part.tensor, part.rows, weight.cols, own)
+        names = tuple(tuple(part.child for part in expert) for expert in found.parts)
+        swap.layouts[weight.parameter] = Separate(names, weight.rows, weight.cols)
+    return swaps.values()
+
+
+def check_names(model: PreTrainedModel, swaps: Swaps, tensors: dict[str, TensorInfo]) -> Adjusted:
+    """What transformers' rules need so that each part is loaded where the swapped layer has it.
+
+    Raises `IrqError` where it would be loaded elsewhere all the same.
+    """
+    wanted = swaps.keys(tensors)
+    spared = Adjusted(swaps.spared(tensors), model.base_model_prefix)
+    found = keys_in_model(model, wanted, spared)
+    moved = {
+        tensor: key
+        for tensor, key in wanted.items()
+        if found.get(tensor) != key and tensor.endswith(PART_SUFFIXES)
     }
-    found = keys_in_model(model, wanted)
+    adjusted = replace(spared, parts=moved)
+    if moved:
+        found = keys_in_model(model, wanted, adjusted)
     for tensor, key in wanted.items():
         if found.get(tensor) != key:
             raise IrqError(
                 f"this version of transformers would load {tensor} as {found.get(tensor)}, not as "
                 f"{key}: use a version that irq-convert supports"
             )
+    return adjusted
+
+
+def _source_shape(
+    tensor: str, config: QuantizationConfig, tensors: dict[str, TensorInfo]
+) -> tuple[int, ...]:
+    """The shape that a tensor had before it was quantized, by its codes and its format."""
+    shape = tensors[tensor].shape
+    if f"{tensor}_scale" not in tensors or not shape:
+        return shape
+    fmt = config.module(module_name(tensor))
+    stored = (*shape[:-1], fmt.columns_of(shape[-1]))
+    return swapped(stored) if fmt.transposed and len(stored) > 1 else stored
+
+
+def _check_turned(tensor: str, fmt: ModuleFormat, wanted: bool) -> None:
+    if fmt.transposed != wanted:
+        said, needs = ("is", "the layer is not") if fmt.transposed else ("is not", "the layer is")
+        raise IrqError(
+            f"{tensor} {said} transposed by quantization_config, but {needs}: {_WAY_OUT}"
+        )
 
 
 def _stem(tensor: str) -> str:
@@ -137,15 +212,30 @@ def _is_quantized(tensor: str, config: QuantizationConfig, tensors: dict[str, Te
     return not dense
 
 
+def _is_quantized_expert(
+    tensor: str, config: QuantizationConfig, tensors: dict[str, TensorInfo]
+) -> bool:
+    """Whether a tensor of experts is quantized; a dense one need not be listed, but be floats."""
+    if any(tensor + suffix in tensors for suffix in PART_SUFFIXES):
+        return _is_quantized(tensor, config, tensors)
+    info = tensors[tensor]
+    if info.dtype not in FLOATS:
+        raise IrqError(
+            f"{tensor} is {info.dtype} {list(info.shape)} without {tensor}_scale: {_WAY_OUT}"
+        )
+    return False
+
+
 def _check_parts(
-    tensor: str, module: nn.Linear, fmt: ModuleFormat, tensors: dict[str, TensorInfo]
+    tensor: str,
+    parts: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+    layer: tuple[int, ...],
+    fmt: ModuleFormat,
+    tensors: dict[str, TensorInfo],
 ) -> None:
-    rows, cols = module.out_features, module.in_features
-    what = f"{fmt.codebook} in blocks of {fmt.block_size} for a layer [{rows}, {cols}]"
-    wanted = {
-        tensor + name.removeprefix("weight"): part
-        for name, part in part_shapes(rows, cols, fmt).items()
-    }
+    """`parts` by the names of a layer `[..., rows, cols]` against what the files have."""
+    what = f"{fmt.codebook} in blocks of {fmt.block_size} for a layer {list(layer)}"
+    wanted = {tensor + name.removeprefix("weight"): part for name, part in parts.items()}
     for name, (shape, dtype) in wanted.items():
         need = f"{_STORED[str(dtype)]} {list(shape)}"
         info = tensors.get(name)
@@ -155,9 +245,9 @@ def _check_parts(
         if found != need:
             raise IrqError(f"{info.shard}: {name} is {found}, {what} needs {need}: {_WAY_OUT}")
     columns = fmt.columns_of(tensors[tensor].shape[-1])
-    if columns != cols:
+    if columns != layer[-1]:
         raise IrqError(
-            f"{tensor} has {columns} columns by quantization_config, the layer has {cols}: "
+            f"{tensor} has {columns} columns by quantization_config, the layer has {layer[-1]}: "
             f"{_WAY_OUT}"
         )
     for suffix in PART_SUFFIXES:
@@ -166,7 +256,10 @@ def _check_parts(
 
 
 def _check_all_taken(
-    model: PreTrainedModel, taken: set[str], tensors: dict[str, TensorInfo]
+    model: PreTrainedModel,
+    taken: set[str],
+    tensors: dict[str, TensorInfo],
+    unknown: Mapping[str, str],
 ) -> None:
     """Refuse quantized tensors that no layer takes, but for those the model class is to drop."""
     dropped = [re.compile(p) for p in model._keys_to_ignore_on_load_unexpected or ()]
@@ -178,6 +271,11 @@ def _check_all_taken(
         head = not whole and not tensor.startswith(prefix)
         if head or any(pattern.search(tensor) for pattern in dropped):
             continue
+        if tensor in unknown:
+            raise IrqError(
+                f"{info.shard}: the quantized tensor {tensor} {list(info.shape)} cannot be loaded "
+                f"({unknown[tensor]}): {_WAY_OUT}"
+            )
         raise IrqError(
             f"{info.shard}: the quantized tensor {tensor} {list(info.shape)} belongs to no linear "
             f"layer of {type(model).__name__}: convert the model again with this tensor left dense"

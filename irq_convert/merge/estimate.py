@@ -8,11 +8,13 @@ from pathlib import Path
 from irq_convert.artifact.structure import StoredTensor
 from irq_convert.checkpoint.system import free_bytes
 from irq_convert.convert.progress import Progress
+from irq_convert.jobs.run import look
 from irq_convert.merge.inputs import Inputs, open_inputs
 from irq_convert.merge.memory import available_memory, logits_memory
 from irq_convert.merge.options import Check, MergeOptions, Target
 from irq_convert.merge.plain import RECORD_BYTES, plain_bytes
 from irq_convert.merge.plan import MergePlan, make_plan
+from irq_convert.merge.resume import merge_job
 
 _LIBRARIES = 400_000_000
 _TILE_BYTES = 56
@@ -23,7 +25,10 @@ _LAYER_BYTES = 24
 
 @dataclass(frozen=True)
 class MergeEstimate:
-    """`bytes_out` is exact, without the records; `memory` is of the merge, not of its check."""
+    """`bytes_out` is exact, without the records; `memory` is of the merge, not of its check.
+
+    `finished` of the `shards` are there already; `disk_needed` is for the others.
+    """
 
     base: str
     base_sha256: str
@@ -41,6 +46,7 @@ class MergeEstimate:
     disk_free: int
     memory: int
     check: str
+    finished: int = 0
 
     def to_dict(self) -> dict[str, object]:
         """All fields, for JSON."""
@@ -65,10 +71,12 @@ def estimate(
     assert opened is not None
     if options.to == Target.ADAPTER:
         size = plain_bytes(opened, inputs.match)
-        shards, needed, tile = 1, size + RECORD_BYTES, 0
+        shards, needed, tile, found = 1, size + RECORD_BYTES, 0, None
     else:
         plan = make_plan(inputs.artifact, inputs.match, options)
-        size, shards, needed = plan.bytes_out, len(plan.shards), plan.bytes_needed
+        found = look(merge_job(plan, inputs, out))
+        size, shards = plan.bytes_out, len(plan.shards)
+        needed = plan.bytes_needed - (found.nbytes if found else 0)
         tile = _largest_tile(plan)
     widest = max((layer.a.numel + layer.b.numel for layer in opened.layers.values()), default=0)
     return MergeEstimate(
@@ -88,6 +96,7 @@ def estimate(
         disk_free=free_bytes(out),
         memory=_LIBRARIES + _TILE_BYTES * tile + _LAYER_BYTES * widest,
         check=_check(inputs, options),
+        finished=len(found.shards) if found else 0,
     )
 
 

@@ -9,7 +9,7 @@ from irq_convert.adapters.stored import StoredAdapter, open_adapter
 from irq_convert.artifact.contents import Artifact, open_artifact
 from irq_convert.artifact.identity import artifact_identity
 from irq_convert.errors import UsageError
-from irq_convert.merge.match import Match, check_base, match
+from irq_convert.merge.match import Match, check_base, check_plain_targets, match
 from irq_convert.merge.options import MergeOptions, Target
 from irq_convert.merge.target import check_target
 
@@ -41,4 +41,7 @@ def open_inputs(base: Path, adapter: Path | None, out: Path, options: MergeOptio
     if opened is None:
         return Inputs(artifact, identity, None, Match({}, {}))
     check_base(opened, identity, artifact.manifest, options.any_base)
-    return Inputs(artifact, identity, opened, match(artifact, opened))
+    found = match(artifact, opened)
+    if options.to == Target.ADAPTER:
+        check_plain_targets(artifact, opened, found)
+    return Inputs(artifact, identity, opened, found)

@@ -18,7 +18,7 @@ from irq_convert.adapters.stored import LayerValues, StoredAdapter, read_layer
 from irq_convert.artifact.config import ModuleFormat
 from irq_convert.artifact.contents import examine_artifact, read_quantized
 from irq_convert.artifact.structure import StoredTensor
-from irq_convert.artifact.values import tiles
+from irq_convert.artifact.values import source_tiles, tiles
 from irq_convert.checkpoint.buffers import dtype_name
 from irq_convert.checkpoint.header import TensorInfo
 from irq_convert.checkpoint.reader import TileReader
@@ -123,10 +123,9 @@ def _check(
     change = unfolded_output(values, adapted.layer.scaling, x, adapted.block_size)
     exact, size = _Sums(change.abs()), float(x.norm())
     requantized = isinstance(job.target, ModuleFormat) and adapted.block_size is None
-    for start, stop in _row_tiles(job, merged):
+    for start, stop, after, stored in _merged_tiles(reader, job, merged):
         rows = slice(start, stop)
         before, _ = _tile(reader, job.base, start, stop)
-        after, stored = _tile(reader, merged, start, stop)
         wanted = before @ x + change[rows]
         slack = _rounding(before, after, stored, job)
         noise = NOISE * ((_norm(before) + _norm(after)) * size + change[rows].abs())
@@ -150,6 +149,18 @@ class _Sums:
         )
         self.difference = max(self.difference, float(difference.max()))
         self.largest = max(self.largest, float(wanted.max()))
+
+
+def _merged_tiles(
+    reader: TileReader, job: Job, merged: StoredTensor | TensorInfo
+) -> Iterator[tuple[int, int, torch.Tensor, QuantizedTensor | None]]:
+    """Rows `start .. stop` of what was written, in float64 and as stored."""
+    if isinstance(merged, TensorInfo) and isinstance(job.base, StoredTensor) and job.transposed:
+        for start, data in source_tiles(reader, job.base, merged):
+            yield start, start + data.shape[0], data.double(), None
+        return
+    for start, stop in _row_tiles(job, merged):
+        yield start, stop, *_tile(reader, merged, start, stop)
 
 
 def _row_tiles(job: Job, merged: StoredTensor | TensorInfo) -> Iterable[tuple[int, int]]:

@@ -130,13 +130,15 @@ def _adapted(
     adapter: StoredAdapter, layer: StoredLayer, names: ModelNames, files: Mapping[str, Any]
 ) -> Adapted:
     tensor = _find(adapter, f"{layer.module}.weight", names, files)
-    kind = names.kinds.get(layer.module, "Linear")
-    if kind != "Linear":
-        raise IrqError(
-            f"{adapter.folder}: adapts {layer.module}, a {kind}: only linear layers are merged"
-        )
     found = files[tensor]
-    shape = found.source_shape if isinstance(found, StoredTensor) else found.shape
+    kind = names.kinds.get(layer.module, "Linear")
+    turned = isinstance(found, StoredTensor) and found.format.transposed
+    if kind != ("Conv1D" if turned else "Linear"):
+        raise IrqError(
+            f"{adapter.folder}: adapts {layer.module}, a {kind}: only linear layers are merged, "
+            "and Conv1D ones where they are quantized"
+        )
+    shape = found.stored_shape if isinstance(found, StoredTensor) else found.shape
     if len(shape) != 2 or not (isinstance(found, StoredTensor) or found.dtype in FLOATS):
         stored = "" if isinstance(found, StoredTensor) else f" {found.dtype}"
         raise IrqError(
@@ -196,4 +198,34 @@ def _check_saved(
         raise IrqError(
             f"{info.shard.name}: {info.name} is {info.dtype}, {name} of the artifact "
             f"{found.dtype}: it belongs to another model"
+        )
+
+
+def check_plain_targets(artifact: Artifact, adapter: StoredAdapter, match: Match) -> None:
+    """Refuse what stock PEFT would load as something else: it rewrites targets of some mixtures.
+
+    Raises `UsageError` for a layer that it would take for a stack of experts, by its name.
+    """
+    from types import SimpleNamespace
+
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    config: Any = artifact.checkpoint.config or {}
+    model: Any = SimpleNamespace(config=SimpleNamespace(model_type=config.get("model_type")))
+
+    def rewritten(modules: list[str]) -> bool:
+        plain = LoraConfig(target_modules=modules)
+        try:
+            convert_peft_config_for_transformers(plain, model=model, conversions=None)
+        except ValueError:  # half of what it would stack
+            return True
+        return bool(plain.target_parameters)
+
+    modules = [found.layer.module for found in match.layers.values()]
+    if rewritten(modules):
+        taken = next((name for name in modules if rewritten([name])), modules[0])
+        raise UsageError(
+            f"{adapter.folder}: adapts {taken}, which PEFT would take for a part of stacked "
+            "experts when it loads a plain LoRA: merge --to dense"
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,48 +12,54 @@ import torch
 from irq_convert.artifact.config import ModuleFormat
 from irq_convert.artifact.manifest import MANIFEST_NAME
 from irq_convert.artifact.structure import StoredTensor
-from irq_convert.checkpoint.disk import output_folder, require_space
 from irq_convert.checkpoint.files import (
     copy_file_atomic,
+    require_readable,
     sha256_file,
     write_bytes_atomic,
     write_json_atomic,
 )
-from irq_convert.convert.progress import Progress
 from irq_convert.core.quantize import quantize_tensor
 from irq_convert.errors import IrqError
+from irq_convert.jobs.meeting import Meeting
+from irq_convert.jobs.progress import Progress
+from irq_convert.jobs.run import Written, run_job
 from irq_convert.merge.inputs import Inputs
 from irq_convert.merge.layers import LayerCheck, check_layers
 from irq_convert.merge.logits import check_logits
 from irq_convert.merge.options import Check, MergeOptions, Target
 from irq_convert.merge.outcome import Outcome, survival
-from irq_convert.merge.pipeline import Means, merge_shard
 from irq_convert.merge.plan import MERGE_NAME, MergePlan, make_plan, noted_means
 from irq_convert.merge.records import bits_per_weight, dense_note, merged_manifest
 from irq_convert.merge.report import LogitsCheck, MergedLayer, MergeReport
+from irq_convert.merge.resume import decode_outcome, merge_job
 from irq_convert.merge.target import folder_bytes
 from irq_convert.merge.tau import TauCosts
 
 
 def write_model(
-    inputs: Inputs, out: Path, options: MergeOptions, progress: Progress
+    inputs: Inputs, out: Path, options: MergeOptions, meeting: Meeting, progress: Progress
 ) -> MergeReport:
     """Write `out`, a dense checkpoint or an artifact, and check it before it takes its name.
 
-    Raises `IrqError` when reading, writing or a check fails, or when quantizing again would lose
-    more than `options.min_survival` allows; nothing is left behind then.
+    Shards that an earlier run has left are used, as `options.resume` says. Raises `IrqError` when
+    reading, writing or a check fails, or when quantizing again would lose more than
+    `options.min_survival` allows; after the last two nothing is left.
     """
     plan = make_plan(inputs.artifact, inputs.match, options)
-    require_space(out, plan.bytes_needed, "write the merged model")
+    require_readable(inputs.artifact.folder, plan.carried_files)
     _load_kernels(plan, progress)
-    with output_folder(out, inputs.artifact.folder, options.overwrite) as staging:
-        progress.phase("merging", len(plan.jobs), plan.nbytes)
-        outcomes, files = _write_files(plan, staging, Means(inputs.adapter, options), progress)
+
+    def finish(written: Written) -> MergeReport:
+        outcomes = {name: decode_outcome(found) for name, found in written.results.items()}
+        files = _write_rest(plan, written)
         survived = _survival(plan, outcomes, options)
-        _write_records(plan, inputs, staging, outcomes, files)
-        checks, logits = _check(plan, inputs, staging, options, progress)
-        size = folder_bytes(staging)
-    return _report(plan, inputs, out, outcomes, checks, logits, survived, size)
+        _write_records(plan, inputs, written.folder, outcomes, files)
+        checks, logits = _check(plan, inputs, written.folder, options, progress)
+        size = folder_bytes(written.folder)
+        return _report(plan, inputs, out, outcomes, checks, logits, survived, size)
+
+    return run_job(merge_job(plan, inputs, out), meeting, finish, progress)
 
 
 def _load_kernels(plan: MergePlan, progress: Progress) -> None:
@@ -67,32 +72,20 @@ def _load_kernels(plan: MergePlan, progress: Progress) -> None:
             return
 
 
-def _write_files(
-    plan: MergePlan, folder: Path, means: Means, progress: Progress
-) -> tuple[dict[str, Outcome], dict[str, dict[str, Any]]]:
-    """Everything but the records; checksums are taken from the disk, behind the writing."""
-    outcomes: dict[str, Outcome] = {}
-    sums: dict[str, Future[str]] = {}
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="irq-checksum") as pool:
-
-        def written(name: str) -> None:
-            if plan.options.to == Target.IRQ:
-                sums[name] = pool.submit(sha256_file, folder / name)
-
-        for shard in plan.shards:
-            outcomes |= merge_shard(shard, folder, means, progress)
-            written(shard.name)
-        for name in plan.carried_files:
-            copy_file_atomic(plan.artifact.folder / name, folder / name)
-            written(name)
-        for name, text in plan.documents.items():
-            write_bytes_atomic(folder / name, text)
-            written(name)
-        files = {
-            name: {"bytes": (folder / name).stat().st_size, "sha256": future.result()}
-            for name, future in sums.items()
-        }
-    return outcomes, files
+def _write_rest(plan: MergePlan, written: Written) -> dict[str, dict[str, Any]]:
+    """Everything but the records; returns sizes and checksums of all files."""
+    folder = written.folder
+    files: dict[str, dict[str, Any]] = {
+        name: {"bytes": part.bytes, "sha256": part.sha256} for name, part in written.parts.items()
+    }
+    for name in plan.carried_files:
+        copy_file_atomic(plan.artifact.folder / name, folder / name)
+    for name, text in plan.documents.items():
+        write_bytes_atomic(folder / name, text)
+    for name in (*plan.carried_files, *plan.documents):
+        size = (folder / name).stat().st_size
+        files[name] = {"bytes": size, "sha256": sha256_file(folder / name)}
+    return files
 
 
 def _survival(

@@ -16,8 +16,9 @@ _TIED_WORDS = ("embed", "lm_head", "wte")
 class ModelNames:
     """What the model class, built on meta, knows of names; nothing where it is unknown.
 
-    `tensors`: state-dict key to the tensor of the files. `linears`: modules of type `nn.Linear`,
-    `kinds`: the class of each module. `tied`: keys that share their memory with another.
+    `tensors`: state-dict key to the tensor of the files. `linears`: linear layers, those of experts
+    included where the files have one for each. `kinds`: the class of each module. `tied`: keys that
+    share their memory with another.
     """
 
     known: bool
@@ -60,15 +61,23 @@ def _sources(artifact: Artifact) -> dict[str, tuple[int, ...]]:
 
 def _by_class(architecture: Any, config: dict[str, Any], artifact: Artifact) -> ModelNames:
     import torch
+    from transformers.pytorch_utils import Conv1D
 
     from irq_convert.convert.linears import _silence
+    from irq_convert.hf.experts import find_experts
     from irq_convert.hf.names import keys_in_model, tied_keys
 
     with _silence(), torch.device("meta"):
         model = architecture(architecture.config_class.from_dict(config))
-    tensors = {key: tensor for tensor, key in keys_in_model(model, _sources(artifact)).items()}
+    sources = _sources(artifact)
+    tensors = {key: tensor for tensor, key in keys_in_model(model, sources).items()}
     modules = dict(model.named_modules())
-    linears = {n for n, m in modules.items() if type(m) is torch.nn.Linear}
+    linears = {n for n, m in modules.items() if type(m) in (torch.nn.Linear, Conv1D)}
+    for found in find_experts(model, sources).found.values():
+        for part in (part for expert in found.parts for part in expert):
+            layer = f"{found.weight.module}.{part.child}"
+            tensors[f"{layer}.weight"] = part.tensor
+            linears.add(layer)
     return ModelNames(
         known=True,
         tensors=tensors,

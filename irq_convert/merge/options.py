@@ -8,6 +8,7 @@ from enum import StrEnum
 
 from irq_convert.core.spec import OBJECTIVES
 from irq_convert.errors import UsageError
+from irq_convert.jobs.resume import Resume
 
 MAX_SHARD_BYTES = 5_000_000_000
 TILE_WEIGHTS = 1 << 20
@@ -54,7 +55,8 @@ class MergeOptions:
 
     `dtype` is for `Target.DENSE`; `tau`, `objective` (None: the artifact's) and `min_survival`
     for `Target.IRQ`. `any_base` merges an adapter that records no base, or another. `threads` is
-    for all computing, None for all cores; `tile_weights` bounds memory.
+    for all computing, None for all cores; `tile_weights` bounds memory. `resume` says whether
+    shards that an earlier run has left are used; a folded adapter has none.
     """
 
     to: Target = Target.DENSE
@@ -68,6 +70,7 @@ class MergeOptions:
     overwrite: bool = False
     max_shard_bytes: int = MAX_SHARD_BYTES
     tile_weights: int = TILE_WEIGHTS
+    resume: Resume = Resume.AUTO
 
     def __post_init__(self) -> None:
         if self.objective is not None and self.objective not in OBJECTIVES:
@@ -81,6 +84,8 @@ class MergeOptions:
             raise UsageError(f"a shard of {self.max_shard_bytes} bytes holds nothing: at least 1")
         if self.tile_weights < 1:
             raise UsageError(f"tiles of {self.tile_weights} weights: at least 1")
+        if self.resume == Resume.REQUIRED and self.to == Target.ADAPTER:
+            raise UsageError("--resume required is for --to dense and irq: an adapter is one file")
         for name, owner in (
             ("dtype", Target.DENSE),
             ("tau", Target.IRQ),

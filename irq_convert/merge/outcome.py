@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from irq_convert.core.stats import TensorStats
@@ -55,7 +56,12 @@ def survival(error: float, change: float) -> float:
 
 def measure(base: torch.Tensor, change: torch.Tensor, merged: torch.Tensor) -> Outcome:
     """Compare `merged` (float32) with `base + change` (float64), which is overwritten."""
-    change_energy = float(change.square().sum())
+    change_energy = sum_of_squares(change)
     exact = change.add_(base)
-    energy = float(exact.square().sum())
-    return Outcome(energy, float(exact.sub_(merged).square_().sum()), change_energy)
+    energy = sum_of_squares(exact)
+    return Outcome(energy, sum_of_squares(exact.sub_(merged)), change_energy)
+
+
+def sum_of_squares(values: torch.Tensor) -> float:
+    """In float64, and in one order whatever the number of threads, which torch's sums are not."""
+    return float(np.square(values.numpy(), dtype=np.float64).sum())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,18 +19,19 @@ from irq_convert.artifact.contents import read_quantized, write_quantized
 from irq_convert.artifact.structure import StoredTensor
 from irq_convert.checkpoint.buffers import tensor_bytes, torch_dtype
 from irq_convert.checkpoint.cast import cast_bytes, narrow
+from irq_convert.checkpoint.columns import TransposedWriter
 from irq_convert.checkpoint.header import TensorInfo
 from irq_convert.checkpoint.reader import TileReader
 from irq_convert.checkpoint.writer import ShardWriter
-from irq_convert.convert.progress import Progress
 from irq_convert.convert.streams import Behind, prefetched
 from irq_convert.core.dequantize import dequantize_tensor
 from irq_convert.core.quantize import quantize_with_stats
 from irq_convert.core.quantized import QuantizedTensor
 from irq_convert.errors import IrqError
+from irq_convert.jobs.progress import Progress
 from irq_convert.merge.delta import Delta
 from irq_convert.merge.options import MergeOptions
-from irq_convert.merge.outcome import Outcome, measure
+from irq_convert.merge.outcome import Outcome, measure, sum_of_squares
 from irq_convert.merge.plan import Job, Shard
 from irq_convert.merge.tau import move_tau
 
@@ -62,6 +64,7 @@ def merge_shard(shard: Shard, folder: Path, means: Means, progress: Progress) ->
     """
     outcomes: dict[str, Outcome] = {}
     delta: Delta | None = None
+    turned: TransposedWriter | None = None
     with (
         ShardWriter(folder / shard.name, shard.outputs) as writer,
         Behind() as behind,
@@ -77,6 +80,13 @@ def merge_shard(shard: Shard, folder: Path, means: Means, progress: Progress) ->
                 outcomes[job.name] = outcomes[job.name] + seen if piece.start else seen
                 behind.submit(write_quantized, writer, job.name, job.blocks, piece.start, tile)
                 size = sum(part.nbytes for part in tile.parts().values())
+            elif isinstance(piece.data, QuantizedTensor) and job.transposed:
+                if piece.start == 0:
+                    turned = _turned(job, writer)
+                assert turned is not None
+                rows = _dense_rows(piece, delta)
+                behind.submit(turned.add, rows)
+                size = rows.nbytes
             else:
                 data, at = _dense(piece, delta)
                 behind.submit(writer.write, job.name, data, at)
@@ -125,16 +135,29 @@ def _copied(job: Job, source: TensorInfo, reader: TileReader) -> Iterator[_Piece
 
 def _dense(piece: _Piece, delta: Delta | None) -> tuple[memoryview | bytes, int]:
     """Bytes to write for `piece` and where: changed in float64 and rounded once to the dtype."""
+    if isinstance(piece.data, bytes):
+        return _cast(piece, piece.data)
+    result = _dense_rows(piece, delta)
+    return tensor_bytes(result), piece.start * result.shape[1] * result.element_size()
+
+
+def _dense_rows(piece: _Piece, delta: Delta | None) -> torch.Tensor:
+    """Rows of a result: changed in float64 and rounded once to the dtype."""
     job, data = piece.job, piece.data
     assert isinstance(job.target, str)
-    if isinstance(data, bytes):
-        return _cast(piece, data)
+    assert not isinstance(data, bytes)
     if isinstance(data, QuantizedTensor):
         data = dequantize_tensor(data)
-    rows, cols = data.shape
-    exact = data if delta is None else delta.rows(piece.start, piece.start + rows).add_(data)
-    result = narrow(exact, job.target, job.name)
-    return tensor_bytes(result), piece.start * cols * result.element_size()
+    stop = piece.start + data.shape[0]
+    exact = data if delta is None else delta.rows(piece.start, stop).add_(data)
+    return narrow(exact, job.target, job.name)
+
+
+def _turned(job: Job, writer: ShardWriter) -> TransposedWriter:
+    """Writes rows of a tensor that the source has transposed where the source has them."""
+    assert isinstance(job.target, str)
+    write = partial(writer.write, job.name)
+    return TransposedWriter(job.shape, write, torch_dtype(job.target).itemsize)
 
 
 def _cast(piece: _Piece, data: bytes) -> tuple[memoryview | bytes, int]:
@@ -161,7 +184,7 @@ def _requantized(
     assert isinstance(job.base, StoredTensor)
     base = dequantize_tensor(q)
     if delta is None or (delta.is_zero and job.target == job.base.format):
-        return q, Outcome(float(base.double().square_().sum()))
+        return q, Outcome(sum_of_squares(base))
     stop = start + base.shape[0]
     if delta.block_size is not None:
         tile, costs = move_tau(q, delta, start, means.options.tau, job.name)

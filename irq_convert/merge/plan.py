@@ -50,8 +50,14 @@ class Job:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """As the source has it."""
         base = self.base
         return base.source_shape if isinstance(base, StoredTensor) else base.shape
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the artifact stores the transpose of what a dense file has."""
+        return isinstance(self.base, StoredTensor) and self.base.format.transposed
 
     @property
     def blocks(self) -> BlockShape:

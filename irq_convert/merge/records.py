@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from pathlib import PurePosixPath
 from typing import Any
 
 from irq_convert import __version__
 from irq_convert.adapters.stored import StoredAdapter
 from irq_convert.artifact.config import ModuleFormat
 from irq_convert.artifact.contents import Artifact
-from irq_convert.artifact.manifest import build_manifest
+from irq_convert.artifact.manifest import build_manifest, is_listed
 from irq_convert.artifact.structure import StoredTensor
 from irq_convert.merge.options import MergeOptions
 from irq_convert.merge.outcome import Outcome
@@ -71,11 +70,7 @@ def merged_manifest(
     base = plan.artifact.manifest
     assert base is not None
     source = base["source"]
-    listed = {
-        name: entry
-        for name, entry in files.items()
-        if not any(part.startswith(".") for part in PurePosixPath(name).parts)
-    }
+    listed = {name: entry for name, entry in files.items() if is_listed(name)}
     jobs = [job for job in plan.jobs if isinstance(job.target, ModuleFormat)]
     tensors = {job.name: _entry(job, base["tensors"][job.name], outcomes[job.name]) for job in jobs}
     before = source.get("adapters")

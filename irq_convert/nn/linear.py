@@ -7,7 +7,7 @@ weight for a dense one fails on its shape instead of computing nonsense.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import torch
@@ -74,7 +74,7 @@ class IrqLinear(nn.Linear):
         nn.Module.__init__(self)
         self.in_features = in_features
         self.out_features = out_features
-        self.fmt = _exact_columns(fmt, in_features)
+        self.fmt = exact_columns(fmt, in_features)
         self.dense_dtype = dtype or torch.get_default_dtype()
         parts = part_shapes(out_features, in_features, self.fmt)
         for name in PARTS:
@@ -114,6 +114,11 @@ class IrqLinear(nn.Linear):
         found = {name: self._parameters.get(name) for name in PARTS}
         return {name: part for name, part in found.items() if part is not None}
 
+    def part_dtypes(self) -> dict[str, torch.dtype]:
+        """The dtype that each of `packed_parts` has by its format."""
+        parts = part_shapes(self.out_features, self.in_features, self.fmt)
+        return {name: dtype for name, (_, dtype) in parts.items()}
+
     def quantized(self) -> QuantizedTensor:
         """The weight as a `QuantizedTensor` that shares the parameters' memory."""
         return QuantizedTensor(
@@ -137,7 +142,7 @@ class IrqLinear(nn.Linear):
         Under autocast both are in its dtype. Raises `IrqError` for an input that is not floating:
         some models cast activations to the dtype of `weight`, which is packed here.
         """
-        x = _autocast(x)
+        x = autocast_input(x)
         if not x.is_floating_point():
             raise IrqError(
                 f"a quantized layer got an input of {x.dtype}: the model seems to cast activations "
@@ -148,15 +153,8 @@ class IrqLinear(nn.Linear):
 
     def _apply(self, fn: Callable[..., torch.Tensor], recurse: bool = True) -> IrqLinear:
         """Let `fn` move the packed parts but not change their dtypes."""
-        packed = {id(part) for part in self.packed_parts().values()}
-
-        def keep_dtype(tensor: torch.Tensor) -> torch.Tensor:
-            moved = fn(tensor)
-            if id(tensor) in packed and moved.dtype != tensor.dtype:
-                return tensor.to(moved.device)
-            return moved
-
-        super()._apply(keep_dtype, recurse)
+        keep = keep_dtypes(self.packed_parts().values(), fn)
+        super()._apply(keep, recurse)
         self.dense_dtype = fn(torch.empty(0, dtype=self.dense_dtype)).dtype
         return self
 
@@ -173,18 +171,58 @@ class IrqLinear(nn.Linear):
         )
 
 
+def keep_dtypes(
+    parts: Iterable[torch.Tensor], fn: Callable[..., torch.Tensor]
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """`fn` as `Module._apply` takes it, moving `parts` without changing their dtypes."""
+    packed = {id(part) for part in parts}
+
+    def keep_dtype(tensor: torch.Tensor) -> torch.Tensor:
+        moved = fn(tensor)
+        if id(tensor) in packed and moved.dtype != tensor.dtype:
+            return tensor.to(moved.device)
+        return moved
+
+    return keep_dtype
+
+
+def dense_layer(layer: IrqLinear, weight: nn.Parameter) -> nn.Module:
+    """A dense layer for `layer` with `weight` `[out_features, in_features]` and its own bias.
+
+    A `Conv1D`, which keeps its weight as `[in_features, out_features]`, where that is what the
+    source has; its name would mean the transpose to a model that loads it again.
+    """
+    bias = layer.bias is not None
+    dense: nn.Module
+    if layer.fmt.transposed:
+        from transformers.pytorch_utils import Conv1D
+
+        with torch.device("meta"):
+            dense = Conv1D(layer.out_features, layer.in_features)
+        turned = weight.detach().T.contiguous()
+        weight = nn.Parameter(turned, requires_grad=weight.requires_grad)
+    else:
+        dense = nn.Linear(layer.in_features, layer.out_features, bias, device="meta")
+    dense.weight = weight
+    if layer.bias is not None:
+        dense.bias = layer.bias
+    return dense.train(layer.training)
+
+
 def statistics_parameters(model: nn.Module) -> set[nn.Parameter]:
-    """The floating packed parts of every `IrqLinear` in `model`: statistics and their grids.
+    """The floating packed parts of every layer of `model`: statistics and their grids.
 
     Whatever casts parameters to another dtype has to leave them alone, so under FSDP2 they are
     to be ignored: `fully_shard(layer, mp_policy=..., ignored_params=statistics_parameters(model))`.
     """
-    layers = [module for module in model.modules() if isinstance(module, IrqLinear)]
-    parts = [part for layer in layers for part in layer.packed_parts().values()]
-    return {part for part in parts if part.is_floating_point()}
+    parts = set()
+    for module in model.modules():
+        own = getattr(module, "packed_parts", None)
+        parts |= {part for part in (own().values() if own else ()) if part.is_floating_point()}
+    return parts
 
 
-def _autocast(x: torch.Tensor) -> torch.Tensor:
+def autocast_input(x: torch.Tensor) -> torch.Tensor:
     """`x` in autocast's dtype where autocast would cast the input of a dense layer."""
     kind = x.device.type
     eligible = x.is_floating_point() and x.dtype != torch.float64 and kind != "meta"
@@ -193,7 +231,7 @@ def _autocast(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def _exact_columns(fmt: ModuleFormat, in_features: int) -> ModuleFormat:
+def exact_columns(fmt: ModuleFormat, in_features: int) -> ModuleFormat:
     """`fmt` with `columns` exactly where the packed width does not tell it."""
     if fmt.columns is not None and fmt.columns != in_features:
         raise UsageError(f"the format is of {fmt.columns} columns, the layer has {in_features}")

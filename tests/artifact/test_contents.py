@@ -343,7 +343,8 @@ def test_golden_vectors_open_and_decode_bit_for_bit(folder: Path) -> None:
     with TileReader() as reader:
         for tensor in artifact.quantized:
             dense = dequantize_tensor(read_quantized(reader, tensor, 0, tensor.shape.rows))
-            dense = dense.reshape(tensor.source_shape)
+            dense = dense.reshape(tensor.stored_shape)
+            dense = dense.mT.contiguous() if tensor.format.transposed else dense
             expected = wanted[tensor.name]
             assert dense.shape == expected.shape
             assert torch.equal(dense.view(torch.int32), expected.view(torch.int32))

@@ -83,7 +83,7 @@ def test_the_report_counts_and_measures(pristine: Path, source: Path) -> None:
     report = verify_artifact(pristine, against=open_checkpoint(source))
     manifest = open_artifact(pristine).manifest
     assert manifest is not None
-    assert (report.files, report.quantized, report.copied) == (5, 8, 7)
+    assert (report.files, report.quantized, report.copied) == (4, 8, 7)
     assert report.bytes == manifest["totals"]["bytes"]
     assert report.relative_error == pytest.approx(manifest["totals"]["relative_error"], rel=1e-4)
     assert report.entropy == pytest.approx(manifest["totals"]["entropy"], abs=1e-6)
@@ -228,13 +228,14 @@ def test_damaged_shards_of_many_are_told_apart(source: Path, tmp_path: Path) -> 
 def test_files_missing_added_and_changed_are_named(artifact: Path) -> None:
     (artifact / "tokenizer.json").unlink()
     (artifact / "assets" / "extra.bin").write_bytes(b"x")
-    (artifact / "README.md").write_text("# B model\n")
+    (artifact / "README.md").write_text("# A card of its own\n")
+    (artifact / "config.json").write_text((artifact / "config.json").read_text() + "\n")
     (artifact / "assets" / "note.txt").write_text("longer than it was\n")
     found = sorted(failures(artifact))
     assert len(found) == 4
-    assert_one_line(found[0], "README.md", "changed", "sha256")
-    assert_one_line(found[1], "assets/extra.bin", "not part")
-    assert_one_line(found[2], "assets/note.txt", "19 bytes", "5")
+    assert_one_line(found[0], "assets/extra.bin", "not part")
+    assert_one_line(found[1], "assets/note.txt", "19 bytes", "5")
+    assert_one_line(found[2], "config.json", "bytes")
     assert_one_line(found[3], "tokenizer.json", "missing")
 
 

@@ -90,7 +90,7 @@ def test_files_of_a_base_model_under_the_config_of_the_whole(tmp_path: Path) -> 
     assert found.modules_kept == ("lm_head",)
 
 
-def test_mixture_of_experts_keeps_routers_and_experts(tmp_path: Path) -> None:
+def test_mixture_of_experts_keeps_routers(tmp_path: Path) -> None:
     config = tf.Qwen2MoeConfig(
         **TEXT, num_experts=4, moe_intermediate_size=32, shared_expert_intermediate_size=48
     )
@@ -98,18 +98,22 @@ def test_mixture_of_experts_keeps_routers_and_experts(tmp_path: Path) -> None:
     checkpoint = save(model, tmp_path)
     found = find_linears(checkpoint)
     shared = [f"mlp.shared_expert.{x}_proj" for x in ("gate", "up", "down")]
-    assert found.tensors == layers("model.", ATTENTION + shared)
-    assert "model.layers.0.mlp.shared_expert_gate" in found.modules_kept
-    assert any(".experts.0." in name for name in checkpoint.tensors)
-    check_whole(checkpoint, model)
+    own = [f"mlp.experts.{n}.{x}_proj" for n in range(4) for x in ("gate", "up", "down")]
+    assert found.tensors == layers("model.", ATTENTION + shared + own)
+    assert not found.transposed
+    gates = [f"model.layers.{n}.mlp.shared_expert_gate" for n in range(2)]
+    assert found.modules_kept == ("lm_head", *gates)
+    assert found.tensors <= checkpoint.tensors.keys()
 
 
-def test_convolutions_in_disguise_are_no_linears(tmp_path: Path) -> None:
+def test_convolutions_in_disguise_are_linears_the_other_way_round(tmp_path: Path) -> None:
     config = tf.GPT2Config(
         n_embd=64, n_layer=2, n_head=4, vocab_size=50, bos_token_id=0, eos_token_id=0
     )
     found = find_linears(save(tf.GPT2LMHeadModel(config), tmp_path))
-    assert not found.tensors  # Conv1D holds its weight the other way round
+    names = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    assert found.tensors == {f"transformer.h.{n}.{x}.weight" for n in range(2) for x in names}
+    assert found.transposed == found.tensors
     assert found.modules_kept == ("lm_head",)
 
 

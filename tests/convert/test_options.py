@@ -67,6 +67,7 @@ def test_to_dict_has_what_decides_the_bytes_and_nothing_else() -> None:
         "zero_point": "float",
         "keep": ["a"],
         "bits_for": [["b", 4]],
+        "include_towers": False,
         "max_shard_bytes": 7,
     }
     same = ConvertOptions(

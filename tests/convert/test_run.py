@@ -210,7 +210,7 @@ def test_the_manifest(tmp_path: Path, spec: QuantSpec) -> None:
 def check_files(out: Path, listed: dict[str, Any]) -> None:
     there = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
     assert ".hidden/x" in there
-    assert list(listed) == sorted(there - {"irq_manifest.json", ".hidden/x"})
+    assert list(listed) == sorted(there - {"irq_manifest.json", "README.md", ".hidden/x"})
     for name, entry in listed.items():
         data = (out / name).read_bytes()
         assert entry == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
@@ -330,7 +330,7 @@ class Course(Progress):
     def stage(self, text: str) -> None:
         self.events.append(text)
 
-    def start(self, plan: object) -> None:
+    def phase(self, text: str, tensors: int, nbytes: int) -> None:
         self.events.append("start")
 
     def advance(self, nbytes: int, finished: bool) -> None:

@@ -64,7 +64,6 @@ def write_vector(
     folder: Path, tensors: dict[str, QuantizedTensor], **sources: torch.Tensor
 ) -> None:
     """One vector: config.json, model.safetensors, dense.safetensors and source.safetensors."""
-    folder.mkdir(parents=True, exist_ok=True)
     first = tensors["tail.weight"]
     default = ModuleFormat(first.codebook, 64)
     overrides = {}
@@ -76,14 +75,25 @@ def write_vector(
         if own != default:
             overrides[name.removesuffix(".weight")] = own
     config = QuantizationConfig(default, ("head",), overrides, {"producer": "irq-convert"})
-    text = json.dumps({"quantization_config": config.to_dict()}, indent=2) + "\n"
-    (folder / "config.json").write_text(text)
     stored = {n + suffix: p for n, t in tensors.items() for suffix, p in t.parts().items()}
     copied = {"head.weight": torch.arange(12, dtype=torch.bfloat16).reshape(3, 4)}
-    save_file({**stored, **copied}, folder / "model.safetensors", {"format": "pt"})
     dense = {name: dequantize_tensor(tensor, backend="torch") for name, tensor in tensors.items()}
+    _write_files(folder, config, {**stored, **copied}, dense, dict(sources))
+
+
+def _write_files(
+    folder: Path,
+    config: QuantizationConfig,
+    stored: dict[str, torch.Tensor],
+    dense: dict[str, torch.Tensor],
+    sources: dict[str, torch.Tensor],
+) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"quantization_config": config.to_dict()}, indent=2) + "\n"
+    (folder / "config.json").write_text(text)
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
     save_file(dense, folder / "dense.safetensors", {"format": "pt"})
-    save_file(dict(sources), folder / "source.safetensors", {"format": "pt"})
+    save_file(sources, folder / "source.safetensors", {"format": "pt"})
 
 
 def _dtype(tensor: torch.Tensor) -> str:
@@ -100,6 +110,29 @@ def write_all(folder: Path) -> None:
     for name, dtype in (("groups.weight", torch.float16), ("odd.weight", torch.float32)):
         tensors[name] = with_plain_statistics(tensors[name], dtype)
     write_vector(folder / "plain-statistics", tensors, **source)
+    write_transposed(folder / "transposed")
+
+
+def write_transposed(folder: Path) -> None:
+    """A vector of tensors whose inputs are the last dimension but one, alone and stacked."""
+    flat = source_tensors(101)
+    rows = {"conv.weight": flat["tail.weight"], "experts.down": flat["groups.weight"]}
+    parts = {name: quantize_tensor(w, QuantSpec("nf4", 16)) for name, w in rows.items()}
+    shapes = {"conv.weight": (5,), "experts.down": (6, 15)}
+
+    def turned(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.reshape(*shapes[name], -1).mT.contiguous()
+
+    stored = {
+        name + suffix: part if suffix.endswith("_grid") else part.reshape(*shapes[name], -1)
+        for name, tensor in parts.items()
+        for suffix, part in tensor.parts().items()
+    }
+    turn = ModuleFormat("nf4", 16, transposed=True)
+    overrides = {"conv": turn, "experts.down": turn}
+    config = QuantizationConfig(ModuleFormat("nf4", 16), (), overrides, {"producer": "irq-convert"})
+    dense = {n: turned(n, dequantize_tensor(t, backend="torch")) for n, t in parts.items()}
+    _write_files(folder, config, stored, dense, {n: turned(n, w) for n, w in rows.items()})
 
 
 if __name__ == "__main__":

@@ -80,7 +80,10 @@ def levels(codebook: str) -> NDArray[np.float32]:
 
 @dataclass(frozen=True)
 class Layout:
-    """How the weight of one module is stored; `columns` is None where the formula gives it."""
+    """How the weight of one module is stored; `columns` is None where the formula gives it.
+
+    `transposed`: the source has the last two dimensions the other way round.
+    """
 
     codebook: str
     bits: int
@@ -88,6 +91,7 @@ class Layout:
     scale_dtype: str
     tau_dtype: str
     columns: int | None = None
+    transposed: bool = False
 
 
 @dataclass(frozen=True)
@@ -177,13 +181,17 @@ def check_config(raw: Any) -> Config:
     overrides: dict[str, Layout] = {}
     for module, entry in _object(top.get("overrides", {}), None, "overrides").items():
         where = f"overrides[{module!r}]"
-        keys = _object(entry, {*_LAYOUT_KEYS, "columns"}, where)
+        keys = _object(entry, {*_LAYOUT_KEYS, "columns", "transposed"}, where)
         overrides[module] = replace(default, **_layout_keys(keys, where))
         if "columns" in keys:
             columns = _integer(keys["columns"], f"{where}.columns")
             if columns < 1:
                 raise FormatError(f"{where}.columns: {columns} is not positive")
             overrides[module] = replace(overrides[module], columns=columns)
+        if "transposed" in keys:
+            if not isinstance(keys["transposed"], bool):
+                raise FormatError(f"{where}.transposed: not true or false")
+            overrides[module] = replace(overrides[module], transposed=keys["transposed"])
     kept = top.get("modules_to_not_convert", [])
     if not isinstance(kept, list) or not all(isinstance(name, str) for name in kept):
         raise FormatError("modules_to_not_convert: not a list of names")
@@ -367,8 +375,10 @@ def _parts(name: str, layout: Layout, tensors: Mapping[str, Stored]) -> dict[str
 
 def _columns(name: str, layout: Layout, packed: Stored) -> int:
     """The source's last dimension (section 3)."""
-    if not packed.shape:
-        raise FormatError(f"{name}: a quantized tensor has at least one dimension")
+    least = 2 if layout.transposed else 1
+    if len(packed.shape) < least:
+        words = "two dimensions" if layout.transposed else "one dimension"
+        raise FormatError(f"{name}: a quantized tensor has at least {words}")
     row_bytes = packed.shape[-1]
     columns = 8 * row_bytes // layout.bits if layout.columns is None else layout.columns
     if row_bytes != math.ceil(columns * layout.bits / 8):
@@ -430,7 +440,8 @@ def _decode(name: str, layout: Layout, tensors: Mapping[str, Stored]) -> NDArray
         with np.errstate(over="ignore", invalid="ignore"):
             product = table[codes] * scale[row][:, block]  # first rounding
             dense[row, column] = product + tau[row][:, block]  # second rounding
-    return dense.reshape(*leading, columns)
+    dense = dense.reshape(*leading, columns)
+    return np.ascontiguousarray(dense.swapaxes(-1, -2)) if layout.transposed else dense
 
 
 def quantized_names(tensors: Mapping[str, Stored]) -> list[str]:
@@ -476,6 +487,7 @@ def verify_files(folder: Path | str) -> list[str]:
     listed = _object(manifest.get("files"), None, f"{path}: files")
     files = (p.relative_to(folder) for p in folder.rglob("*") if p.is_file())
     there = {p.as_posix() for p in files if not any(x.startswith(".") for x in p.parts)}
+    there.discard("README.md")
     there.discard(path.name)
     for name in sorted(set(listed) ^ there):
         what = "is listed but missing" if name in listed else "is not in the manifest"

@@ -627,6 +627,8 @@ BAD_OVERRIDES: list[dict[str, Any]] = [
     {"group_size": 256},
     {"quant_method": "irq"},
     {"meta": {}},
+    {"transposed": 1},
+    {"transposed": None},
     {"columns": 0},
     {"columns": -1},
     {"columns": 7.5},
