@@ -83,6 +83,12 @@ def main() -> None:
         reason = (error.strerror or type(error).__name__).lower()
         print(f"irq-convert: {error.filename}: {reason}; check the path", file=sys.stderr)
         sys.exit(1)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's; importing it takes seconds
+            raise
+        what = str(error).partition(".")[0]
+        print(f"irq-convert: {what}: stop what else uses it, or use --device cpu", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("irq-convert: interrupted", file=sys.stderr)
         sys.exit(130)

@@ -8,6 +8,7 @@ and gives the slot back when it is through; the writer fetches the result.
 
 from __future__ import annotations
 
+import functools
 import queue
 import threading
 from dataclasses import dataclass, replace
@@ -47,7 +48,7 @@ class Engine:
 
     def memory(self, nbytes: int) -> torch.Tensor:
         """Host memory to read into, uint8 `[nbytes]`."""
-        return torch.empty(nbytes, dtype=torch.uint8)
+        return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
 
     def upload(self, slot: Slot, tile: torch.Tensor) -> torch.Tensor:
         """Start to move `tile`, in host memory, to the device (reader's thread)."""
@@ -71,10 +72,10 @@ class CudaEngine(Engine):
     def __init__(self, device: torch.device) -> None:
         index = torch.cuda.current_device() if device.index is None else device.index
         super().__init__(torch.device("cuda", index))
-        self._up, self._down = torch.cuda.Stream(self.device), torch.cuda.Stream(self.device)
+        self._up, self._down = _streams(index)
 
     def memory(self, nbytes: int) -> torch.Tensor:
-        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
 
     def upload(self, slot: Slot, tile: torch.Tensor) -> torch.Tensor:
         if not tile.is_pinned():
@@ -95,7 +96,7 @@ class CudaEngine(Engine):
 
     def fetch(self, tile: QuantizedTensor, mark: Any) -> QuantizedTensor:
         def copy(part: torch.Tensor) -> torch.Tensor:
-            host = torch.empty(part.shape, dtype=part.dtype, pin_memory=True)
+            host = torch.empty(part.shape, dtype=part.dtype, device="cpu", pin_memory=True)
             return host.copy_(part, non_blocking=True)
 
         with torch.cuda.stream(self._down):
@@ -103,6 +104,16 @@ class CudaEngine(Engine):
             found = _map(tile, copy)
         self._down.synchronize()
         return found
+
+
+@functools.cache
+def _streams(index: int) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
+    """Where a GPU's uploads and downloads run, the same for every shard.
+
+    The allocator gives freed memory only to the stream that it was allocated on.
+    """
+    device = torch.device("cuda", index)
+    return torch.cuda.Stream(device), torch.cuda.Stream(device)
 
 
 class Ring:
@@ -113,7 +124,7 @@ class Ring:
         self._free: queue.SimpleQueue[Slot] = queue.SimpleQueue()
         self._closed = threading.Event()
         for _ in range(slots):
-            self._free.put(Slot(torch.empty(0, dtype=torch.uint8)))
+            self._free.put(Slot(torch.empty(0, dtype=torch.uint8, device="cpu")))
 
     def __enter__(self) -> Ring:
         return self

@@ -96,6 +96,10 @@ def training_arguments(recipe: Recipe, writing: str, measured: bool) -> Training
     )
     if recipe.processes == 1 and not cpu:
         arguments._n_gpu = 1  # with several GPUs Trainer would copy the model to each of them
+        # Its own set-up, which has run by now, takes the first GPU whatever the recipe says.
+        device = torch.device(recipe.device)
+        arguments.__dict__["_setup_devices"] = device
+        torch.cuda.set_device(device)
     return arguments
 
 

@@ -161,8 +161,8 @@ def whole_model(clock: Clock, layers: int, shapes: Sequence[tuple[int, int]]) ->
             yield f"{describe(spec)}, from the {where}", f"{total / 1e9:.2f}", f"{seconds:.3f}"
     try:
         from bitsandbytes.functional import quantize_4bit
-    except ImportError as error:
-        yield "bitsandbytes nf4", f"{total / 1e9:.2f}", f"not installed ({error})"
+    except Exception as error:  # not installed, or without a build for this CUDA
+        yield "bitsandbytes nf4", f"{total / 1e9:.2f}", f"not usable ({first_line(error)})"
         return
 
     def peer(weight: torch.Tensor) -> object:
@@ -170,7 +170,15 @@ def whole_model(clock: Clock, layers: int, shapes: Sequence[tuple[int, int]]) ->
 
     for where, source in (("device", matrices), ("host", on_host)):
         label = f"bitsandbytes nf4 (no search), from the {where}"
-        yield label, f"{total / 1e9:.2f}", f"{every(peer, source):.3f}"
+        try:
+            cell = f"{every(peer, source):.3f}"
+        except RuntimeError as error:
+            cell = f"failed ({first_line(error)})"
+        yield label, f"{total / 1e9:.2f}", cell
+
+
+def first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def equality(device: torch.device, size: tuple[int, int]) -> Iterator[Row]:
@@ -232,8 +240,9 @@ def machine(device: torch.device) -> dict[str, str]:
     for name in ("triton", "bitsandbytes"):
         try:
             found[name] = __import__(name).__version__
-        except ImportError:
-            found[name] = "not installed"
+        except Exception as error:
+            missing = isinstance(error, ImportError)
+            found[name] = "not installed" if missing else f"not usable ({first_line(error)})"
     return found | {"python": platform.python_version()}
 
 
@@ -249,8 +258,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def measure(args: argparse.Namespace) -> dict[str, tuple[Row, list[Row]]]:
-    """Every table by its title: heads and rows."""
+def measure(args: argparse.Namespace) -> Iterator[tuple[str, Row, list[Row]]]:
+    """Title, heads and rows of every table, each as soon as it is measured."""
     device = torch.device(args.device)
     clock = Clock(device, args.rounds)
     size, copy = (256, 1 << 20) if args.small else (args.size, GIB)
@@ -258,30 +267,31 @@ def measure(args: argparse.Namespace) -> dict[str, tuple[Row, list[Row]]]:
     if not args.small:
         layer, shapes = (11008, 4096), LAYER_7B
     copied = copy_rate(clock, copy)
-    tables: dict[str, tuple[Row, list[Row]]] = {
-        f"bandwidth, {size} x {size} bf16; a copy moves {copied / 1e9:,.0f} GB/s": (
-            ("search", "quantize ns/weight", "GB/s", "of copy", "dequantize ns/weight", "GB/s",
-             "of copy"),
-            list(bandwidth(clock, size, copied)),
-        ),
-        f"a layer {layer[0]} x {layer[1]}, bf16, ms": (
-            ("tokens", "forward", "dense", "forward + backward", "dense"),
-            list(products(clock, (1, 16, 2048), layer)),
-        ),
-        f"all linears of a 7B model ({args.layers} layers)": (
-            ("what", "billion weights", "seconds"),
-            list(whole_model(clock, args.layers, shapes)),
-        ),
-        "differences from the CPU kernels": (
-            ("search", "stored bytes", "dequantized values"),
-            list(equality(device, (260, 1100))),
-        ),
-    }  # fmt: skip
+    yield (
+        f"bandwidth, {size} x {size} bf16; a copy moves {copied / 1e9:,.0f} GB/s",
+        ("search", "quantize ns/weight", "GB/s", "of copy", "dequantize ns/weight", "GB/s",
+         "of copy"),
+        list(bandwidth(clock, size, copied)),
+    )  # fmt: skip
+    yield (
+        f"a layer {layer[0]} x {layer[1]}, bf16, ms",
+        ("tokens", "forward", "dense", "forward + backward", "dense"),
+        list(products(clock, (1, 16, 2048), layer)),
+    )
+    yield (
+        f"all linears of a 7B model ({args.layers} layers)",
+        ("what", "billion weights", "seconds"),
+        list(whole_model(clock, args.layers, shapes)),
+    )
+    yield (
+        "differences from the CPU kernels",
+        ("search", "stored bytes", "dequantized values"),
+        list(equality(device, (260, 1100))),
+    )
     if args.checkpoint:
         heads = ("", "GB", "seconds", "GB/s")
         rows = list(conversion(args.checkpoint, args.device))
-        tables[f"conversion of {args.checkpoint.name}"] = (heads, rows)
-    return tables
+        yield f"conversion of {args.checkpoint.name}", heads, rows
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -289,13 +299,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if torch.device(args.device).type == "cuda" and not torch.cuda.is_available():
         sys.exit("error: torch sees no CUDA GPU here, so there is nothing to measure")
     about: dict[str, Any] = machine(torch.device(args.device))
-    print(", ".join(f"{key} {value}" for key, value in about.items()), end="\n\n")
-    tables = measure(args)
-    for title, (heads, rows) in tables.items():
-        print(markdown(title, heads, rows))
-    if args.json:
-        listed = {title: {"heads": h, "rows": r} for title, (h, r) in tables.items()}
-        args.json.write_text(json.dumps({"machine": about, "tables": listed}, indent=2) + "\n")
+    print(", ".join(f"{key} {value}" for key, value in about.items()), end="\n\n", flush=True)
+    listed: dict[str, Any] = {}
+    for title, heads, rows in measure(args):
+        print(markdown(title, heads, rows), flush=True)
+        listed[title] = {"heads": heads, "rows": rows}
+        if args.json:
+            args.json.write_text(json.dumps({"machine": about, "tables": listed}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

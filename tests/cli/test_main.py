@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from irq_convert import __version__
-from irq_convert.cli.main import app
+from irq_convert.cli.main import app, main
 
 from .process import assert_fails, fresh
 
@@ -57,6 +58,21 @@ def test_help_imports_nothing_heavy(args: list[str]) -> None:
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "typer" in imported
     assert not [name for name in imported if name.partition(".")[0] in HEAVY]
+
+
+def test_a_full_device_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
+
+    monkeypatch.setattr("irq_convert.cli.main.app", full)
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 1
+    assert capsys.readouterr().err == (
+        "irq-convert: CUDA out of memory: stop what else uses it, or use --device cpu\n"
+    )
 
 
 def test_errors_from_a_fresh_process(tmp_path: Path) -> None:

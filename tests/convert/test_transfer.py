@@ -15,11 +15,11 @@ from irq_convert.checkpoint.reader import TileReader
 from irq_convert.convert import pipeline
 from irq_convert.convert.options import ConvertOptions
 from irq_convert.convert.pipeline import convert_shard
-from irq_convert.convert.progress import Progress
 from irq_convert.convert.transfer import SLOTS, Engine, Ring, RingClosed, Slot, make_engine
 from irq_convert.core.quantized import QuantizedTensor
 from irq_convert.core.spec import QuantSpec
 from irq_convert.errors import IrqError
+from irq_convert.jobs.progress import Progress
 
 from .test_pipeline import plan_of, tensors_of
 

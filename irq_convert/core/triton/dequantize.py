@@ -45,7 +45,9 @@ def _statistic(stored, grid, row, block, number, row_stride, real, GRID: tl.cons
         "scale_stride",
         "tau_stride",
         "blocks_per_row",
-    ]
+    ],
+    # Tiles of columns start anywhere, and these are read one number a run.
+    do_not_specialize_on_alignment=["scale", "tau", "scale_grid", "tau_grid"],
 )
 def dequantize(
     codes, scale, tau, scale_grid, tau_grid, levels, out, first_row, rows, cols, octets_per_row,

@@ -55,9 +55,9 @@ def _fit(low, high, anchor):
     return step, offset, inverse
 
 
-@triton.jit(do_not_specialize=["blocks", "groups"])
+@triton.jit(do_not_specialize=["blocks", "groups"], do_not_specialize_on_alignment=["grids"])
 def fit_groups(
-    profile, params, grids, blocks, groups,
+    profile, settings, grids, blocks, groups,
     PATH: tl.constexpr, UNIFORM: tl.constexpr, NG: tl.constexpr,
 ):  # fmt: skip
     """Fit both grids of `NG` groups into `grids`, float32 `[groups, 6]`: `kernels.fit_group`."""
@@ -74,11 +74,11 @@ def fit_groups(
     widest = tl.load(profile + WIDEST * blocks + b, mask=real, other=0.0)
     radius = tl.load(profile + RADIUS * blocks + b, mask=real, other=0.0)
 
-    floor = tl.load(params + 1)
+    floor = tl.load(settings + 1)
     if PATH == RANGE:
-        narrowest = (half - tl.load(params) * half) * floor
+        narrowest = (half - tl.load(settings) * half) * floor
     elif PATH == INTEGER:
-        narrowest = half * tl.load(params + 3) * floor
+        narrowest = half * tl.load(settings + 3) * floor
     elif PATH == PLAIN or UNIFORM:
         narrowest = neutral * floor
     else:

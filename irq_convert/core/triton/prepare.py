@@ -53,16 +53,16 @@ def _zero_point(lo, hi, levels, TOP: tl.constexpr):
 
 @triton.jit
 def _profile(
-    lo, hi, med, params, levels, PATH: tl.constexpr, UNIFORM: tl.constexpr, TOP: tl.constexpr
+    lo, hi, med, settings, levels, PATH: tl.constexpr, UNIFORM: tl.constexpr, TOP: tl.constexpr
 ):  # fmt: skip
     """Center, half range, plain scale, widest scale and radius of the search of each block."""
-    radius = tl.load(params)
+    radius = tl.load(settings)
     half, middle = (hi - lo) * 0.5, (lo + hi) * 0.5
     reach = tl.maximum(hi - med, med - lo)
     if PATH == INTEGER:
         z, half = _zero_point(lo, hi, levels, TOP)
         center, neutral = negative_product(tl.load(levels + z), half), half
-        widest = half * tl.maximum(tl.load(params + 2), 1.0)
+        widest = half * tl.maximum(tl.load(settings + 2), 1.0)
         around = z.to(tl.float32)
     elif UNIFORM:
         center, neutral, widest = middle, half, half
@@ -81,7 +81,7 @@ def _profile(
 
 @triton.jit(do_not_specialize=["per_row", "blocks"])
 def prepare(
-    weights, params, levels, keys, prefix, profile, squares, bad, cols, per_row, blocks,
+    weights, settings, levels, keys, prefix, profile, squares, bad, cols, per_row, blocks,
     PATH: tl.constexpr, UNIFORM: tl.constexpr, FIXED_BITS: tl.constexpr, TOP: tl.constexpr,
     B: tl.constexpr, NB: tl.constexpr,
 ):  # fmt: skip
@@ -118,7 +118,7 @@ def prepare(
     tl.store(squares + b, tl.sum(wide * wide, 1), mask=real)
 
     center, half, neutral, widest, around = _profile(
-        lo, hi, med, params, levels, PATH, UNIFORM, TOP
+        lo, hi, med, settings, levels, PATH, UNIFORM, TOP
     )
     tl.store(profile + LO * blocks + b, lo, mask=real)
     tl.store(profile + HI * blocks + b, hi, mask=real)

@@ -167,24 +167,24 @@ def _quantize_chunk(
     rows: torch.Tensor, shape: BlockShape, spec: QuantSpec, work: _Scratch, out: _Result
 ) -> None:
     known = constants(spec.codebook, spec.block_size, rows.device)
-    plan, params = _search(spec, rows.device)
+    plan, settings = _search(spec, rows.device)
     where = (shape.cols, shape.blocks_per_row, shape.blocks)
     book = {"N_LEVELS": known.n_levels, "B": spec.block_size, **LAUNCH}
     tables = (known.mids, known.levels, known.table)
     keys = (work.keys, work.prefix, work.profile)
     sorted_blocks = together(shape.blocks, spec.block_size, TILE)
     prepare.prepare[spread(shape.blocks, sorted_blocks)](
-        rows, params, known.levels, *keys, work.squares, work.bad, *where,
+        rows, settings, known.levels, *keys, work.squares, work.bad, *where,
         PATH=plan.path, UNIFORM=plan.uniform, FIXED_BITS=plan.fixed_bits, TOP=known.n_levels - 1,
         B=spec.block_size, NB=sorted_blocks, **LAUNCH,
     )  # fmt: skip
     at_once = together(shape.groups, GROUP_SIZE, GROUP_SIZE)
     grids.fit_groups[spread(shape.groups, at_once)](
-        work.profile, params, out.grids, shape.blocks, shape.groups,
+        work.profile, settings, out.grids, shape.blocks, shape.groups,
         PATH=plan.path, UNIFORM=plan.uniform, NG=at_once, **LAUNCH,
     )  # fmt: skip
     settled = (work.tau, work.scale, out.tau, out.scale, work.errors)
-    _search_chunk(spec, plan, params, known, (*keys, out.grids), settled, where)
+    _search_chunk(spec, plan, settings, known, (*keys, out.grids), settled, where)
     lanes = together(shape.blocks, 1, LANES)
     totals.measure[spread(shape.blocks, lanes)](
         *keys, work.tau, work.scale, work.errors, work.squares, *tables, work.sums, work.energies,
@@ -207,7 +207,7 @@ def _quantize_chunk(
 def _search_chunk(
     spec: QuantSpec,
     plan: Plan,
-    params: torch.Tensor,
+    settings: torch.Tensor,
     known: Constants,
     seen: tuple[torch.Tensor, ...],
     settled: tuple[torch.Tensor, ...],
@@ -221,7 +221,7 @@ def _search_chunk(
     candidates = NARROW if plan.objective == ERROR else WIDE
     side_by_side = together(where[2], candidates, SCORES)
     search.search[spread(where[2], side_by_side)](
-        *seen, params, known.mids, known.levels, known.table, *settled, *where, trials,
+        *seen, settings, known.mids, known.levels, known.table, *settled, *where, trials,
         PATH=plan.path, OBJECTIVE=plan.objective, UNIFORM=plan.uniform, NB=side_by_side,
         C=candidates, **book,
     )  # fmt: skip

@@ -52,7 +52,10 @@ def _code_sums(
     return sum_l, sum_ll, sum_lw
 
 
-@triton.jit(do_not_specialize=["cols", "per_row", "blocks", "rounds"])
+@triton.jit(
+    do_not_specialize=["cols", "per_row", "blocks", "rounds"],
+    do_not_specialize_on_alignment=["grids"],
+)
 def refine(
     keys, prefix, profile, grids, mids, levels, level_fixed, table,
     tau_out, scale_out, tau_codes, scale_codes, errors, cols, per_row, blocks, rounds,
@@ -107,7 +110,10 @@ def refine(
     tl.store(errors + b, error, mask=real)
 
 
-@triton.jit(do_not_specialize=["cols", "per_row", "blocks", "rounds"])
+@triton.jit(
+    do_not_specialize=["cols", "per_row", "blocks", "rounds"],
+    do_not_specialize_on_alignment=["grids"],
+)
 def refine_zero_points(
     keys, prefix, profile, grids, mids, levels, level_fixed, table,
     tau_out, scale_out, tau_codes, scale_codes, errors, cols, per_row, blocks, rounds,

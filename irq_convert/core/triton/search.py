@@ -43,7 +43,7 @@ MOST_INT64 = tl.constexpr(2**63 - 1)
 
 @triton.jit
 def window(
-    center, half, radius, flat, params, tau_step, tau_offset, tau_inverse, scale_offset,
+    center, half, radius, flat, settings, tau_step, tau_offset, tau_inverse, scale_offset,
     scale_inverse, neutral, PATH: tl.constexpr,
 ):  # fmt: skip
     """`(first code, stride, size)` of the candidates; the code is of the scale or of tau."""
@@ -51,13 +51,13 @@ def window(
         first = tl.zeros_like(center)
         last = first
     elif PATH == RANGE:
-        around = tl.load(params) * half
+        around = tl.load(settings) * half
         first = encode(half - around, scale_inverse, scale_offset)
         last = encode(half + around, scale_inverse, scale_offset)
     elif PATH == INTEGER:
         alone = encode(neutral, scale_inverse, scale_offset)
-        first = encode(half * tl.load(params + 3), scale_inverse, scale_offset)
-        last = encode(half * tl.load(params + 2), scale_inverse, scale_offset)
+        first = encode(half * tl.load(settings + 3), scale_inverse, scale_offset)
+        last = encode(half * tl.load(settings + 2), scale_inverse, scale_offset)
         first, last = tl.where(flat, alone, first), tl.where(flat, alone, last)
     else:
         first = tl.maximum(round_up((center - radius) * tau_inverse - tau_offset), 0.0)
@@ -157,9 +157,11 @@ def _best_on_path(
     return best_total, best_error, best_code
 
 
-@triton.jit(do_not_specialize=["cols", "per_row", "blocks"])
+@triton.jit(
+    do_not_specialize=["cols", "per_row", "blocks"], do_not_specialize_on_alignment=["grids"]
+)
 def search(
-    keys, prefix, profile, grids, params, mids, levels, table,
+    keys, prefix, profile, grids, settings, mids, levels, table,
     tau_out, scale_out, tau_codes, scale_codes, errors, cols, per_row, blocks, trials,
     PATH: tl.constexpr, OBJECTIVE: tl.constexpr, UNIFORM: tl.constexpr,
     N_LEVELS: tl.constexpr, B: tl.constexpr, NB: tl.constexpr, C: tl.constexpr,
@@ -167,7 +169,7 @@ def search(
     """Settle `NB` blocks: their pair (float32), its codes (uint8), its error (int64), `[blocks]`.
 
     `trials` paths are compared: shrink factors for squared error, zero points around the fitting
-    one, else one. `params` is radius, floor and the shrink factors.
+    one, else one. `settings` is radius, floor and the shrink factors.
     """
     number = tl.program_id(0) * NB + tl.arange(0, NB)[:, None]
     real = number < blocks
@@ -186,7 +188,7 @@ def search(
     if PATH == INTEGER:
         fitting = radius.to(tl.int32)
     first, stride, size = window(
-        center, half, radius, flat, params, tau_step, tau_offset, tau_inverse, scale_offset,
+        center, half, radius, flat, settings, tau_step, tau_offset, tau_inverse, scale_offset,
         scale_inverse, neutral, PATH,
     )  # fmt: skip
     best_total = tl.full((NB, 1), MOST_INT32, tl.int32)
@@ -195,14 +197,14 @@ def search(
     best_shrink = tl.zeros((NB, 1), tl.float32)
     best_z = fitting
     for trial in range(trials):
-        shrink = tl.load(params + 2)
+        shrink = tl.load(settings + 2)
         z, usable = fitting, real
         if PATH == INTEGER:
             z = fitting + tl.where(trial == 1, -1, tl.where(trial == 2, 1, 0))
             usable = real & (z >= 0) & (z < N_LEVELS) & ((trial == 0) | ~flat)
             z = tl.minimum(tl.maximum(z, 0), N_LEVELS - 1)
         else:
-            shrink = tl.load(params + 2 + trial)
+            shrink = tl.load(settings + 2 + trial)
         total, error, code = _best_on_path(
             keys, prefix, mids, levels, table, b, n, factor, lo, hi, center, half, neutral, flat,
             tau_step, tau_offset, tau_inverse, scale_step, scale_offset, scale_inverse,

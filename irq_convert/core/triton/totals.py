@@ -43,7 +43,9 @@ def measure(
     tl.store(energies + blocks + b, wrong, mask=real)
 
 
-@triton.jit(do_not_specialize=["blocks", "groups"])
+@triton.jit(
+    do_not_specialize=["blocks", "groups"], do_not_specialize_on_alignment=["counts", "totals"]
+)
 def add_up(sums, energies, bad, counts, totals, blocks, groups, NG: tl.constexpr):
     """Totals of `NG` groups, block after block: int64 `[groups, 3]` and float64 `[groups, 2]`."""
     g = tl.program_id(0) * NG + tl.arange(0, NG)
