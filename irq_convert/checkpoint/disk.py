@@ -58,7 +58,9 @@ def check_output(out: Path, source: Path | None, overwrite: bool) -> Path:
         if source is not None:
             _check_apart(out, real, Path(source))
         if real.is_dir() and any(real.iterdir()) and not overwrite:
-            raise UsageError(f"{out}: not empty; choose another folder or allow overwriting it")
+            raise UsageError(
+                f"{out}: not empty; choose another folder, or --overwrite to replace it"
+            )
     return real
 
 

@@ -1,16 +1,12 @@
-"""Source files fetched from the Hub while a conversion reads: kept in the cache, or streamed.
+"""Source files fetched from the Hub while a conversion reads, into the cache of all downloads.
 
-`CacheSupply` fills the Hub cache, as any download would. `StreamSupply` keeps no more than the
-file that is read and the next one, in a folder of its own: a file is deleted when it was read.
 Each file is checked against the size and the checksum that the Hub lists for the pinned commit.
+`hub_stream` has the supply that keeps no file.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
-import os
-import shutil
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, wait
@@ -23,10 +19,8 @@ from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf
 from irq_convert.checkpoint.files import git_sha1, sha256_file
 from irq_convert.checkpoint.hub import NoBar, RemoteModel
 from irq_convert.checkpoint.hub_errors import hub_errors, retrying
-from irq_convert.checkpoint.lock import take_folder
 from irq_convert.checkpoint.supply import Supply
-from irq_convert.checkpoint.system import os_errors
-from irq_convert.errors import IrqError, UsageError
+from irq_convert.errors import IrqError
 
 _GLANCE = 0.2  # seconds between two looks at a download that is waited for
 
@@ -57,7 +51,7 @@ class HubSupply(Supply):
                 wait([self._jobs[name]], timeout=_GLANCE)
                 if not self._jobs[name].done():
                     waited = True
-                    self.tell(f"downloading {self._progress.percent(self._size(name))}%")
+                    self.tell(f"downloading {self._progress.percent(self.size(name))}%")
             if self._stopped.is_set():
                 raise IrqError(f"{self.model.repo_id}: {name}: not fetched: the run has ended")
             if waited:
@@ -110,7 +104,7 @@ class HubSupply(Supply):
     def _fetch(self, name: str) -> None:
         raise NotImplementedError
 
-    def _download(self, name: str, local_dir: Path | None) -> Path:
+    def download(self, name: str, local_dir: Path | None) -> Path:
         """Download and check a file; one that is damaged is downloaded once more, then refused."""
         for force in (False, True):
             fetch = partial(
@@ -123,7 +117,7 @@ class HubSupply(Supply):
                 tqdm_class=self._progress.bar,
             )
             path = Path(str(retrying(fetch, wait=self._pause)))
-            problem = self._problem(name, path)
+            problem = self.problem(name, path)
             if problem is None:
                 return path
             _remove_blob(path)
@@ -136,7 +130,7 @@ class HubSupply(Supply):
         if self._stopped.wait(seconds):
             raise _Stopped
 
-    def _problem(self, name: str, path: Path) -> str | None:
+    def problem(self, name: str, path: Path) -> str | None:
         """What is wrong with a downloaded file."""
         listed = self.model.files[name]
         size = path.stat().st_size
@@ -163,7 +157,8 @@ class HubSupply(Supply):
         found = retrying(partial(get_hf_file_metadata, url), wait=self._pause)
         return found.etag or ""
 
-    def _size(self, name: str) -> int:
+    def size(self, name: str) -> int:
+        """As the Hub lists it."""
         return self.model.files[name].size
 
 
@@ -172,95 +167,12 @@ class CacheSupply(HubSupply):
 
     def _fetch(self, name: str) -> None:
         if self.model.cached(name) is None:
-            self._download(name, None)
+            self.download(name, None)
 
-    def room(self, names: Sequence[str]) -> tuple[Path, int]:
-        missing = {name for name in names if self.model.cached(name) is None}
-        return Path(constants.HF_HUB_CACHE), sum(map(self._size, missing))
-
-
-class StreamSupply(HubSupply):
-    """Keeps the file asked for and the next one in a folder that it takes, and removes at the end.
-
-    The folder is `HF_HOME/irq-convert/streamed/<model>/<commit>/<number>`, the first that no other
-    process uses: the next run finds there what an interrupted one left. What lies in the Hub cache
-    already is read there and never deleted.
-    """
-
-    def __init__(self, model: RemoteModel, heads: Path) -> None:
-        # Pieces of streamed files shall not be kept by hf_xet either.
-        os.environ.setdefault("HF_XET_CHUNK_CACHE_SIZE_BYTES", "0")
-        root = Path(constants.HF_HOME, "irq-convert", "streamed", model.entry, model.revision)
-        folder, self._lock = _take_numbered(root)
-        super().__init__(model, folder, heads)
-        self._wanted: set[str] = set()
-        for path in folder.rglob("*.incomplete"):  # huggingface_hub does not continue these
-            path.unlink(missing_ok=True)
-        for name in model.others:
-            path = folder / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.unlink(missing_ok=True)
-            path.symlink_to(heads / name)
-
-    def ahead(self, names: Sequence[str]) -> None:
-        self._wanted |= set(names)
-        for name in self.model.shards:
-            if name not in self._wanted:  # an interrupted run left it, and it is not read next
-                self._delete(name)
-        super().ahead(names)
-
-    def release(self, names: Sequence[str]) -> None:
-        super().release(names)
-        for name in names:
-            self._wanted.discard(name)
-            self._delete(name)
-
-    def close(self, done: bool = True) -> None:
-        if self._lock is None:
-            return
-        super().close(done)
-        if done or not any((self.folder / name).is_file() for name in self.model.shards):
-            shutil.rmtree(self.folder, ignore_errors=True)
-        os.close(self._lock)
-        self._lock = None
-        with contextlib.suppress(OSError):
-            for folder in list(self.folder.parents)[:2]:
-                folder.rmdir()
-
-    def room(self, names: Sequence[str]) -> tuple[Path, int]:
-        sizes = [0 if self.model.cached(name) else self._size(name) for name in names]
-        pairs = zip(sizes, [*sizes[1:], 0], strict=True)
-        return self.folder, max(map(sum, pairs), default=0)
-
-    def _delete(self, name: str) -> None:
-        with os_errors("delete the streamed file", self.folder / name):
-            (self.folder / name).unlink(missing_ok=True)
-
-    def _fetch(self, name: str) -> None:
-        path = self.folder / name
-        cached = self.model.cached(name)
-        if cached is not None:
-            with os_errors("link it", path):
-                path.unlink(missing_ok=True)
-                path.symlink_to(cached)
-            return
-        if path.is_symlink():  # the cache was emptied since
-            path.unlink()
-        if path.is_file() and self._problem(name, path) is None:  # an earlier run's
-            return
-        path.unlink(missing_ok=True)
-        self._download(name, self.folder)
-
-
-def _take_numbered(root: Path) -> tuple[Path, int | None]:
-    with os_errors("create it", root):
-        root.mkdir(parents=True, exist_ok=True)
-    for number in itertools.count():
-        try:
-            return root / str(number), take_folder(root / str(number))
-        except UsageError:  # another process streams there
-            continue
-    raise AssertionError
+    def room(self, *orders: Sequence[str]) -> tuple[Path, int]:
+        names = {name for names in orders for name in names}
+        missing = [name for name in names if self.model.cached(name) is None]
+        return Path(constants.HF_HUB_CACHE), sum(map(self.size, missing))
 
 
 class _Progress:

@@ -9,7 +9,8 @@ from huggingface_hub.utils import validate_repo_id
 
 from irq_convert.checkpoint import hub
 from irq_convert.checkpoint.hub_errors import hub_errors
-from irq_convert.checkpoint.hub_supply import CacheSupply, HubSupply, StreamSupply
+from irq_convert.checkpoint.hub_stream import StreamSupply
+from irq_convert.checkpoint.hub_supply import CacheSupply, HubSupply
 from irq_convert.checkpoint.source import Checkpoint, open_checkpoint
 from irq_convert.checkpoint.system import os_errors
 from irq_convert.errors import UsageError

@@ -21,12 +21,14 @@ class Supply:
     """Files of a source by relative name; this one serves a local folder: everything is there.
 
     A context manager: a run that fetches files closes its supply, whether it ends well or not.
+    Without `keep` nothing stays for another run when it does not.
     `tell` is called, from any thread, with a few words while a file is waited for, and with ""
     when reading goes on.
     """
 
     def __init__(self) -> None:
         self.tell: Callable[[str], None] = lambda text: None
+        self.keep = True
 
     def ensure(self, names: Sequence[str]) -> None:
         """Return when all of `names` are complete on the disk; `IrqError` when they cannot be."""
@@ -37,8 +39,11 @@ class Supply:
     def release(self, names: Sequence[str]) -> None:
         """Take note that `names` are not read again: a streamed file is removed from the disk."""
 
-    def room(self, names: Sequence[str]) -> tuple[Path, int]:
-        """The folder that fetching `names`, in this order, writes to, and the bytes it takes."""
+    def room(self, *orders: Sequence[str]) -> tuple[Path, int]:
+        """The folder that fetching files writes to, and the bytes that they take there at most.
+
+        `orders` are the names that each process on this host reads, in its order.
+        """
         return Path(), 0
 
     def stop(self) -> None:
@@ -56,7 +61,7 @@ class Supply:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.close(done=kind is None)
+        self.close(done=kind is None or not self.keep)
 
 
 class Feed:
@@ -104,9 +109,12 @@ class Feed:
             self.supply.ensure([name])
 
 
-def require_room(out: Path, needed: int, feed: Feed) -> None:
-    """Raise `IrqError` unless the disks hold `needed` bytes of output and what `feed` fetches."""
-    folder, fetched = feed.supply.room(feed.order)
+def require_room(out: Path, needed: int, feeds: Sequence[Feed]) -> None:
+    """Raise `IrqError` unless the disks hold `needed` bytes of output and what is fetched.
+
+    `feeds`, at least one, are of the processes on this host, with equal supplies.
+    """
+    folder, fetched = feeds[0].supply.room(*(feed.order for feed in feeds))
     if fetched and _same_disk(out, folder):
         what = f"write the artifact and fetch the source ({format_bytes(fetched)})"
         require_space(out, needed + fetched, what)

@@ -39,6 +39,8 @@ def restore_replaced(real: Path) -> None:
     """Put back, or delete, what a killed `put_in_place` has moved aside; `IrqError` on failure."""
     with os_errors("recover it", real):
         for aside in _replaced(real):
+            if real.is_dir() and not any(real.iterdir()):
+                real.rmdir()  # made by hand since: no reason to lose what was there
             if real.exists():
                 shutil.rmtree(aside)
             else:

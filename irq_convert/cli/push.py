@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from irq_convert.cli.stages import Stages
+from irq_convert.cli.voice import speaks
 
 if TYPE_CHECKING:
     from irq_convert.hub.push import PushOptions, PushReport
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
 
 def push_command(
     folder: Annotated[
-        Path, typer.Argument(metavar="DIR", help="Artifact, adapter or merged model.")
+        Path, typer.Argument(metavar="DIR", help="What quantize, finetune, merge or export wrote.")
     ],
     repo_id: Annotated[str, typer.Argument(metavar="ORG/NAME", help="Model repository to fill.")],
     private: Annotated[
@@ -80,7 +82,8 @@ def check_target(
     from irq_convert.hub.push import PushOptions, check_push
 
     options = PushOptions(revision=revision or "main", private=private, verify=False)
-    check_push(repo_id, options)
+    if speaks():
+        check_push(repo_id, options)
     return repo_id, options
 
 
@@ -93,7 +96,10 @@ def push_result(folder: Path, target: tuple[str, PushOptions]) -> PushReport:
     try:
         return push_folder(folder, repo_id, options, progress=Stages())
     except IrqError as error:
-        later = f"irq-convert push {folder} {repo_id}"
+        words = ["irq-convert", "push", str(folder), repo_id]
+        words += ["--private"] if options.private else []
+        words += ["--revision", options.revision] if options.revision != "main" else []
+        later = shlex.join(words)
         raise type(error)(f"{error} ({folder} is whole; push it with: {later})") from error
 
 

@@ -15,4 +15,4 @@ class Stages(Progress):
             print(f"irq-convert: {text}", file=sys.stderr)
 
     def note(self, text: str) -> None:
-        print(text, file=sys.stderr)
+        print(f"irq-convert: {text}", file=sys.stderr)

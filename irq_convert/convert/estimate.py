@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -13,10 +14,10 @@ from irq_convert.checkpoint.locate import Fetch, open_source
 from irq_convert.checkpoint.system import free_bytes
 from irq_convert.convert.options import ConvertOptions
 from irq_convert.convert.plan import ConversionPlan, ShardPlan, make_plan
-from irq_convert.convert.progress import Progress
 from irq_convert.convert.resume import conversion_job
 from irq_convert.convert.run import check_target, compile_kernels, for_process
 from irq_convert.core.quantize import quantize_tensor
+from irq_convert.jobs.progress import Progress
 from irq_convert.jobs.ranks import Ranks
 from irq_convert.jobs.resume import Found
 from irq_convert.jobs.run import look
@@ -80,7 +81,8 @@ def estimate(
     options = for_process(options, Ranks())
     check_target(model, out, options)
     checkpoint = open_source(model, revision, Fetch.STREAM if options.stream else Fetch.AS_READ)
-    with checkpoint.supply:
+    with ExitStack() as stack:
+        stack.callback(checkpoint.supply.close, done=False)  # what a stopped run has left stays
         progress.stage("planning")
         plan = make_plan(checkpoint, options)
         sizes = plan.bytes_in, plan.bytes_out, plan.bytes_needed

@@ -23,12 +23,12 @@ from irq_convert.checkpoint.supply import Feed
 from irq_convert.checkpoint.writer import ShardWriter
 from irq_convert.convert.options import ConvertOptions
 from irq_convert.convert.plan import ShardPlan, TensorPlan
-from irq_convert.convert.progress import Progress
 from irq_convert.convert.streams import Behind, prefetched
 from irq_convert.convert.transfer import Engine, Ring, Slot, make_engine
 from irq_convert.core.quantize import quantize_with_stats
 from irq_convert.core.quantized import QuantizedTensor
 from irq_convert.core.stats import TensorStats
+from irq_convert.jobs.progress import Progress
 
 COPY_CHUNK = 8 << 20
 

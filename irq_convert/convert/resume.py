@@ -54,8 +54,8 @@ def conversion_job(plan: ConversionPlan, model: str, out: Path, options: Convert
         tensors = (tensor for number in numbers for tensor in plan.shards[number].tensors)
         return plan.checkpoint.feed(tensor.info for tensor in tensors)
 
-    def require(there: int, missing: Sequence[int]) -> None:
-        require_room(out, plan.bytes_needed - there, feed(missing))
+    def require(there: int, shares: Sequence[Sequence[int]]) -> None:
+        require_room(out, plan.bytes_needed - there, [feed(share) for share in shares])
 
     def maker(mine: Sequence[int]) -> Maker:
         own = feed(mine)

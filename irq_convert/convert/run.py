@@ -31,14 +31,15 @@ from irq_convert.checkpoint.locate import Fetch, open_source
 from irq_convert.checkpoint.system import existing_parent, os_errors
 from irq_convert.convert.options import ConvertOptions
 from irq_convert.convert.plan import ConversionPlan, make_plan
-from irq_convert.convert.progress import Progress
 from irq_convert.convert.report import ConvertReport, WorstTensor
 from irq_convert.convert.resume import conversion_job, decode_stats
 from irq_convert.core.quantize import quantize_tensor
 from irq_convert.core.stats import TensorStats
 from irq_convert.errors import UsageError
 from irq_convert.jobs.meeting import Meeting
+from irq_convert.jobs.progress import Progress
 from irq_convert.jobs.ranks import Ranks
+from irq_convert.jobs.resume import Resume
 from irq_convert.jobs.run import Written, run_job
 
 WORST = 3
@@ -100,6 +101,7 @@ def _quantize(
 ) -> ConvertReport:
     check_target(model, out, options)
     checkpoint = open_source(model, revision, Fetch.STREAM if options.stream else Fetch.AS_READ)
+    checkpoint.supply.keep = options.resume != Resume.NEVER
     with checkpoint.supply:
         checkpoint.supply.tell = lambda text: progress.stage(text or "quantizing")
         progress.stage("planning")
@@ -117,7 +119,7 @@ def _quantize(
             size += sum(int(entry["bytes"]) for entry in files.values())
             return _report(plan, out, manifest, size)
 
-        return run_job(job, meeting, finish, progress)
+        return run_job(job, meeting, ConvertReport, finish, progress)
 
 
 def check_target(model: str, out: Path, options: ConvertOptions) -> None:

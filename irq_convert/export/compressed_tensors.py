@@ -20,7 +20,6 @@ from irq_convert.artifact.contents import Artifact
 from irq_convert.artifact.structure import StoredTensor
 from irq_convert.checkpoint.cast import narrow
 from irq_convert.checkpoint.writer import TensorSpec
-from irq_convert.convert.progress import Progress
 from irq_convert.core.codebook import get_codebook
 from irq_convert.core.packing import pack_codes, unpack_codes
 from irq_convert.core.quantized import QuantizedTensor
@@ -39,8 +38,11 @@ from irq_convert.export.tiles import (
     Piece,
     by_group,
     group_size,
+    of_one_expert,
+    why_no_linear,
 )
 from irq_convert.export.zero_points import constant_codes, refit, zero_points
+from irq_convert.jobs.progress import Progress
 
 GROUPS = (16, 32, 64, 128, 256, 512, 1024)
 WORD_BITS = 32
@@ -138,6 +140,7 @@ class CompressedTensorsTarget(Target):
     takes: ClassVar[frozenset[str]] = frozenset({"dtype", "refit", "max_shard_bytes"})
 
     def plan(self, artifact: Artifact, options: ExportOptions, progress: Progress) -> ExportPlan:
+        _check_experts(artifact)
         groups = {tensor.name: _group(tensor) for tensor in artifact.quantized}
         _check_groups(artifact, groups)
         packed = [tensor for tensor in artifact.quantized if groups[tensor.name] is not None]
@@ -177,14 +180,34 @@ class CompressedTensorsTarget(Target):
 
 def _group(tensor: StoredTensor) -> int | None:
     """Group size; None for what has to stay dense."""
-    plain = len(tensor.leading) == 1 and tensor.name != module_name(tensor.name)
-    plain = plain and not tensor.format.transposed
-    return group_size(tensor, GROUPS) if plain else None
+    return None if why_no_linear(tensor) else group_size(tensor, GROUPS)
+
+
+def _check_experts(artifact: Artifact) -> None:
+    """Refuse mixtures that the readers load as something else, or not at all."""
+    kind = str((artifact.checkpoint.config or {}).get("model_type"))
+    if kind.startswith("llama4"):
+        raise UsageError(
+            f"config.json says model_type {kind!r}: transformers takes its experts apart where "
+            "compressed-tensors is used, and would leave them random: export --to dense"
+        )
+    for tensor in artifact.quantized:
+        if of_one_expert(tensor.name):
+            raise UsageError(
+                f"{tensor.name}: is of one expert of a mixture, which transformers stacks while "
+                "loading and cannot when it is packed with zero points: export --to dense"
+            )
 
 
 def _check_groups(artifact: Artifact, groups: Mapping[str, int | None]) -> None:
     if not any(groups.values()):
         tensor = artifact.quantized[0]
+        why = why_no_linear(tensor)
+        if why is not None:
+            raise UsageError(
+                f"{tensor.name} {list(tensor.source_shape)}: {why}, which compressed-tensors does "
+                "not hold, nor does it any other tensor: export --to dense"
+            )
         raise UsageError(
             f"{tensor.name} {list(tensor.source_shape)}: its columns cannot be cut into equal "
             f"groups out of blocks of {tensor.format.block_size}, which compressed-tensors needs, "
@@ -216,8 +239,9 @@ def _check_zero_points(tensors: list[StoredTensor], grids: Mapping[str, GridChec
 def _planned(encoder: Encoder, grids: Mapping[str, GridCheck]) -> PlannedTensor:
     tensor, dtype = encoder.tensor, WORDS[encoder.dtype]
     if not isinstance(encoder, PackedEncoder):
-        why = f"blocks of {tensor.format.block_size} do not cut its columns into equal groups"
-        return PlannedTensor(tensor.name, f"dense {dtype}", exact=True, why=why)
+        why = why_no_linear(tensor)
+        uneven = f"blocks of {tensor.format.block_size} do not cut its columns into equal groups"
+        return PlannedTensor(tensor.name, f"dense {dtype}", exact=True, why=why or uneven)
     stored = f"{tensor.shape.bits} bit, group {encoder.group}, scales {dtype}"
     grid = grids[tensor.name]
     if not grid.off:

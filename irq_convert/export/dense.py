@@ -11,12 +11,12 @@ from irq_convert.artifact.structure import StoredTensor
 from irq_convert.checkpoint.columns import row_tiles
 from irq_convert.checkpoint.header import TensorInfo, read_header
 from irq_convert.checkpoint.reader import TileReader
-from irq_convert.convert.progress import Progress
 from irq_convert.core.dequantize import dequantize_tensor
 from irq_convert.export.options import ExportOptions
 from irq_convert.export.shards import dense_plan, document_sizes, write_documents
 from irq_convert.export.target import Difference, ExportPlan, PlannedTensor, Target, Written
 from irq_convert.export.tiles import WORDS, difference
+from irq_convert.jobs.progress import Progress
 from irq_convert.merge.pipeline import Means, merge_shard
 from irq_convert.merge.plan import MergePlan
 

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from irq_convert.artifact.contents import read_part
 from irq_convert.artifact.structure import StoredTensor
 from irq_convert.checkpoint.reader import TileReader
-from irq_convert.convert.progress import Progress
 from irq_convert.core.codebook import get_codebook
 from irq_convert.core.statistics import expand_statistic
 from irq_convert.export.shards import tile_starts
 from irq_convert.export.zero_points import zero_points
+from irq_convert.jobs.progress import Progress
 
 
 @dataclass(frozen=True)

@@ -22,13 +22,12 @@ from irq_convert.artifact.contents import Artifact
 from irq_convert.artifact.structure import StoredTensor
 from irq_convert.checkpoint.cast import narrow
 from irq_convert.checkpoint.writer import TensorSpec
-from irq_convert.convert.progress import Progress
 from irq_convert.core.codebook import get_codebook
 from irq_convert.core.packing import unpack_codes
 from irq_convert.core.quantized import QuantizedTensor
 from irq_convert.core.statistics import expand_statistic
 from irq_convert.errors import UsageError
-from irq_convert.export.mlx_config import TRIED, mlx_config
+from irq_convert.export.mlx_config import MIXTURES, TRIED, mlx_config
 from irq_convert.export.options import ExportOptions
 from irq_convert.export.shards import plan_folder, write_folder
 from irq_convert.export.target import ExportPlan, PlannedTensor, Target, Written
@@ -38,9 +37,13 @@ from irq_convert.export.tiles import (
     Encoded,
     Encoder,
     Piece,
+    across_experts,
     by_group,
     group_size,
+    of_one_expert,
+    why_no_linear,
 )
+from irq_convert.jobs.progress import Progress
 
 GROUPS = (32, 64, 128)
 
@@ -93,6 +96,7 @@ class MlxTarget(Target):
     def plan(self, artifact: Artifact, options: ExportOptions, progress: Progress) -> ExportPlan:
         for tensor in artifact.quantized:
             _check_codebook(tensor)
+        _check_experts(artifact)
         folder = plan_folder(
             artifact,
             options,
@@ -121,11 +125,31 @@ def _check_codebook(tensor: StoredTensor) -> None:
         )
 
 
+def _check_experts(artifact: Artifact) -> None:
+    """mlx-lm stacks experts while loading, each class its own way: only those tried are written."""
+    kind = (artifact.checkpoint.config or {}).get("model_type")
+    alike: dict[str, object] = {across_experts(info.name): None for info in artifact.copied}
+    for tensor in artifact.quantized:
+        single = of_one_expert(tensor.name)
+        if not single and len(tensor.leading) == 1:
+            continue
+        if MIXTURES.get(str(kind)) != ("each" if single else "stacked"):
+            held = "each for itself" if single else "stacked"
+            raise UsageError(
+                f"{tensor.name}: experts of model_type {kind!r}, held {held}, are none that mlx-lm "
+                f"is known to load ({', '.join(MIXTURES)} are): export --to dense"
+            )
+        name, stored = across_experts(tensor.name), (tensor.shape.bits, _group(tensor))
+        if alike.setdefault(name, stored) != stored:
+            raise UsageError(
+                f"{tensor.name}: other experts of its layer are stored in another way, and mlx-lm "
+                "stacks them: quantize them alike, or export --to dense"
+            )
+
+
 def _group(tensor: StoredTensor) -> int | None:
     """Group size in MLX; None for what has to stay dense."""
-    plain = len(tensor.leading) == 1 and tensor.name != module_name(tensor.name)
-    plain = plain and not tensor.format.transposed
-    return group_size(tensor, GROUPS) if plain else None
+    return None if why_no_linear(tensor) else group_size(tensor, GROUPS)
 
 
 def _formats(artifact: Artifact) -> dict[str, tuple[int, int] | None]:
@@ -136,6 +160,12 @@ def _formats(artifact: Artifact) -> dict[str, tuple[int, int] | None]:
         found[module_name(tensor.name)] = None if group is None else (tensor.shape.bits, group)
     if not any(found.values()):
         tensor = artifact.quantized[0]
+        why = why_no_linear(tensor)
+        if why is not None:
+            raise UsageError(
+                f"{tensor.name} {list(tensor.source_shape)}: {why}, which MLX does not hold "
+                "packed, nor does it any other tensor: export --to dense"
+            )
         raise UsageError(
             f"{tensor.name} {list(tensor.source_shape)}: blocks of {tensor.format.block_size} "
             f"cannot be cut into groups of {', '.join(map(str, GROUPS))}, which MLX has, nor any "
@@ -156,7 +186,8 @@ def _planned(encoder: Encoder) -> PlannedTensor:
     if isinstance(encoder, AffineEncoder):
         stored = f"affine {tensor.shape.bits} bit, group {encoder.group}, {dtype}"
         return PlannedTensor(tensor.name, stored, exact=True)
-    why = f"no group of {', '.join(map(str, GROUPS))} divides its blocks and its columns"
+    why = why_no_linear(tensor)
+    why = why or f"no group of {', '.join(map(str, GROUPS))} divides its blocks and its columns"
     return PlannedTensor(tensor.name, f"dense {dtype}", exact=True, why=why)
 
 

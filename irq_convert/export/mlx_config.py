@@ -6,7 +6,9 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-TRIED = ("llama", "mistral", "qwen2", "qwen3")
+MIXTURES = {"mixtral": "each", "olmoe": "each", "granitemoe": "stacked"}
+"""Mixtures that were loaded and compared, and how their files hold experts."""
+TRIED = ("llama", "mistral", "qwen2", "qwen3", *MIXTURES)
 """Model types that were loaded and compared."""
 
 

@@ -13,13 +13,13 @@ from irq_convert.artifact.identity import artifact_identity
 from irq_convert.checkpoint.disk import output_folder, require_space
 from irq_convert.checkpoint.files import write_json_atomic
 from irq_convert.checkpoint.system import free_bytes
-from irq_convert.convert.progress import Progress
 from irq_convert.core.threads import torch_threads
 from irq_convert.errors import UsageError
 from irq_convert.export.options import ExportOptions
 from irq_convert.export.registry import find_target
 from irq_convert.export.report import ExportEstimate, ExportReport, storages
 from irq_convert.export.target import ExportPlan, Target
+from irq_convert.jobs.progress import Progress
 from irq_convert.merge.records import describe_base
 from irq_convert.merge.target import EXPORT_NAME, check_target, folder_bytes
 

@@ -24,13 +24,13 @@ from irq_convert.checkpoint.reader import TileReader
 from irq_convert.checkpoint.shards import INDEX_NAME, build_index, plan_shards, shard_name
 from irq_convert.checkpoint.system import os_errors
 from irq_convert.checkpoint.writer import ShardWriter, TensorSpec, build_header
-from irq_convert.convert.progress import Progress
 from irq_convert.convert.streams import Behind, prefetched
 from irq_convert.core.dequantize import dequantize_tensor
 from irq_convert.core.quantized import QuantizedTensor
 from irq_convert.export.options import ExportOptions
 from irq_convert.export.target import Difference
 from irq_convert.export.tiles import Encoder, difference
+from irq_convert.jobs.progress import Progress
 from irq_convert.merge.match import Match
 from irq_convert.merge.options import Dtype, MergeOptions, Target
 from irq_convert.merge.plan import CONFIG_NAME, MergePlan, make_plan

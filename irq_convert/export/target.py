@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from irq_convert.artifact.contents import Artifact
-from irq_convert.convert.progress import Progress
 from irq_convert.export.options import ExportOptions
+from irq_convert.jobs.progress import Progress
 
 
 @dataclass(frozen=True)

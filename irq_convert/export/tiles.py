@@ -6,12 +6,14 @@ the loss is measured where it arises.
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
+from irq_convert.artifact.config import module_name
 from irq_convert.artifact.structure import StoredTensor
 from irq_convert.checkpoint.cast import narrow
 from irq_convert.checkpoint.columns import pieces
@@ -119,6 +121,30 @@ def group_size(tensor: StoredTensor, allowed: tuple[int, ...]) -> int | None:
     shape = tensor.shape
     fitting = (n for n in allowed if shape.block_size % n == 0 and shape.cols % n == 0)
     return max(fitting, default=None)
+
+
+_OF_ONE_EXPERT = re.compile(r"(^|\.)experts\.\d+\.")
+
+
+def of_one_expert(name: str) -> bool:
+    """Whether tensor `name` belongs to one of the experts of a layer."""
+    return _OF_ONE_EXPERT.search(name) is not None
+
+
+def across_experts(name: str) -> str:
+    """`name` without the number of the expert: the same for all that one layer stacks."""
+    return _OF_ONE_EXPERT.sub(r"\1experts.", name)
+
+
+def why_no_linear(tensor: StoredTensor) -> str | None:
+    """Why a layout of linear layers, `[outputs, inputs]`, does not hold `tensor`; None: it does."""
+    if len(tensor.leading) != 1:
+        return "it is a stack of matrices"
+    if tensor.format.transposed:
+        return "its source is the transpose of a linear layer's weight"
+    if tensor.name == module_name(tensor.name):
+        return "its name does not end in .weight"
+    return None
 
 
 def by_group(statistic: torch.Tensor, tensor: StoredTensor, group: int) -> torch.Tensor:

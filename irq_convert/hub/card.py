@@ -26,15 +26,16 @@ def make_card(
     base_model: str | None,
     source_card: str | None,
     existing: str | None,
+    revision: str | None = None,
 ) -> str:
-    """The text of README.md for `repo_id`.
+    """The text of README.md for `repo_id`; `revision` is its branch where that is not the main one.
 
     `source_card` is that of the base model, of which licence, languages and task are inherited.
     Of an `existing` card everything stays but our part, between its two marks (which is put at the
     end of a card that has none), and the metadata that says what the repository holds. The same
     arguments give the same bytes. Raises `IrqError` when `existing` cannot be updated safely.
     """
-    part = f"{BEGIN}\n{body(subject, repo_id, base_model, sums)}\n{END}"
+    part = f"{BEGIN}\n{body(subject, repo_id, base_model, sums, revision)}\n{END}"
     mine = own(subject, base_model)
     source = inherited(source_card)
     if existing is None or not existing.strip():

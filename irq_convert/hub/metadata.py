@@ -47,20 +47,26 @@ def inherited(source_card: str | None) -> dict[str, Any]:
 
 def own(subject: Subject, base_model: str | None) -> dict[str, Any]:
     """What this program knows better than anyone who wrote a card by hand."""
-    adapter = subject.kind == Kind.ADAPTER
     known = {"base_model": base_model, "base_model_relation": subject.relation}
     return (known if base_model else {}) | {
-        "library_name": "peft" if adapter else "transformers",
+        "library_name": _library(subject),
         "tags": ["irq-convert", *_tags(subject)],
     }
 
 
+def _library(subject: Subject) -> str:
+    if subject.kind == Kind.ADAPTER:
+        return "peft"
+    return subject.target if subject.target in ("mlx", "gguf") else "transformers"
+
+
 def _tags(subject: Subject) -> list[str]:
     if subject.kind == Kind.ADAPTER:
-        lora = str(subject.note.get("lora") or "plain")
-        return ["lora"] if lora == "plain" else ["lora", "iec-lora"]
+        return ["lora"] if subject.lora == "plain" else ["lora", "iec-lora"]
     if subject.kind in (Kind.DENSE, Kind.EXPANDED):
         return []
+    if subject.target is not None:
+        return [] if subject.target == "dense" else [subject.target]
     books = sorted({str(t["codebook"]) for t in subject.note["tensors"].values()})
     bits = sorted({int(book[-1]) for book in books if book[-1:].isdigit()})
     return ["irq", "icq", *(f"{number}-bit" for number in bits), *books]

@@ -10,14 +10,10 @@ from pathlib import Path
 
 from huggingface_hub import constants, hf_hub_download
 
-from irq_convert.adapters.stored import open_adapter, read_layer
+from irq_convert.adapters.settings import CONFIG_FILE
 from irq_convert.artifact.manifest import MANIFEST_NAME
-from irq_convert.artifact.verify import verify_artifact
 from irq_convert.checkpoint import hub_errors
 from irq_convert.checkpoint.files import git_sha1, sha256_file
-from irq_convert.checkpoint.reader import TileReader
-from irq_convert.checkpoint.source import open_checkpoint
-from irq_convert.convert.progress import Progress
 from irq_convert.errors import IrqError, UsageError
 from irq_convert.hub.card import is_ours, make_card
 from irq_convert.hub.remote import (
@@ -30,9 +26,12 @@ from irq_convert.hub.remote import (
     who_pushes,
 )
 from irq_convert.hub.subject import CARD, Kind, Subject, open_subject
+from irq_convert.hub.whole import verify_subject
+from irq_convert.jobs.progress import Progress
+from irq_convert.merge.target import EXPORT_NAME
 
 _WEIGHTS = re.compile(r"[^/]+\.safetensors(\.index\.json)?")
-_RECORDS = (MANIFEST_NAME, "irq_merge.json", "irq_adapter.json", "adapter_config.json")
+_RECORDS = (MANIFEST_NAME, "irq_merge.json", EXPORT_NAME, "irq_adapter.json", CONFIG_FILE)
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,7 @@ def push_folder(
     *,
     progress: Progress | None = None,
 ) -> PushReport:
-    """Bring an artifact, an adapter or a merged model to the repository `repo_id` on the Hub.
+    """Bring what a command has written to the repository `repo_id` on the Hub.
 
     The folder is verified, the card written or renewed (`make_card`), and everything that the
     repository does not hold yet goes up in one commit: it shows the old state or the new one, never
@@ -117,6 +116,7 @@ def push_folder(
     if options.base_model is not None:
         check_repo_id(options.base_model)
     subject = open_subject(Path(folder))
+    _note_path(subject, progress)
     if not options.dry_run or "/" not in repo_id:
         repo_id = who_pushes(repo_id)
     if options.verify:
@@ -138,24 +138,14 @@ def push_folder(
     return replace(push, commit=made, seconds=time.perf_counter() - begun)
 
 
-def verify_subject(subject: Subject, progress: Progress | None = None) -> None:
-    """Check that a folder is whole. Raises `IrqError` naming the first thing that is wrong."""
-    progress = progress or Progress()
-    progress.stage("verifying")
-    if subject.kind in (Kind.ARTIFACT, Kind.MERGED):
-        failures = verify_artifact(subject.folder).failures
-        if failures:
-            more = f" ({len(failures) - 1} more)" if failures[1:] else ""
-            raise IrqError(
-                f"{subject.folder}: not pushed: {failures[0]}{more}; see `irq-convert verify`"
-            )
-    elif subject.kind == Kind.ADAPTER:
-        adapter = open_adapter(subject.folder)
-        with TileReader() as reader:
-            for layer in adapter.layers.values():
-                read_layer(reader, adapter.config, layer)
-    else:
-        open_checkpoint(subject.folder)
+def _note_path(subject: Subject, progress: Progress) -> None:
+    """PEFT writes down where the base was; a path says something about its owner's machine."""
+    base = subject.settings.get("base_model_name_or_path")
+    if subject.kind == Kind.ADAPTER and isinstance(base, str) and Path(base).is_absolute():
+        progress.note(
+            f"{CONFIG_FILE} names the base by a path of this machine, {base}, and is pushed as it "
+            "is; change base_model_name_or_path there if others shall not see it"
+        )
 
 
 def _checksums(subject: Subject, verified: bool) -> dict[str, str]:
@@ -176,8 +166,8 @@ def _check_private(remote: Remote, options: PushOptions) -> None:
 def _check_foreign(remote: Remote, weights: list[str], options: PushOptions) -> None:
     if weights and not options.overwrite:
         raise UsageError(
-            f"{remote.repo_id}: holds weights that are not of such a folder ({weights[0]}); choose "
-            "another repository, or --overwrite to replace them"
+            f"{remote.repo_id}: holds something else than such a folder ({weights[0]}); choose "
+            "another repository, or --overwrite to replace it"
         )
 
 
@@ -185,10 +175,12 @@ def _plan(
     subject: Subject, remote: Remote, sums: Mapping[str, str], options: PushOptions
 ) -> PushReport:
     """What has to change in the repository."""
-    stale = [n for n in remote.files if _WEIGHTS.fullmatch(n) and n not in subject.files]
-    marks = [record for record in _RECORDS if record in subject.files]
-    if stale and not any(mark in remote.files for mark in marks):
-        _check_foreign(remote, stale, options)
+    changed = [n for n in sums if not remote.same(n, subject.folder / n, sums[n])]
+    ours = [name for name in remote.files if _WEIGHTS.fullmatch(name) or name in _RECORDS]
+    stale = [name for name in ours if name not in subject.files]
+    lost = [*stale, *(n for n in changed if n in remote.files and _WEIGHTS.fullmatch(n))]
+    if not any(record in remote.files for record in _RECORDS if record in subject.files):
+        _check_foreign(remote, lost, options)
     base_model = options.base_model or subject.base_model
     card = make_card(
         subject,
@@ -197,8 +189,8 @@ def _plan(
         base_model=base_model,
         source_card=_source_card(subject, base_model),
         existing=remote.card or (subject.local_card if _is_own_text(subject) else None),
+        revision=None if remote.branch == constants.DEFAULT_REVISION else remote.branch,
     )
-    changed = [n for n in sums if not remote.same(n, subject.folder / n, sums[n])]
     size = sum(subject.sizes[name] for name in changed)
     there = remote.files.get(CARD)
     data = card.encode()

@@ -76,7 +76,9 @@ def check_repo_id(repo_id: str) -> None:
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise UsageError(f"{repo_id}: not a Hub id, ORG/NAME: {error_detail(error)}") from error
+        raise UsageError(
+            f"{repo_id}: not a Hub id: ORG/NAME, of letters, digits, '-', '_' and '.'"
+        ) from error
 
 
 def who_pushes(repo_id: str) -> str:

@@ -6,16 +6,26 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from irq_convert.adapters.settings import IEC_LORA
 from irq_convert.checkpoint.system import format_bytes
 from irq_convert.hub.subject import Kind, Subject
 
 WORST = 10
 
 
-def body(subject: Subject, repo_id: str, base_model: str | None, sums: Mapping[str, str]) -> str:
-    """The part of the card that each push writes anew; `sums` are sha256 by file."""
+def body(
+    subject: Subject,
+    repo_id: str,
+    base_model: str | None,
+    sums: Mapping[str, str],
+    revision: str | None = None,
+) -> str:
+    """The part of the card that each push writes anew; `sums` are sha256 by file.
+
+    `revision` is the branch that it is for, None for the main one.
+    """
     parts = [f"# {repo_id.rpartition('/')[2]}", _intro(subject, base_model)]
-    parts += ["## Load", _load(subject, repo_id, base_model)]
+    parts += ["## Load", _load(subject, repo_id, base_model, revision)]
     parts += _made(subject)
     if subject.kind in (Kind.ARTIFACT, Kind.MERGED):
         parts += _losses(subject)
@@ -48,9 +58,12 @@ def _intro(subject: Subject, base_model: str | None) -> str:
         return f"{name}{at}, quantized, with the adapter `{adapter}` merged in by `{producer}`."
     if subject.kind == Kind.EXPANDED:
         return f"{name}{at}, quantized and expanded to a plain checkpoint by `{producer}`."
+    if subject.kind == Kind.EXPORT:
+        return f"{name}{at}, quantized and exported to {subject.target} by `{producer}`."
     how = {"plain": "LoRA", "iec": "IEC-LoRA", "block": "block-pooled IEC-LoRA"}
-    kind = how.get(str(subject.note.get("lora")), "LoRA")
-    return f"A {kind} adapter for {name}, made by `{producer}`."
+    kind = how.get(subject.lora, "LoRA")
+    made = f", made by `{subject.note['producer']}`" if subject.note.get("producer") else ""
+    return f"A{'n' * kind.startswith('IEC')} {kind} adapter for {name}{made}."
 
 
 def _bits(subject: Subject) -> str:
@@ -63,25 +76,34 @@ def _adapters(subject: Subject) -> str:
     return f"the adapter{'s' if names[1:] else ''} " + ", ".join(names)
 
 
-def _load(subject: Subject, repo_id: str, base_model: str | None) -> str:
+def _load(subject: Subject, repo_id: str, base_model: str | None, revision: str | None) -> str:
+    this = f'"{repo_id}"' + (f', revision="{revision}"' if revision else "")
     if subject.kind == Kind.ADAPTER:
-        return _load_adapter(subject, repo_id, base_model)
+        return _load_adapter(subject, this, base_model)
+    if subject.target == "mlx":
+        lines = ["from mlx_lm import load  # pip install mlx-lm", ""]
+        return python(*lines, f"model, tokenizer = load({this})")
+    if subject.target == "gguf":
+        name = next((name for name in subject.files if name.endswith(".gguf")), "model.gguf")
+        return f"```\nllama-cli --hf-repo {repo_id} --hf-file {name}\n```"
     own = subject.kind in (Kind.ARTIFACT, Kind.MERGED)
     causal = any("ForCausalLM" in str(n) for n in subject.settings.get("architectures") or ())
     tokenizer = any(name.startswith("tokenizer") for name in subject.files)
     if own and not causal:
-        return python("import irq_convert", "", f'model = irq_convert.load("{repo_id}")')
+        return python("import irq_convert", "", f"model = irq_convert.load({this})")
     names = "AutoModelForCausalLM" if causal else "AutoModel"
     imports = f"from transformers import {names}" + (", AutoTokenizer" if tokenizer else "")
-    lines = [f'model = {names}.from_pretrained("{repo_id}", dtype="auto")']
+    lines = [f'model = {names}.from_pretrained({this}, dtype="auto")']
     if tokenizer:
-        lines.append(f'tokenizer = AutoTokenizer.from_pretrained("{repo_id}")')
+        lines.append(f"tokenizer = AutoTokenizer.from_pretrained({this})")
     first = ["import irq_convert  # pip install irq-convert", imports] if own else [imports]
+    if subject.target == "compressed-tensors":
+        first = [f"{imports}  # pip install compressed-tensors"]
     return python(*first, "", *lines)
 
 
-def _load_adapter(subject: Subject, repo_id: str, base_model: str | None) -> str:
-    plain = subject.note.get("lora", "plain") == "plain"
+def _load_adapter(subject: Subject, this: str, base_model: str | None) -> str:
+    plain = subject.settings.get("peft_type") != IEC_LORA
     base = base_model or "./the-artifact"
     text = python(
         *(() if plain else ("import irq_convert.adapters  # pip install irq-convert",)),
@@ -89,15 +111,13 @@ def _load_adapter(subject: Subject, repo_id: str, base_model: str | None) -> str
         "from peft import PeftModel",
         "",
         f'model = irq_convert.load("{base}")',
-        f'model = PeftModel.from_pretrained(model, "{repo_id}")',
+        f"model = PeftModel.from_pretrained(model, {this})",
     )
-    identity = (subject.note.get("base") or {}).get("sha256")
-    if identity and subject.artifact_id is None:
-        name = (subject.note.get("base") or {}).get("model")
+    if subject.base_sha256 and subject.artifact_id is None:
+        name = f"artifact `{subject.base['model']}`" if subject.base.get("model") else "artifact"
         text = text.replace(f'"{base}"', '"./the-artifact"')
-        text += (
-            f"\n\nIt was trained on the artifact `{name}`, whose identity (sha256) is `{identity}`."
-        )
+        identity = f"whose identity (sha256) is `{subject.base_sha256}`"
+        text += f"\n\nIt was trained on the {name}, {identity}."
     return text
 
 
@@ -111,7 +131,15 @@ def _made(subject: Subject) -> list[str]:
         return ["## How it was made", f"```\n{quantize_command(subject)}\n```"]
     if subject.kind in (Kind.MERGED, Kind.DENSE):
         return ["## How it was made", f"```\n{_merge_command(subject)}\n```"]
+    if subject.kind == Kind.EXPORT:
+        return ["## How it was made", f"```\n{_export_command(subject)}\n```"]
     return []
+
+
+def _export_command(subject: Subject) -> str:
+    options = {k: v for k, v in subject.note["options"].items() if k != "max_shard_bytes"}
+    words = ["irq-convert", "export", str(subject.base.get("model")), "OUT"]
+    return shlex.join([*words, *_flags(options)])
 
 
 def quantize_command(subject: Subject) -> str:

@@ -1,4 +1,4 @@
-"""What a folder that is to be pushed holds: an artifact, a merged model or an adapter."""
+"""What a folder that is to be pushed holds: an artifact, a merged or exported model, an adapter."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from irq_convert.adapters.settings import CONFIG_FILE, NOTE_FILE, WEIGHTS_FILE
+from irq_convert.adapters.settings import CONFIG_FILE, IEC_LORA, NOTE_FILE, WEIGHTS_FILE
 from irq_convert.artifact.checksums import list_files
 from irq_convert.artifact.manifest import MANIFEST_NAME, read_manifest
 from irq_convert.checkpoint.layout import LOCK_NAME, PICKLE_SUFFIXES
@@ -18,6 +18,7 @@ from irq_convert.checkpoint.source import read_json_object
 from irq_convert.checkpoint.system import os_errors
 from irq_convert.errors import UsageError
 from irq_convert.merge.plan import MERGE_NAME
+from irq_convert.merge.target import EXPORT_NAME
 
 CARD = "README.md"
 _ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
@@ -31,6 +32,7 @@ class Kind(StrEnum):
     MERGED = "merged artifact"
     DENSE = "merged model"
     EXPANDED = "expanded model"
+    EXPORT = "exported model"
     ADAPTER = "adapter"
 
 
@@ -39,6 +41,7 @@ RELATIONS = {
     Kind.MERGED: "finetune",
     Kind.DENSE: "finetune",
     Kind.EXPANDED: "quantized",
+    Kind.EXPORT: "quantized",
     Kind.ADAPTER: "adapter",
 }
 """The Hub's word for how each is related to its base model."""
@@ -48,8 +51,8 @@ RELATIONS = {
 class Subject:
     """A folder to push: `files` are relative paths without the card, `note` is its record.
 
-    `note` is the manifest of an artifact, `irq_merge.json` or `irq_adapter.json`; empty where there
-    is none. `settings` is config.json or adapter_config.json.
+    `note` is the manifest of an artifact, `irq_merge.json`, `irq_export.json` or
+    `irq_adapter.json`; empty where there is none. `settings` is config.json or adapter_config.json.
     """
 
     folder: Path
@@ -60,6 +63,8 @@ class Subject:
 
     @property
     def relation(self) -> str:
+        if self.kind == Kind.EXPORT and self.source.get("adapters"):
+            return RELATIONS[Kind.MERGED]
         return RELATIONS[self.kind]
 
     @property
@@ -67,8 +72,18 @@ class Subject:
         """The original model, as the record of the artifact names it: `model`, `revision`."""
         if self.kind in (Kind.ARTIFACT, Kind.MERGED):
             return self.note.get("source") or {}
-        base = self.note.get("base") or {}
-        return base.get("source") or {}
+        return self.base.get("source") or {}
+
+    @property
+    def base(self) -> Mapping[str, Any]:
+        """The artifact that this was made from: `model`, its folder's name, `sha256`, `source`."""
+        return self.note.get("artifact" if self.kind == Kind.EXPORT else "base") or {}
+
+    @property
+    def target(self) -> str | None:
+        """What an export is for, by the name of its target; None of other folders."""
+        options = self.note.get("options") or {}
+        return str(options.get("to")) if self.kind == Kind.EXPORT else None
 
     @property
     def base_model(self) -> str | None:
@@ -82,8 +97,25 @@ class Subject:
     @property
     def artifact_id(self) -> str | None:
         """The Hub id of the artifact that an adapter was trained on, where it came from there."""
-        name = (self.note.get("base") or {}).get("model")
+        name = self.base.get("model")
         return name if isinstance(name, str) and _ID.fullmatch(name) else None
+
+    @property
+    def lora(self) -> str:
+        """Of an adapter: "plain", "iec" or "block", by its settings where nobody has noted it."""
+        if self.note.get("lora"):
+            return str(self.note["lora"])
+        if self.settings.get("peft_type") != IEC_LORA:
+            return "plain"
+        if self.settings.get("pool") == "block":
+            return "block"
+        return "plain" if self.settings.get("connection") == "none" else "iec"
+
+    @property
+    def base_sha256(self) -> str | None:
+        """Of an adapter: the identity of the artifact that it was trained on, where it is known."""
+        found = self.base.get("sha256") or self.settings.get("base_sha256")
+        return found if isinstance(found, str) else None
 
     @cached_property
     def sizes(self) -> Mapping[str, int]:
@@ -107,7 +139,7 @@ def open_subject(folder: Path) -> Subject:
     folder = Path(folder)
     with os_errors("look at it", folder):
         if not folder.is_dir():
-            raise UsageError(f"{folder}: no such folder; give an artifact, adapter or merged model")
+            raise UsageError(f"{folder}: no such folder; give an artifact, an adapter or a model")
         _check_finished(folder)
         files = [name for name in list_files(folder) if name != CARD]
     if MANIFEST_NAME in files:
@@ -118,13 +150,18 @@ def open_subject(folder: Path) -> Subject:
         note = read_json_object(folder / MERGE_NAME)
         kind = Kind.DENSE if note.get("adapter") else Kind.EXPANDED
         return Subject(folder, kind, tuple(files), note, _settings(folder, "config.json"))
+    if EXPORT_NAME in files:
+        note = read_json_object(folder / EXPORT_NAME)
+        settings = _settings(folder, "config.json")
+        return Subject(folder, Kind.EXPORT, tuple(files), note, settings)
     if CONFIG_FILE in files and WEIGHTS_FILE in files:
         note = read_json_object(folder / NOTE_FILE) if NOTE_FILE in files else {}
         wanted = [n for n in files if "/" not in n and not n.lower().endswith(PICKLE_SUFFIXES)]
         return Subject(folder, Kind.ADAPTER, tuple(wanted), note, _settings(folder, CONFIG_FILE))
     raise UsageError(
-        f"{folder}: neither an artifact ({MANIFEST_NAME}) nor an adapter ({CONFIG_FILE}) nor a "
-        f"merged model ({MERGE_NAME}); give a folder that quantize, finetune or merge has written"
+        f"{folder}: no artifact ({MANIFEST_NAME}), adapter ({CONFIG_FILE}), merged ({MERGE_NAME}) "
+        f"or exported model ({EXPORT_NAME}); give what quantize, finetune, merge or export has "
+        "written"
     )
 
 

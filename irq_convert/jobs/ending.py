@@ -27,9 +27,11 @@ class Ending:
         self.written = False
         """All shards are there: what fails now is the end of the job."""
 
-    def begun(self) -> None:
+    def begun(self, staging: Staging) -> None:
         """The folder is this run's now; before, a failure is none of its business."""
         self._begun = True
+        # Also for a second signal, which may come before what the first one leaves is settled.
+        staging.keep = self._resume != Resume.NEVER
 
     @contextmanager
     def settles(self, staging: Staging) -> Iterator[None]:

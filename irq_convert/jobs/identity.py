@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ PRODUCER = f"irq-convert {__version__}"
 SAMPLES = 64
 SAMPLE_BYTES = 4096
 _TIME = "mtime_ns"
+_HASH = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,8 @@ def _changed(what: str, before: Any, now: Mapping[str, Any], keys: Any = None) -
 
 def _short(value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value)
+    if _HASH.fullmatch(text):
+        return text[:12]
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 

@@ -6,10 +6,8 @@ part of the rest and notes every shard when it is finished; the first one finish
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import pickle
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,6 +30,7 @@ from irq_convert.jobs.records import (
     read_run,
     write_shard_record,
 )
+from irq_convert.jobs.result import hear, tell
 from irq_convert.jobs.resume import Found, Resume, find_finished, trust
 from irq_convert.jobs.watched import Watched
 
@@ -63,9 +62,9 @@ class Maker(Protocol):
 class Job:
     """Parts to write into `out`, and what tells this run from another.
 
-    `require` is given the bytes that are there and the numbers of the parts that are not, and
-    raises when the disk has no room for them; `maker` is given the numbers of this process's parts,
-    in order. `phase` says in a word what is done.
+    `require` is given the bytes that are there and the numbers of the parts that each process on
+    this host makes, and raises when the disk has no room for the rest; `maker` is given the numbers
+    of this process's parts, in order. `phase` says in a word what is done.
     """
 
     out: Path
@@ -74,7 +73,7 @@ class Job:
     resume: Resume
     identity: Identity
     parts: tuple[Part, ...]
-    require: Callable[[int, Sequence[int]], None]
+    require: Callable[[int, Sequence[Sequence[int]]], None]
     phase: str
     maker: Callable[[Sequence[int]], Maker]
 
@@ -92,9 +91,12 @@ class Written:
         return {key: value for part in self.parts.values() for key, value in part.results.items()}
 
 
-def run_job(job: Job, meeting: Meeting, finish: Callable[[Written], T], progress: Progress) -> T:
+def run_job(
+    job: Job, meeting: Meeting, kind: type[T], finish: Callable[[Written], T], progress: Progress
+) -> T:
     """Make what is missing of `job`, then call `finish` in the first process; returns its result.
 
+    The result is a `kind`, a dataclass, in all processes (`jobs.result.unpack`).
     When something fails, what is finished is kept for the next run, as `job.resume` says, and the
     error or `progress.kept` says how to go on; an `IrqError` of `finish` that the disk has no part
     in is a verdict on the result, and nothing is kept. Raises as `staging_folder`,
@@ -102,16 +104,8 @@ def run_job(job: Job, meeting: Meeting, finish: Callable[[Written], T], progress
     """
     if meeting.ranks.first:
         return _lead(job, meeting, finish, progress)
-    return _follow(job, meeting)
-
-
-def run_once(meeting: Meeting, work: Callable[[], T]) -> T:
-    """Do `work`, which is not shared out, in the first process; returns its result in all."""
-    if not meeting.ranks.first:
-        return _hear(meeting)
-    result = work()
-    _tell(meeting, result)
-    return result
+    _follow(job, meeting)
+    return hear(meeting, kind)
 
 
 def look(job: Job) -> Found | None:
@@ -128,10 +122,11 @@ def _lead(job: Job, meeting: Meeting, finish: Callable[[Written], T], progress: 
     ending = Ending(job.resume, len(job.parts), meeting, progress)
     with staging_folder(job.out, job.source, job.overwrite) as staging, ending.settles(staging):
         run = _open(job, staging, progress)
-        ending.begun()
+        ending.begun(staging)
         written = dict(run.shards)
         missing = [n for n, part in enumerate(job.parts) if part.name not in written]
-        job.require(run.nbytes, missing)
+        shares = _shares(job, missing, meeting.ranks.count)
+        job.require(run.nbytes, shares[: meeting.ranks.beside])  # of this host
         _begin(job, run, len(missing), meeting.ranks.count, progress)
         note = {"token": run.token, "missing": missing}
         meeting.put("go", json.dumps(note).encode())
@@ -143,11 +138,11 @@ def _lead(job: Job, meeting: Meeting, finish: Callable[[Written], T], progress: 
         ending.written = True
         in_order = {part.name: written[part.name] for part in job.parts}
         result = finish(Written(staging.files, in_order))
-    _tell(meeting, result)
+    tell(meeting, result)
     return result
 
 
-def _follow(job: Job, meeting: Meeting) -> Any:
+def _follow(job: Job, meeting: Meeting) -> None:
     _agree(job, meeting)
     go = json.loads(meeting.take("go"))
     staging = Staging(partial_folder(job.out), keep=True)
@@ -163,26 +158,6 @@ def _follow(job: Job, meeting: Meeting) -> Any:
         meeting.put(f"done/{meeting.ranks.rank}", b"")
     finally:
         os.close(lock)
-    return _hear(meeting)
-
-
-def _hear(meeting: Meeting) -> Any:
-    """The result, from the first process."""
-    result = pickle.loads(meeting.take("result"))
-    meeting.put(f"read/{meeting.ranks.rank}", b"")
-    return result
-
-
-def _tell(meeting: Meeting, result: object) -> None:
-    """Give the others the result; the store may live in this process, so wait until they have.
-
-    What fails now fails in the others: the result is whole.
-    """
-    if meeting.ranks.alone:
-        return
-    with contextlib.suppress(IrqError):
-        meeting.put("result", pickle.dumps(result))
-        meeting.wait(lambda: all(meeting.has(f"read/{n}") for n in range(1, meeting.ranks.count)))
 
 
 def _agree(job: Job, meeting: Meeting) -> None:
@@ -239,14 +214,22 @@ def _find(staging: Staging, token: str, meeting: Meeting) -> None:
 
     def there() -> bool:
         run = read_run(staging.records)
-        if run is None and time.monotonic() > end:
+        if run is not None and run[0] == token:
+            return True
+        if time.monotonic() > end:  # there may be one of another run, on a disk of this host
             raise IrqError(
-                f"{staging.root}: not there on this host: all hosts must share the folder that "
-                "holds the output"
+                f"{staging.root}: not that of this run on this host: all hosts must share the "
+                "folder that holds the output"
             )
-        return run is not None and run[0] == token
+        return False
 
     meeting.wait(there)
+
+
+def _shares(job: Job, missing: Sequence[int], count: int) -> list[list[int]]:
+    """The numbers of the parts that each of `count` processes makes."""
+    runs = split([job.parts[number].nbytes for number in missing], count)
+    return [[missing[at] for at in run] for run in runs]
 
 
 def _make(
@@ -262,8 +245,7 @@ def _make(
 
     A checksum is taken while the next part is made.
     """
-    share = split([job.parts[number].nbytes for number in missing], meeting.ranks.count)
-    mine = [missing[at] for at in share[meeting.ranks.rank]]
+    mine = _shares(job, missing, meeting.ranks.count)[meeting.ranks.rank]
     make = job.maker(mine)
 
     def record(part: Part, results: Mapping[str, Any]) -> ShardRecord:
@@ -289,9 +271,8 @@ def _collect(
     """Wait for the other processes; returns what they have made."""
     others = range(1, meeting.ranks.count)
     meeting.wait(lambda: progress.look() or all(meeting.has(f"done/{n}") for n in others))
-    runs = split([job.parts[number].nbytes for number in missing], meeting.ranks.count)
     found = {}
-    for at in (at for run in runs[1:] for at in run):
-        name = job.parts[missing[at]].name
+    for number in (n for share in _shares(job, missing, meeting.ranks.count)[1:] for n in share):
+        name = job.parts[number].name
         found[name] = ShardRecord(**json.loads(meeting.get(f"record/{name}")))
     return found

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from irq_convert.artifact.structure import StoredTensor
 from irq_convert.checkpoint.system import free_bytes
-from irq_convert.convert.progress import Progress
+from irq_convert.jobs.progress import Progress
 from irq_convert.jobs.run import look
 from irq_convert.merge.inputs import Inputs, open_inputs
 from irq_convert.merge.memory import available_memory, logits_memory

@@ -23,12 +23,12 @@ from irq_convert.checkpoint.buffers import dtype_name
 from irq_convert.checkpoint.header import TensorInfo
 from irq_convert.checkpoint.reader import TileReader
 from irq_convert.checkpoint.source import open_checkpoint
-from irq_convert.convert.progress import Progress
 from irq_convert.core.dequantize import dequantize_tensor
 from irq_convert.core.elastic import block_sums, block_weights, elastic
 from irq_convert.core.quantized import QuantizedTensor
 from irq_convert.core.statistics import expand_statistic
 from irq_convert.errors import IrqError
+from irq_convert.jobs.progress import Progress
 from irq_convert.merge.options import Target
 from irq_convert.merge.plan import Job, MergePlan
 

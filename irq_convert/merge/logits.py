@@ -21,8 +21,8 @@ import torch
 from irq_convert.adapters.settings import IEC_LORA
 from irq_convert.adapters.stored import StoredAdapter
 from irq_convert.artifact.contents import Artifact
-from irq_convert.convert.progress import Progress
 from irq_convert.errors import IrqError
+from irq_convert.jobs.progress import Progress
 from irq_convert.merge.layers import ROUNDING
 from irq_convert.merge.memory import available_memory, logits_memory
 from irq_convert.merge.options import Check, MergeOptions, Target, Tau

@@ -59,7 +59,7 @@ def write_model(
         size = folder_bytes(written.folder)
         return _report(plan, inputs, out, outcomes, checks, logits, survived, size)
 
-    return run_job(merge_job(plan, inputs, out), meeting, finish, progress)
+    return run_job(merge_job(plan, inputs, out), meeting, MergeReport, finish, progress)
 
 
 def _load_kernels(plan: MergePlan, progress: Progress) -> None:

@@ -31,9 +31,9 @@ from irq_convert.checkpoint.reader import TileReader
 from irq_convert.checkpoint.source import read_json_object
 from irq_convert.checkpoint.system import os_errors
 from irq_convert.checkpoint.writer import ShardWriter, TensorSpec, build_header
-from irq_convert.convert.progress import Progress
 from irq_convert.core.elastic import repeat_blocks
 from irq_convert.errors import IrqError
+from irq_convert.jobs.progress import Progress
 from irq_convert.merge.delta import fold_layer
 from irq_convert.merge.layers import NOISE, ROUNDING, SMALLEST, LayerCheck, probe_input
 from irq_convert.merge.layers import unfolded_output as unfolded
@@ -102,7 +102,7 @@ def write_plain(
             _copy(reader, writer, info, progress)
     for name in carried_files(adapter):
         copy_file_atomic(adapter.folder / name, folder / name)
-    text = json.dumps(_settings(adapter), indent=2) + "\n"
+    text = json.dumps(_settings(adapter, match), indent=2) + "\n"
     write_bytes_atomic(folder / CONFIG_FILE, text.encode())
     write_json_atomic(folder / NOTE_FILE, _note(adapter, base))
 
@@ -130,9 +130,16 @@ def _copy(reader: TileReader, writer: ShardWriter, info: TensorInfo, progress: P
         progress.advance(len(chunk), finished=at == info.nbytes)
 
 
-def _settings(adapter: StoredAdapter) -> dict[str, Any]:
-    """The settings of a plain LoRA with the same ranks and scalings."""
+def _settings(adapter: StoredAdapter, match: Match) -> dict[str, Any]:
+    """The settings of a plain LoRA with the same ranks and scalings.
+
+    Layers are named one by one where some are excluded: stock PEFT rewrites short names of experts
+    into stacks before it looks at what is excluded.
+    """
     kept = {key: value for key, value in adapter.config.raw.items() if key not in OWN_KEYS}
+    if kept.get("exclude_modules"):
+        modules = sorted(found.layer.module for found in match.layers.values())
+        kept |= {"target_modules": modules, "exclude_modules": None}
     return kept | {"peft_type": LORA}
 
 

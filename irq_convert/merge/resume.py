@@ -48,7 +48,7 @@ def merge_job(plan: MergePlan, inputs: Inputs, out: Path) -> Job:
     """The job of writing the shards of `plan`; the progress counts bytes of the result."""
     means = Means(inputs.adapter, plan.options)
 
-    def require(there: int, missing: Sequence[int]) -> None:
+    def require(there: int, shares: Sequence[Sequence[int]]) -> None:
         require_space(out, plan.bytes_needed - there, "write the merged model")
 
     def make(number: int, folder: Path, progress: Progress) -> Mapping[str, Any]:

@@ -10,7 +10,7 @@ from irq_convert.checkpoint.disk import output_folder, remove_leftovers, require
 from irq_convert.core.threads import torch_threads
 from irq_convert.jobs.meeting import Meeting
 from irq_convert.jobs.progress import Progress
-from irq_convert.jobs.run import run_once
+from irq_convert.jobs.result import run_once
 from irq_convert.merge.inputs import Inputs, open_inputs
 from irq_convert.merge.layers import LayerCheck
 from irq_convert.merge.logits import check_logits
@@ -55,7 +55,9 @@ def merge_adapter(
         inputs = open_inputs(Path(base), folder, out, options)
         with torch_threads(options.threads):
             if options.to == Target.ADAPTER:
-                report = run_once(meeting, lambda: _fold(inputs, out, options, progress))
+                report = run_once(
+                    meeting, MergeReport, lambda: _fold(inputs, out, options, progress)
+                )
             else:
                 report = write_model(inputs, out, options, meeting, progress)
     return replace(report, seconds=time.perf_counter() - begun)

@@ -330,6 +330,16 @@ def test_killed_between_the_two_renames(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [out]
 
 
+def test_an_empty_folder_does_not_cost_what_was_moved_aside(tmp_path: Path) -> None:
+    """A kill between two renames, and then someone makes the folder by hand."""
+    (tmp_path / "out.replaced-123").mkdir()
+    (tmp_path / "out.replaced-123" / "old").write_bytes(b"precious")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UsageError, match="not empty"):
+        fill(tmp_path / "out")
+    assert snapshot(tmp_path) == {"out/old": b"precious"}
+
+
 def test_leftover_of_a_replaced_folder_is_removed(tmp_path: Path) -> None:
     fill(tmp_path / "out", "old")
     (tmp_path / "out.replaced-123" / "x").mkdir(parents=True)

@@ -220,6 +220,35 @@ def test_what_an_interrupted_run_left_is_checked_and_deleted_where_not_needed(
         assert (second.folder / SHARDS[2]).read_bytes() == files[SHARDS[2]]
 
 
+def test_what_more_processes_left_goes_with_the_end_of_a_run() -> None:
+    first, second = (open_source(NAME, fetch=Fetch.STREAM) for _ in range(2))
+    for opened in (first, second):
+        opened.supply.ensure(SHARDS[:1])
+        opened.supply.close(done=False)
+    assert streamed() == [SHARDS[0], SHARDS[0]]
+    third = open_source(NAME, fetch=Fetch.STREAM)
+    busy = open_source(NAME, fetch=Fetch.STREAM)
+    assert (third.folder, busy.folder) == (first.folder, second.folder)
+    third.supply.close()
+    assert streamed() == [SHARDS[0]]  # in use
+    busy.supply.close(done=False)
+    open_source(NAME, fetch=Fetch.STREAM).supply.close()
+    assert streamed() == []
+
+
+def test_a_run_that_is_not_to_be_continued_leaves_nothing() -> None:
+    opened = open_source(NAME, fetch=Fetch.STREAM)
+    opened.supply.keep = False
+
+    def interrupted() -> None:
+        opened.supply.ensure(SHARDS[:2])
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), opened.supply:
+        interrupted()
+    assert streamed() == []
+
+
 def test_two_runs_stream_side_by_side(files: dict[str, bytes], tmp_path: Path) -> None:
     one, two = (open_source(NAME, fetch=Fetch.STREAM) for _ in range(2))
     assert one.folder != two.folder
@@ -406,15 +435,20 @@ def test_room_is_asked_for_where_files_will_lie(
     total = sum(len(files[name]) for name in SHARDS)
     with open_source(NAME, fetch=Fetch.AS_READ).supply as kept:
         assert kept.room(SHARDS) == (Path(constants.HF_HUB_CACHE), total)
+        assert kept.room(SHARDS[:2], SHARDS[1:]) == kept.room(SHARDS)
     checkpoint = open_source(NAME, fetch=Fetch.STREAM)
     with checkpoint.supply as supply:
         feed = checkpoint.feed(checkpoint.tensors.values())
         two = len(files[SHARDS[0]]) + len(files[SHARDS[1]])
         assert supply.room(feed.order) == (checkpoint.folder, two)
+        assert supply.room(feed.order, SHARDS[:1]) == (
+            checkpoint.folder,
+            two + len(files[SHARDS[0]]),  # a second process
+        )
         monkeypatch.setattr("irq_convert.checkpoint.disk.free_bytes", lambda folder: 100 + two)
-        require_room(tmp_path / "out", 100, feed)
+        require_room(tmp_path / "out", 100, [feed])
         with pytest.raises(IrqError) as caught:
-            require_room(tmp_path / "out", 101, feed)
+            require_room(tmp_path / "out", 101, [feed])
     assert_one_line(str(caught.value), "not enough space", str(101 + two), "fetch the source")
 
 

@@ -82,6 +82,9 @@ def test_models_that_the_hub_refuses(
     assert [p.name for p in (tmp_path / "work").iterdir() if p.name != "home"] == []
 
 
+LAST = "model-00003-of-00003.safetensors"
+
+
 def test_a_streamed_conversion_that_is_killed_goes_on(tmp_path: Path) -> None:
     work = tmp_path / "work"
     work.mkdir()
@@ -100,6 +103,10 @@ def test_a_streamed_conversion_that_is_killed_goes_on(tmp_path: Path) -> None:
             process.kill()
         assert not (work / "out").exists()
         slow.times = 0
+        left = next((home / "irq-convert" / "streamed").glob("*/*/0")) / LAST
+        left.write_bytes((source / LAST).read_bytes())
+        assert run(hub, home, *options, "--dry-run").code == 0
+        assert left.is_file()  # a dry run takes nothing from the next
         result = run(hub, home, *options)
     assert result.code == 0, result
     assert not (work / "out.partial").exists()

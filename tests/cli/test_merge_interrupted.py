@@ -48,6 +48,7 @@ def test_interrupted(irq: Commands, tmp_path: Path, number: int, to: str) -> Non
         lambda: list(new.glob("out.partial/records/model*.record")),
         lambda: shutil.rmtree(new),
         number,
+        (new / "out").exists,
     )
     assert result.code == {2: 130, 15: 143}[number], result
     assert "Traceback" not in result.err

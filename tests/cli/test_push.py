@@ -96,8 +96,10 @@ def test_a_push_that_fails_leaves_the_artifact_and_says_how_to_go_on(
     work = tmp_path / "work"
     work.mkdir()
     server.fail("status", "/commit/", "POST", times=1000, status=400)
-    result = run(server, work, "quantize", "org/model", "out", "--json", "--push-to-hub", "org/x")
-    assert_fails(result, 1, "org/x", "HTTP 400", "irq-convert push out org/x")
+    to = ["--push-to-hub", "org/x", "--private", "--push-revision", "v1"]
+    result = run(server, work, "quantize", "org/model", "out", "--json", *to)
+    later = "irq-convert push out org/x --private --revision v1"  # or else all could read it
+    assert_fails(result, 1, "org/x", "HTTP 400", later)
     server.faults.clear()
     assert run(server, work, "push", "out", "org/x").code == 0
     assert "irq_manifest.json" in world.repos["org/x"].main

@@ -15,11 +15,11 @@ from irq_convert.convert import pipeline
 from irq_convert.convert.options import ConvertOptions
 from irq_convert.convert.pipeline import convert_shard
 from irq_convert.convert.plan import ConversionPlan, make_plan
-from irq_convert.convert.progress import Progress
 from irq_convert.core.quantize import quantize_tensor, quantize_with_stats
 from irq_convert.core.spec import QuantSpec
 from irq_convert.core.stats import TensorStats
 from irq_convert.errors import IrqError
+from irq_convert.jobs.progress import Progress
 
 from .models import UNKNOWN, write_source
 

@@ -23,13 +23,13 @@ from irq_convert.convert import resume
 from irq_convert.convert.estimate import estimate
 from irq_convert.convert.options import ConvertOptions
 from irq_convert.convert.pipeline import convert_shard
-from irq_convert.convert.progress import Progress
 from irq_convert.convert.resume import decode_stats, encode_stats
 from irq_convert.convert.run import quantize_checkpoint
 from irq_convert.core.blocks import BlockShape
 from irq_convert.core.spec import QuantSpec
 from irq_convert.core.stats import TensorStats
 from irq_convert.errors import IrqError, UsageError
+from irq_convert.jobs.progress import Progress
 from irq_convert.jobs.resume import Resume
 
 from .models import UNKNOWN, snapshot, write_source

@@ -21,12 +21,12 @@ from irq_convert.checkpoint.source import open_checkpoint
 from irq_convert.convert import run
 from irq_convert.convert.estimate import estimate
 from irq_convert.convert.options import ConvertOptions
-from irq_convert.convert.progress import Progress
 from irq_convert.convert.run import quantize_checkpoint
 from irq_convert.core.dequantize import dequantize_tensor
 from irq_convert.core.quantize import quantize_tensor
 from irq_convert.core.spec import QuantSpec
 from irq_convert.errors import IrqError, UsageError
+from irq_convert.jobs.progress import Progress
 
 from .models import (
     LLAMA,

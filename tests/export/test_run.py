@@ -14,12 +14,12 @@ import torch
 
 from irq_convert.artifact.contents import Artifact
 from irq_convert.artifact.identity import artifact_identity
-from irq_convert.convert.progress import Progress
 from irq_convert.errors import IrqError, UsageError
 from irq_convert.export import registry
 from irq_convert.export.options import ExportOptions
 from irq_convert.export.run import estimate, export_artifact
 from irq_convert.export.target import Difference, ExportPlan, PlannedTensor, Target, Written
+from irq_convert.jobs.progress import Progress
 
 from .compare import decoded, load_all, snapshot
 

@@ -10,8 +10,15 @@ import pytest
 from huggingface_hub import RepoCard
 
 from irq_convert.artifact.manifest import MANIFEST_NAME
-from irq_convert.errors import IrqError
+from irq_convert.convert.options import ConvertOptions
+from irq_convert.convert.run import quantize_checkpoint
+from irq_convert.core.spec import QuantSpec
+from irq_convert.demo import MODEL_DIR
+from irq_convert.errors import IrqError, UsageError
+from irq_convert.export.options import ExportOptions
+from irq_convert.export.run import export_artifact
 from irq_convert.hub.push import PushOptions, push_folder
+from irq_convert.jobs.progress import Progress
 from irq_convert.merge.options import Check, MergeOptions, Target
 from irq_convert.merge.run import merge_adapter
 
@@ -21,6 +28,7 @@ from .state import World
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from merge.make import change_weights, write_adapter
 
+WEIGHTS = (".safetensors", ".gguf")
 pytestmark = pytest.mark.usefixtures("clock")
 
 
@@ -81,6 +89,17 @@ def test_an_adapter(world: World, adapter: Path) -> None:
     assert f"identity (sha256) is `{settings['base_sha256']}`" in text
 
 
+def test_an_adapter_that_a_script_of_the_user_saved(world: World, adapter: Path) -> None:
+    """There is no note; the settings tell how it is loaded."""
+    (adapter / "irq_adapter.json").unlink()
+    found, text = pushed(world, adapter)
+    assert found["tags"] == ["irq-convert", "lora", "iec-lora"]
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    assert "A block-pooled IEC-LoRA adapter for a model." in text
+    assert "import irq_convert.adapters" in text
+    assert f"on the artifact, whose identity (sha256) is `{settings['base_sha256']}`" in text
+
+
 def test_an_adapter_of_an_artifact_on_the_hub_names_it(world: World, adapter: Path) -> None:
     note = json.loads((adapter / "irq_adapter.json").read_text())
     note["base"]["model"] = "org/base-irq"
@@ -88,6 +107,19 @@ def test_an_adapter_of_an_artifact_on_the_hub_names_it(world: World, adapter: Pa
     found, text = pushed(world, adapter)
     assert found["base_model"] == "org/base-irq"
     assert 'irq_convert.load("org/base-irq")' in text
+
+
+@pytest.mark.parametrize(("base", "told"), [("/home/me/base-irq", True), ("org/base-irq", False)])
+def test_a_path_in_an_adapter_is_told(world: World, adapter: Path, base: str, told: bool) -> None:
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(
+        json.dumps(settings | {"base_model_name_or_path": base})
+    )
+    notes: list[str] = []
+    progress = Progress()
+    progress.note = notes.append  # type: ignore[method-assign]
+    push_folder(adapter, "org/x", progress=progress)
+    assert [base in note for note in notes] == [True] * told
 
 
 def test_an_adapter_with_nan_or_damage_is_not_pushed(world: World, adapter: Path) -> None:
@@ -130,6 +162,37 @@ def test_a_dense_merge(world: World, artifact: Path, adapter: Path, tmp_path: Pa
         file.write(b"too long")
     with pytest.raises(IrqError, match=r"model\.safetensors"):
         push_folder(folder, "org/x")
+
+
+@pytest.mark.parametrize(
+    ("to", "library", "tag", "line"),
+    [
+        ("dense", "transformers", None, 'AutoModelForCausalLM.from_pretrained("org/x"'),
+        ("mlx", "mlx", "mlx", "from mlx_lm import load  # pip install mlx-lm\n\nmodel, tokenizer"),
+        ("gguf", "gguf", "gguf", "llama-cli --hf-repo org/x --hf-file "),
+        ("compressed-tensors", "transformers", "compressed-tensors", "pip install compressed"),
+    ],
+)
+def test_an_export(
+    world: World, tmp_path: Path, to: str, library: str, tag: str | None, line: str
+) -> None:
+    if to == "gguf":
+        pytest.importorskip("gguf")
+    spec = QuantSpec("int4", 32, "mse", zero_point="integer")
+    quantize_checkpoint(str(MODEL_DIR), tmp_path / "int4", ConvertOptions(spec, threads=1))
+    export_artifact(tmp_path / "int4", tmp_path / "x", ExportOptions(to, threads=1))
+    found, text = pushed(world, tmp_path / "x", base_model=BASE)
+    assert (found["base_model"], found["base_model_relation"]) == (BASE, "quantized")
+    assert (found["library_name"], found["tags"]) == (library, ["irq-convert", *[tag] * bool(tag)])
+    assert line in text
+    assert f"irq-convert export int4 OUT --to {to}" in text
+    assert "import irq_convert" not in text
+    with pytest.raises(UsageError, match="--overwrite"):  # not over results of another kind
+        push_folder(tmp_path / "int4", "org/x")
+    weights = next(path for path in (tmp_path / "x").iterdir() if path.suffix in WEIGHTS)
+    weights.write_bytes(b"short")
+    with pytest.raises(IrqError, match=weights.name):
+        push_folder(tmp_path / "x", "org/x")
 
 
 def test_a_base_that_is_not_on_the_hub_is_not_invented(world: World, artifact: Path) -> None:

@@ -146,6 +146,7 @@ def test_private_branch_and_message(world: World, artifact: Path) -> None:
     assert set(repo.main) == {".gitattributes"}
     assert_whole(repo, artifact, report, "v1/test")
     assert repo.messages[-1] == "First of its kind"
+    assert 'from_pretrained("me/base-irq", revision="v1/test"' in report.card
     assert report.repo_id == "me/base-irq"
     assert push_folder(artifact, "base-irq", options).uploaded == ()
     assert push_folder(artifact, "base-irq").commit is not None
@@ -296,6 +297,21 @@ def test_shards_of_an_earlier_push_go_and_others_weights_stay(
     assert done.deleted == ("model.safetensors",)
 
 
+def test_another_kind_of_the_same_file_names_is_not_written_over(
+    world: World, artifact: Path
+) -> None:
+    shards = [path.name for path in artifact.glob("*.safetensors")]
+    world.add("org/same", dict.fromkeys(shards, b"theirs"))
+    assert_refused(UsageError, [shards[0][:5], "--overwrite"], artifact, "org/same", verify=False)
+    assert world.repos["org/same"].main[shards[0]] == b"theirs"
+    files = {"model.safetensors": b"merged", "irq_merge.json": b"{}"}
+    world.add("org/dense", {**files, ".gitattributes": b""})
+    assert_refused(UsageError, ["--overwrite"], artifact, "org/dense", verify=False)
+    done = push_folder(artifact, "org/dense", PushOptions(overwrite=True))
+    assert sorted(done.deleted) == ["irq_merge.json", "model.safetensors"]
+    assert_whole(world.repos["org/dense"], artifact, done)
+
+
 def test_a_dry_run_sends_nothing(
     world: World, server: Hub, artifact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -340,7 +356,7 @@ def test_ids_that_are_none(artifact: Path, repo_id: str, word: str) -> None:
 def test_folders_that_cannot_be_pushed(artifact: Path, tmp_path: Path) -> None:
     words = {
         "absent": "no such folder",
-        "empty": "neither an artifact",
+        "empty": "irq_export.json",
         "x.partial": "not finished",
         "locked": "not finished",
         "dirty": "killed",

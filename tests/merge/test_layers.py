@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from irq_convert.checkpoint.header import read_header
-from irq_convert.convert.progress import Progress
 from irq_convert.errors import IrqError
+from irq_convert.jobs.progress import Progress
 from irq_convert.merge.inputs import Inputs, open_inputs
 from irq_convert.merge.layers import check_layers
 from irq_convert.merge.logits import check_logits

@@ -12,11 +12,11 @@ from convert.models import load_all, snapshot
 from irq_convert.artifact.contents import open_artifact
 from irq_convert.artifact.verify import verify_artifact
 from irq_convert.convert.options import ConvertOptions
-from irq_convert.convert.progress import Progress
 from irq_convert.convert.run import quantize_checkpoint
 from irq_convert.core.spec import QuantSpec
 from irq_convert.errors import IrqError
 from irq_convert.export.grids import check_grids
+from irq_convert.jobs.progress import Progress
 from irq_convert.merge.options import Check, MergeOptions, Target
 from irq_convert.merge.run import merge_adapter
 

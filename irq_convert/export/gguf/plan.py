@@ -13,7 +13,6 @@ from gguf import GGMLQuantizationType as GgmlType
 from irq_convert.artifact.contents import Artifact
 from irq_convert.artifact.structure import StoredTensor
 from irq_convert.checkpoint.header import TensorInfo
-from irq_convert.convert.progress import Progress
 from irq_convert.core.codebook import get_codebook
 from irq_convert.errors import UsageError
 from irq_convert.export.gguf.encode import BLOCK, fits_q4_1, row_nbytes
@@ -24,6 +23,7 @@ from irq_convert.export.gguf.vocabulary import read_vocabulary
 from irq_convert.export.options import ExportOptions
 from irq_convert.export.shards import dense_plan
 from irq_convert.export.target import ExportPlan, PlannedTensor
+from irq_convert.jobs.progress import Progress
 
 DTYPES = {
     "float32": GgmlType.F32,

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import ClassVar
 
 from irq_convert.artifact.contents import Artifact
-from irq_convert.convert.progress import Progress
 from irq_convert.export.options import ExportOptions
 from irq_convert.export.target import ExportPlan, Target, Written
+from irq_convert.jobs.progress import Progress
 
 
 class GgufTarget(Target):

@@ -19,7 +19,6 @@ from irq_convert.artifact.structure import StoredTensor
 from irq_convert.checkpoint.files import atomic_file
 from irq_convert.checkpoint.header import TensorInfo
 from irq_convert.checkpoint.reader import TileReader
-from irq_convert.convert.progress import Progress
 from irq_convert.convert.streams import Behind, prefetched
 from irq_convert.core.dequantize import dequantize_tensor
 from irq_convert.core.quantized import QuantizedTensor
@@ -29,6 +28,7 @@ from irq_convert.export.gguf.plan import GgufFile, GgufTensor
 from irq_convert.export.shards import tile_starts
 from irq_convert.export.target import Difference, ExportPlan, Written
 from irq_convert.export.tiles import difference
+from irq_convert.jobs.progress import Progress
 
 
 @dataclass(frozen=True)

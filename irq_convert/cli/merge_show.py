@@ -1,0 +1,125 @@
+"""What `merge` prints: the estimate, the report, the layers that were quantized again."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from irq_convert.merge.estimate import MergeEstimate
+    from irq_convert.merge.report import LogitsCheck, MergedLayer, MergeReport
+
+
+def print_estimate(found: MergeEstimate) -> None:
+    from irq_convert.cli.show import facts, gigabytes, resume_rows
+
+    free = "free" if found.disk_needed <= found.disk_free else "free: not enough"
+    facts(
+        [
+            ("artifact", f"{found.base} ({found.base_sha256[:12]})"),
+            ("adapter", f"{found.adapter} ({found.kind}, {gigabytes(found.adapter_bytes)})"),
+            ("would write", f"{found.out} ({found.to}), {found.bytes_out:,} bytes + records"),
+            ("files", f"{found.shards} of weights"),
+            ("merged", f"{found.layers} layers by {found.how}, {found.saved} saved tensors"),
+            ("memory", f"about {gigabytes(found.memory)} to merge"),
+            ("check", found.check),
+            *resume_rows(found.finished, found.shards),
+            ("disk needed", f"{found.disk_needed:,} bytes ({gigabytes(found.disk_free)} {free})"),
+        ]
+    )
+
+
+def print_report(report: MergeReport) -> None:
+    from irq_convert.cli.show import facts, gigabytes, seconds
+
+    ways: dict[str, int] = {}
+    for layer in report.layers:
+        ways[layer.how] = ways.get(layer.how, 0) + 1
+    merged = ", ".join(f"{count} {_WAYS[how]}" for how, count in ways.items()) or "none"
+    rows = [
+        ("result", f"{report.out} ({report.to})"),
+        ("size", f"{gigabytes(report.bytes_in)} -> {gigabytes(report.bytes_out)}"),
+        ("artifact", report.base_sha256[:12]),
+        ("adapter", f"{(report.adapter_sha256 or 'none')[:12]} ({report.kind})"),
+        ("layers", merged),
+    ]
+    if report.saved:
+        rows.append(("saved tensors", f"{len(report.saved)} in place of the artifact's"))
+    if report.dtypes:
+        parts = [f"{count} in {dtype}" for dtype, count in report.dtypes.items()]
+        rows.append(("dense tensors", ", ".join(parts)))
+    if report.bits_per_weight is not None:
+        rows.append(("bits per weight", f"{report.bits_per_weight:.4f}"))
+    if report.survived is not None:
+        rows.append(("survived", f"{report.survived:.4f} of what was learned (1 is all)"))
+    rows += _check_rows(report)
+    facts([*rows, ("time", seconds(report.seconds))])
+    if report.tau is not None:
+        _print_tau(report)
+
+
+_WAYS = {
+    "dense": "dense",
+    "tau": "by moving tau: codes and scales untouched",
+    "requantized": "quantized again",
+    "unchanged": "unchanged",
+    "folded": "folded",
+}
+
+
+def _check_rows(report: MergeReport) -> list[tuple[str, str]]:
+    if not report.layers_checked:
+        return [("checked", "no (--check none)")]
+    rows = [("layers checked", f"largest difference {_number(report.largest_difference)}")]
+    rows.append(("logits checked", _logits(report.logits)))
+    return rows
+
+
+def _logits(found: LogitsCheck) -> str:
+    if found.difference is None:
+        return f"no: {found.reason}"
+    allowed = "" if found.tolerance is None else f" (allowed {found.tolerance:.1e})"
+    return f"difference {found.difference:.1e}{allowed}; adapter's effect {found.effect:.1e}"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2e}"
+
+
+def _print_tau(report: MergeReport) -> None:
+    """What storing the moved tau costs in each dtype."""
+    from rich.console import Console
+    from rich.table import Table
+
+    assert report.tau is not None
+    table = Table("tau stored as", "largest change", "rms", box=None, pad_edge=False, title=None)
+    for name, found in report.tau["stored"].items():
+        mark = " (this result)" if name == report.tau_dtype else ""
+        largest = "does not fit" if found["max"] is None else _number(found["max"])
+        table.add_row(f"{name}{mark}", largest, _number(found["rms"]))
+    moved = report.tau["moved"]
+    table.add_row("how far it moved", _number(moved["max"]), _number(moved["rms"]))
+    console = Console(width=80)
+    console.print("\nCost of storing tau, as parts of each block's scale")
+    console.print(table)
+
+
+def print_layers(report: MergeReport) -> None:
+    """Every layer that was quantized again, those that kept least first."""
+    from rich.console import Console
+    from rich.table import Table
+
+    again = [layer for layer in report.layers if layer.how == "requantized"]
+    if not again:
+        return
+    table = Table("layer", box=None, pad_edge=False)
+    for name in ("change", "survived"):
+        table.add_column(name, justify="right")
+    for layer in sorted(again, key=_survived):
+        table.add_row(layer.tensor, _number(layer.change), f"{_survived(layer):.4f}")
+    console = Console(width=80)
+    console.print("\nLayers quantized again (change: of the adapter, of the weights' size)")
+    console.print(table)
+
+
+def _survived(layer: MergedLayer) -> float:
+    return 0.0 if layer.survived is None else layer.survived
