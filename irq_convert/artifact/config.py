@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from irq_convert.core.blocks import GROUP_SIZE
@@ -65,6 +66,11 @@ class QuantizationConfig:
     def module(self, name: str) -> ModuleFormat:
         """The format of module `name`, compared whole."""
         return self.overrides.get(name, self.default)
+
+    @cached_property
+    def dense_modules(self) -> frozenset[str]:
+        """`modules_to_not_convert`, to look names up: a mixture may keep thousands."""
+        return frozenset(self.modules_to_not_convert)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object of the specification, section 2; only what differs is an override."""

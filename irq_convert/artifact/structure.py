@@ -139,7 +139,7 @@ def _stored(
     name: str, suffixes: set[str], tensors: Mapping[str, TensorInfo], config: QuantizationConfig
 ) -> StoredTensor:
     info, module = tensors[name], module_name(name)
-    if module in config.modules_to_not_convert:
+    if module in config.dense_modules:
         part = name + min(suffixes)
         raise IrqError(
             f"{part} is in {tensors[part].shard.name}, but modules_to_not_convert names {module} "
@@ -221,7 +221,7 @@ def _bare_codes(
             info.dtype == "U8"
             and len(info.shape) > 1
             and info.name != module
-            and module not in config.modules_to_not_convert
+            and module not in config.dense_modules
             and info.name not in listed  # named already
         ):
             yield (

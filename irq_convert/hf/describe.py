@@ -27,8 +27,8 @@ def describe(model: PreTrainedModel, config: QuantizationConfig) -> Quantization
     files = tensors_in_files(model, (*formats, *plain))
     packed = {module_name(files[key]): fmt for key, fmt in formats.items()}
     dense = [module_name(files[key]) for key in plain]
-    kept = tuple(n for n in config.modules_to_not_convert if n not in packed)
-    left_dense = (*kept, *(name for name in dense if name not in kept))
+    kept = dict.fromkeys(n for n in config.modules_to_not_convert if n not in packed)
+    left_dense = tuple(kept | dict.fromkeys(dense))
     true = all(config.module(name) == fmt for name, fmt in packed.items())
     if true and left_dense == config.modules_to_not_convert:
         return config

@@ -196,7 +196,7 @@ def _in_base(model: PreTrainedModel, key: str) -> bool:
 
 def _is_quantized(tensor: str, config: QuantizationConfig, tensors: dict[str, TensorInfo]) -> bool:
     """Whether a layer's tensor is quantized, as configuration and files have to agree."""
-    dense = module_name(tensor) in config.modules_to_not_convert
+    dense = module_name(tensor) in config.dense_modules
     parts = [tensor + suffix for suffix in PART_SUFFIXES if tensor + suffix in tensors]
     if dense and parts:
         raise IrqError(
