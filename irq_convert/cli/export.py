@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from irq_convert.cli.shared import AsJson, DryRun, MaxShardSize, Overwrite, Threads
 from irq_convert.errors import UsageError
 from irq_convert.export.registry import TARGETS
 
@@ -47,15 +48,11 @@ def export_command(
         bool,
         typer.Option("--refit", help="compressed-tensors: fit integer zero points, with a loss."),
     ] = False,
-    threads: Annotated[int | None, typer.Option(help="CPU threads.  \\[default: all]")] = None,
-    max_shard_size: Annotated[float, typer.Option(help="Largest shard, in GB (10^9 bytes).")] = 5.0,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would be written, and stop.")
-    ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace OUT once the new one is whole.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    threads: Threads = None,
+    max_shard_size: MaxShardSize = 5.0,
+    dry_run: DryRun = False,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
 ) -> None:
     """Export an artifact to a format that other programs run, and measure the difference.
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from irq_convert.cli.quiet import quiet_libraries
+from irq_convert.cli.shared import AsJson
 from irq_convert.errors import IrqError
 from irq_convert.finetune.options import (
     Connection,
@@ -115,7 +116,7 @@ def finetune_command(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Count and estimate, write nothing.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Train a LoRA, IEC-LoRA or block-pooled adapter on a quantized model.
 

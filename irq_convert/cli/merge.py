@@ -11,6 +11,16 @@ import typer
 
 from irq_convert.cli.merge_show import print_estimate, print_layers, print_report
 from irq_convert.cli.push import check_target, print_push, push_result
+from irq_convert.cli.shared import (
+    AsJson,
+    DryRun,
+    MaxShardSize,
+    Overwrite,
+    Private,
+    PushRevision,
+    PushToHub,
+    Threads,
+)
 from irq_convert.cli.voice import one_voice, speaks
 from irq_convert.errors import UsageError
 from irq_convert.jobs.resume import Resume
@@ -98,29 +108,18 @@ def merge_command(
     any_base: Annotated[
         bool, typer.Option("--any-base", help="Merge an adapter that records no base, or another.")
     ] = False,
-    threads: Annotated[int | None, typer.Option(help="CPU threads.  \\[default: all]")] = None,
-    max_shard_size: Annotated[float, typer.Option(help="Largest shard, in GB (10^9 bytes).")] = 5.0,
+    threads: Threads = None,
+    max_shard_size: MaxShardSize = 5.0,
     resume: Annotated[
         Resume,
         typer.Option(help="Continue a stopped run: where there is one, else fail, or start anew."),
     ] = Resume.AUTO,
-    push_to_hub: Annotated[
-        str | None,
-        typer.Option(metavar="ORG/NAME", help="Push the result to the Hub (see `push`)."),
-    ] = None,
-    private: Annotated[
-        bool, typer.Option("--private", help="With --push-to-hub: make a private repository.")
-    ] = False,
-    push_revision: Annotated[
-        str | None, typer.Option(help="With --push-to-hub: branch to push to.  \\[default: main]")
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would be written, and stop.")
-    ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace OUT once the new one is whole.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    push_to_hub: PushToHub = None,
+    private: Private = False,
+    push_revision: PushRevision = None,
+    dry_run: DryRun = False,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
 ) -> None:
     """Merge an adapter into its artifact, and check the result against the two.
 

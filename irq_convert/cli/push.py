@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from irq_convert.cli.shared import AsJson
 from irq_convert.cli.stages import Stages
 from irq_convert.cli.voice import speaks
 
@@ -42,7 +43,7 @@ def push_command(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would be sent and the card, and stop.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Push a result to the Hugging Face Hub, with a model card.
 

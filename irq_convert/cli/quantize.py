@@ -11,6 +11,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from irq_convert.cli.push import check_target, print_push, push_result
+from irq_convert.cli.shared import (
+    AsJson,
+    DryRun,
+    MaxShardSize,
+    Overwrite,
+    Private,
+    PushRevision,
+    PushToHub,
+    Threads,
+)
 from irq_convert.cli.voice import one_voice, speaks
 from irq_convert.errors import UsageError
 from irq_convert.jobs.resume import Resume
@@ -83,29 +93,18 @@ def quantize_command(
         ),
     ] = False,
     device: Annotated[str, typer.Option(help="Where to search: cpu, cuda, cuda:1, mps.")] = "cpu",
-    threads: Annotated[int | None, typer.Option(help="CPU threads.  \\[default: all]")] = None,
-    max_shard_size: Annotated[float, typer.Option(help="Largest shard, in GB (10^9 bytes).")] = 5.0,
+    threads: Threads = None,
+    max_shard_size: MaxShardSize = 5.0,
     resume: Annotated[
         Resume,
         typer.Option(help="Continue a stopped run: where there is one, else fail, or start anew."),
     ] = Resume.AUTO,
-    push_to_hub: Annotated[
-        str | None,
-        typer.Option(metavar="ORG/NAME", help="Push the result to the Hub (see `push`)."),
-    ] = None,
-    private: Annotated[
-        bool, typer.Option("--private", help="With --push-to-hub: make a private repository.")
-    ] = False,
-    push_revision: Annotated[
-        str | None, typer.Option(help="With --push-to-hub: branch to push to.  \\[default: main]")
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would be written, and stop.")
-    ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace OUT once the new one is whole.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    push_to_hub: PushToHub = None,
+    private: Private = False,
+    push_revision: PushRevision = None,
+    dry_run: DryRun = False,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
 ) -> None:
     """Quantize a model to 2, 3 or 4 bits, calibrated block by block.
 

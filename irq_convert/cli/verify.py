@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from irq_convert.cli.shared import AsJson
 from irq_convert.errors import UsageError
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def verify_command(
     revision: Annotated[
         str | None, typer.Option(help="Branch, tag or commit of the source on the Hub.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Check an artifact: structure, checksums, legal values; with --against, its source too.
 

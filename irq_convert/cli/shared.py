@@ -1,0 +1,28 @@
+"""Options that commands which write folders of weights have in common.
+
+The parameters of a command keep their names and defaults; what an option is called and how it
+explains itself stands here once.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+Threads = Annotated[int | None, typer.Option(help="CPU threads.  \\[default: all]")]
+MaxShardSize = Annotated[float, typer.Option(help="Largest shard, in GB (10^9 bytes).")]
+PushToHub = Annotated[
+    str | None, typer.Option(metavar="ORG/NAME", help="Push the result to the Hub (see `push`).")
+]
+Private = Annotated[
+    bool, typer.Option("--private", help="With --push-to-hub: make a private repository.")
+]
+PushRevision = Annotated[
+    str | None, typer.Option(help="With --push-to-hub: branch to push to.  \\[default: main]")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be written, and stop.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace OUT once the new one is whole.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the report as JSON.")]
