@@ -21,7 +21,7 @@ from pathlib import Path
 
 from irq_convert.checkpoint.files import fsync_folder
 from irq_convert.checkpoint.layout import LOCK_NAME
-from irq_convert.checkpoint.lock import await_members, take_folder, unused
+from irq_convert.checkpoint.lock import Held, await_members, take_folder, unused
 from irq_convert.checkpoint.swap import put_in_place, restore_replaced
 from irq_convert.checkpoint.system import format_bytes, free_bytes, os_errors
 from irq_convert.errors import IrqError, UsageError
@@ -176,17 +176,13 @@ def staging_folder(
     if real.is_mount():
         raise UsageError(f"{out}: a mount point, which cannot be replaced; give a folder inside it")
     root = partial_folder(out)
-    made = _make_parents(real.parent)
-    existed = root.exists()  # a request refused below must not cost an earlier run its work
+    made = _missing(real.parent)
+    staging = Staging(root, keep=root.exists())  # a request refused below costs no earlier run
+    held = Held()
     try:
-        lock = take_folder(root)
-    except BaseException:
-        if not existed and root.is_dir() and _holds_nothing(root):
-            _remove(root)
-        _remove_empty(made)
-        raise
-    staging = Staging(root, keep=existed)
-    try:
+        with os_errors("create it", real.parent):
+            real.parent.mkdir(parents=True, exist_ok=True)
+        take_folder(root, held)
         _await_stragglers(root)
         restore_replaced(real)
         check_output(out, source, overwrite)  # again, now that no other run can interfere
@@ -194,12 +190,13 @@ def staging_folder(
         put_in_place(staging.files, real)
         _remove(root)
     except BaseException:
-        if not staging.keep:
+        mine = held.fd is not None or (root.is_dir() and _holds_nothing(root))
+        if mine and not staging.keep:
             _remove(root)
-            _remove_empty(made)
+        _remove_empty(made)
         raise
     finally:
-        os.close(lock)
+        held.release()
 
 
 def remove_leftovers(out: Path) -> None:
@@ -216,15 +213,13 @@ def remove_leftovers(out: Path) -> None:
             _remove(root)
 
 
-def _make_parents(folder: Path) -> list[Path]:
-    """Create `folder` with its parents; return those created, the innermost first."""
+def _missing(folder: Path) -> list[Path]:
+    """`folder` and those above it that do not exist, the innermost first."""
     missing = []
     at = folder
     while not at.exists():
         missing.append(at)
         at = at.parent
-    with os_errors("create it", folder):
-        folder.mkdir(parents=True, exist_ok=True)
     return missing
 
 

@@ -18,12 +18,28 @@ _FLAGS = os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0)
 _PAUSE = 0.05
 
 
-def take_folder(folder: Path) -> int:
-    """Create `folder` if needed and lock it; return the descriptor of the lock.
+class Held:
+    """A lock that may be held: whoever gives it to `take_folder` knows at any moment, signals too.
+
+    A signal may come after a function is done and before its caller has what it returned.
+    """
+
+    fd: int | None = None
+
+    def release(self) -> None:
+        """Give the lock up; nothing happens where it is not held."""
+        fd, self.fd = self.fd, None
+        if fd is not None:
+            os.close(fd)
+
+
+def take_folder(folder: Path, held: Held | None = None) -> int:
+    """Create `folder` if needed and lock it; return the descriptor of the lock, `held.fd`.
 
     Raises `UsageError` when another run holds it, or when no run made it, and `IrqError` when the
     disk refuses.
     """
+    held = held or Held()
     with os_errors("create it", folder):
         while True:
             if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
@@ -35,17 +51,17 @@ def take_folder(folder: Path) -> int:
                     raise UsageError(
                         f"{folder}: exists, not empty, not made by a run; rename or remove it"
                     )
-                fd = os.open(path, _FLAGS, 0o666)
+                held.fd = os.open(path, _FLAGS, 0o666)
             except FileNotFoundError:  # the other run finished and removed the folder
                 continue
             try:
-                mine = _take(fd, path, folder)
+                mine = _take(held.fd, path, folder)
             except BaseException:
-                os.close(fd)
+                held.release()
                 raise
             if mine:
-                return fd
-            os.close(fd)
+                return held.fd
+            held.release()
 
 
 def _take(fd: int, path: Path, folder: Path) -> bool:

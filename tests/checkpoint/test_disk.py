@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from irq_convert.checkpoint import disk
 from irq_convert.checkpoint.disk import (
     check_output,
     discard_output,
@@ -22,7 +23,7 @@ from irq_convert.checkpoint.disk import (
     staging_folder,
 )
 from irq_convert.checkpoint.layout import LOCK_NAME
-from irq_convert.checkpoint.lock import await_members, join_folder, take_folder
+from irq_convert.checkpoint.lock import Held, await_members, join_folder, take_folder
 from irq_convert.checkpoint.source import open_checkpoint
 from irq_convert.checkpoint.system import free_bytes
 from irq_convert.errors import IrqError, UsageError
@@ -346,3 +347,26 @@ def test_leftover_of_a_replaced_folder_is_removed(tmp_path: Path) -> None:
     (tmp_path / "out.replaced-by-me").mkdir()
     fill(tmp_path / "out", overwrite=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "out.replaced-by-me"]
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_a_signal_when_the_lock_is_just_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: bool
+) -> None:
+    """Nothing is left, though nobody has seen yet that there is a lock; an earlier run's is."""
+    out = tmp_path / "new" / "out"
+    if before:
+        leave(out)
+
+    def interrupted(root: Path, held: Held) -> int:
+        take_folder(root, held)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(disk, "take_folder", interrupted)
+    with pytest.raises(KeyboardInterrupt), staging_folder(out):
+        pass
+    assert [path.read_text() for path in tmp_path.rglob("file")] == ["half"] * before
+    assert before or not list(tmp_path.iterdir())
+    monkeypatch.undo()
+    with output_folder(out):  # the lock is free
+        pass
