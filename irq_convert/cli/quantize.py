@@ -19,6 +19,7 @@ from irq_convert.cli.shared import (
     Private,
     PushRevision,
     PushToHub,
+    Resuming,
     Threads,
 )
 from irq_convert.cli.voice import one_voice, speaks
@@ -95,10 +96,7 @@ def quantize_command(
     device: Annotated[str, typer.Option(help="Where to search: cpu, cuda, cuda:1, mps.")] = "cpu",
     threads: Threads = None,
     max_shard_size: MaxShardSize = 5.0,
-    resume: Annotated[
-        Resume,
-        typer.Option(help="Continue a stopped run: where there is one, else fail, or start anew."),
-    ] = Resume.AUTO,
+    resume: Resuming = Resume.AUTO,
     push_to_hub: PushToHub = None,
     private: Private = False,
     push_revision: PushRevision = None,
