@@ -10,7 +10,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from irq_convert.hf import autoload
+from irq_convert import autoload
 
 if TYPE_CHECKING:
     from irq_convert.adapters.attach import attach, prepare_for_training

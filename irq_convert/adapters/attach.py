@@ -48,7 +48,7 @@ def attach(
     from peft import PeftModel, get_peft_model
 
     from irq_convert.adapters.config import IecLoraConfig
-    from irq_convert.adapters.peft_type import register
+    from irq_convert.adapters.register import register
     from irq_convert.adapters.targets import prepare_stock_targets
 
     register()

@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from peft import LoraConfig
-from torch import nn
-from transformers.pytorch_utils import Conv1D
 
+from irq_convert.adapters.peft_type import iec_lora
 from irq_convert.core.spec import BLOCK_SIZES
 from irq_convert.errors import UsageError
-from irq_convert.hf import autoload
 
 CONNECTIONS = ("both", "input", "output", "none")
 POOLS = (None, "block")
@@ -43,12 +41,8 @@ class IecLoraConfig(LoraConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        from irq_convert.adapters.layer import IecLoraLinear
-        from irq_convert.adapters.peft_type import iec_lora
-
         self.peft_type = iec_lora()
         self._check()
-        self._register_custom_module({nn.Linear: IecLoraLinear, Conv1D: IecLoraLinear})
 
     def _check(self) -> None:
         if self.connection not in CONNECTIONS:
@@ -70,6 +64,3 @@ class IecLoraConfig(LoraConfig):
         for name in ("lora_bias", "layer_replication", "target_parameters", "megatron_config"):
             if getattr(self, name, None):
                 raise UsageError(f"IEC-LoRA does not take {name}: leave it out or use LoraConfig")
-
-
-autoload.install()  # where importing this module is what first imported PEFT

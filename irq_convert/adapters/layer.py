@@ -29,7 +29,6 @@ from irq_convert.core.elastic import (
 )
 from irq_convert.core.statistics import expand_statistic
 from irq_convert.errors import IrqError, UsageError
-from irq_convert.hf import autoload
 from irq_convert.nn.linear import IrqLinear, dense_layer
 from irq_convert.nn.lowrank import add_low_rank
 
@@ -277,6 +276,3 @@ def _require_finite(values: torch.Tensor, names: list[str]) -> None:
         raise IrqError(
             f"merging {', '.join(names)} gives NaN or infinite weights: the adapter is broken"
         )
-
-
-autoload.install()  # where importing this module is what first imported PEFT

@@ -8,11 +8,12 @@ from typing import Any
 
 from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import LoraLayer
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from irq_convert.adapters.layer import IecLoraLinear
 from irq_convert.adapters.targets import prepare_targets
 from irq_convert.errors import IrqError, UsageError
-from irq_convert.hf import autoload
 from irq_convert.hf.identity import forget_identity, model_identity
 
 
@@ -20,6 +21,7 @@ class IecLoraModel(LoraModel):
     """The tuner of `IecLoraConfig`. Records which artifact the adapter belongs to."""
 
     def _prepare_model(self, peft_config: Any, model: Any) -> None:
+        peft_config._register_custom_module({nn.Linear: IecLoraLinear, Conv1D: IecLoraLinear})
         super()._prepare_model(peft_config, model)
         prepare_targets(model, peft_config)
         identity = model_identity(model)
@@ -79,6 +81,3 @@ class IecLoraModel(LoraModel):
                     f"the adapter {what} {min(names)}{more}: it is damaged or of another model"
                 )
         return remapped
-
-
-autoload.install()  # where importing this module is what first imported PEFT

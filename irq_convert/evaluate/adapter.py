@@ -76,7 +76,7 @@ def put_on(model: Any, adapter: CheckedAdapter) -> Any:
     from peft import PeftModel
     from peft.utils import get_peft_model_state_dict
 
-    from irq_convert.adapters.peft_type import register
+    from irq_convert.adapters.register import register
 
     register()
     try:

@@ -19,6 +19,7 @@ import torch
 
 from irq_convert.artifact.config import module_name
 from irq_convert.artifact.contents import Artifact
+from irq_convert.artifact.dense import WORDS
 from irq_convert.artifact.structure import StoredTensor
 from irq_convert.checkpoint.cast import narrow
 from irq_convert.checkpoint.writer import TensorSpec
@@ -32,7 +33,6 @@ from irq_convert.export.options import ExportOptions
 from irq_convert.export.shards import plan_folder, write_folder
 from irq_convert.export.target import ExportPlan, PlannedTensor, Target, Written
 from irq_convert.export.tiles import (
-    WORDS,
     DenseEncoder,
     Encoded,
     Encoder,

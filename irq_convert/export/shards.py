@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from irq_convert.artifact.contents import Artifact, read_quantized
+from irq_convert.artifact.dense import Dtype, dense_config, dense_tensors
+from irq_convert.artifact.manifest import MANIFEST_NAME
 from irq_convert.artifact.structure import StoredTensor
 from irq_convert.checkpoint.buffers import tensor_bytes
 from irq_convert.checkpoint.cast import cast_bytes
@@ -31,11 +33,10 @@ from irq_convert.export.options import ExportOptions
 from irq_convert.export.target import Difference
 from irq_convert.export.tiles import Encoder, difference
 from irq_convert.jobs.progress import Progress
-from irq_convert.merge.match import Match
-from irq_convert.merge.options import Dtype, MergeOptions, Target
-from irq_convert.merge.plan import CONFIG_NAME, MergePlan, make_plan
 
 COPY_CHUNK = 4 << 20
+CONFIG_NAME = "config.json"
+REPLACED_FILES = (CONFIG_NAME, MANIFEST_NAME, INDEX_NAME, "irq_merge.json")
 
 
 @dataclass(frozen=True)
@@ -107,16 +108,9 @@ class FolderPlan:
         return sizes | document_sizes(self.artifact, self.carried, self.documents)
 
 
-def dense_plan(artifact: Artifact, options: ExportOptions) -> MergePlan:
-    """The dense checkpoint of `artifact`: every tensor's dtype, and a configuration to go by."""
-    how = MergeOptions(
-        to=Target.DENSE,
-        dtype=Dtype(options.dtype),
-        threads=options.threads,
-        max_shard_bytes=options.max_shard_bytes,
-        tile_weights=options.tile_weights,
-    )
-    return make_plan(artifact, Match({}, {}), how)
+def carried_files(artifact: Artifact) -> tuple[str, ...]:
+    """Files of the artifact that are copied unchanged."""
+    return tuple(n for n in artifact.checkpoint.other_files if n not in REPLACED_FILES)
 
 
 def document_sizes(
@@ -140,25 +134,23 @@ def plan_folder(
     `encoder` is given each quantized tensor and the dtype it would have when dense; `config` turns
     the dense model's config.json into the target's.
     """
-    dense = dense_plan(artifact, options)
-    items = []
-    for job in dense.jobs:
-        base, dtype = job.base, str(job.target)
-        items.append(
-            Item(base, encoder(base, dtype) if isinstance(base, StoredTensor) else None, dtype)
-        )
+    dtype = Dtype(options.dtype)
+    items = [
+        Item(t.base, encoder(t.base, t.dtype) if isinstance(t.base, StoredTensor) else None, t.dtype)
+        for t in dense_tensors(artifact, dtype)
+    ]
     by_name = {item.name: item for item in items}
     parts = plan_shards([(item.name, item.nbytes) for item in items], options.max_shard_bytes)
     shards = tuple(
         Shard(shard_name(number, len(parts)), tuple(by_name[name] for name in names))
         for number, names in enumerate(parts, start=1)
     )
-    documents: dict[str, Any] = {CONFIG_NAME: config(dense.config_json())}
+    documents: dict[str, Any] = {CONFIG_NAME: config(dense_config(artifact, dtype))}
     if len(shards) > 1:
         weight_map = {spec.name: shard.name for shard in shards for spec in shard.outputs}
         documents[INDEX_NAME] = build_index(weight_map, sum(item.nbytes for item in items))
     texts = {name: f"{json.dumps(doc, indent=2)}\n".encode() for name, doc in documents.items()}
-    return FolderPlan(artifact, shards, dense.carried_files, texts, metadata)
+    return FolderPlan(artifact, shards, carried_files(artifact), texts, metadata)
 
 
 def write_documents(

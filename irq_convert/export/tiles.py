@@ -20,10 +20,6 @@ from irq_convert.checkpoint.columns import pieces
 from irq_convert.checkpoint.writer import TensorSpec
 from irq_convert.core.quantized import QuantizedTensor
 from irq_convert.export.target import Difference
-from irq_convert.merge.plan import SAFETENSORS_NAMES
-
-WORDS = {short: long for long, short in SAFETENSORS_NAMES.items()}
-"""Floating dtypes of safetensors, in words."""
 
 
 @dataclass(frozen=True)

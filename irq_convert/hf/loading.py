@@ -28,9 +28,6 @@ def load(
     """
     from transformers import AutoConfig
 
-    from irq_convert.hf.autoload import install
-
-    install()
     where = str(path)
     hub = {key: kwargs[key] for key in _HUB_OPTIONS if key in kwargs}
     try:

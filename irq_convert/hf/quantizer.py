@@ -9,7 +9,6 @@ from torch import nn
 from transformers.quantizers.base import HfQuantizer
 
 from irq_convert.errors import IrqError, UsageError
-from irq_convert.hf import autoload
 from irq_convert.hf.config import IrqConfig
 
 if TYPE_CHECKING:
@@ -136,6 +135,3 @@ def _holds(model: nn.Module, name: str, module: nn.Module) -> bool:
         return model.get_submodule(parent)._modules.get(child) is module
     except AttributeError:
         return False
-
-
-autoload.install()  # where importing this module is what first imported transformers

@@ -215,7 +215,7 @@ def _adapted(base: Any, folder: Path, iec: bool) -> Iterator[Any]:
         from peft import PeftModel
 
         if iec:
-            from irq_convert.adapters.peft_type import register
+            from irq_convert.adapters.register import register
 
             register()
         model = PeftModel.from_pretrained(base, str(folder), local_files_only=True)

@@ -6,6 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 
+from irq_convert.artifact.dense import Dtype
 from irq_convert.core.spec import OBJECTIVES
 from irq_convert.errors import UsageError
 from irq_convert.jobs.resume import Resume
@@ -21,15 +22,6 @@ class Target(StrEnum):
     DENSE = "dense"
     ADAPTER = "adapter"
     IRQ = "irq"
-
-
-class Dtype(StrEnum):
-    """Of a dense checkpoint; "auto" is what each tensor had at the source."""
-
-    AUTO = "auto"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
-    FLOAT32 = "float32"
 
 
 class Tau(StrEnum):

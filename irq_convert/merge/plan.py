@@ -9,9 +9,9 @@ from functools import cached_property
 from typing import Any
 
 from irq_convert import __version__
-from irq_convert.adapters.stored import FLOATS
 from irq_convert.artifact.config import ModuleFormat, QuantizationConfig, module_name
 from irq_convert.artifact.contents import Artifact
+from irq_convert.artifact.dense import dense_config, dense_dtype
 from irq_convert.artifact.manifest import MANIFEST_NAME
 from irq_convert.artifact.structure import StoredTensor, part_specs
 from irq_convert.checkpoint.header import TensorInfo
@@ -21,15 +21,12 @@ from irq_convert.checkpoint.writer import TensorSpec, build_header
 from irq_convert.core.blocks import BlockShape
 from irq_convert.core.codebook import get_codebook
 from irq_convert.core.spec import MAX_REFINE, OBJECTIVES, QuantSpec
-from irq_convert.errors import IrqError
 from irq_convert.merge.match import Adapted, Match
-from irq_convert.merge.options import Dtype, MergeOptions, Target
+from irq_convert.merge.options import MergeOptions, Target
 
 CONFIG_NAME = "config.json"
 MERGE_NAME = "irq_merge.json"
 REPLACED_FILES = (CONFIG_NAME, MANIFEST_NAME, INDEX_NAME, MERGE_NAME)
-SAFETENSORS_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64"}
-_WORDS = {short: long for long, short in SAFETENSORS_NAMES.items()}
 
 
 @dataclass(frozen=True)
@@ -147,15 +144,10 @@ class MergePlan:
 
     def config_json(self) -> dict[str, Any]:
         """The result's config.json."""
-        config = dict(self.artifact.checkpoint.config or {})
-        if self.config is not None:
-            return config | {"quantization_config": self.config.to_dict()}
-        config.pop("quantization_config", None)
-        if self.options.dtype != Dtype.AUTO:
-            return _with_dtype(config, self.options.dtype.value)
-        if not {"dtype", "torch_dtype"} & set(config):
-            config["dtype"] = _WORDS[_default_dtype(self.artifact)]
-        return config
+        if self.config is None:
+            return dense_config(self.artifact, self.options.dtype)
+        config = self.artifact.checkpoint.config or {}
+        return {**config, "quantization_config": self.config.to_dict()}
 
     @property
     def bytes_out(self) -> int:
@@ -169,20 +161,6 @@ class MergePlan:
         names = sum(len(json.dumps(job.name)) for job in self.jobs)
         entries = len(self.jobs) + len(self.shards) + len(self.carried_files)
         return self.bytes_out + (1 << 16) + (entries << 10) + names
-
-
-def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """`config` saying `dtype`, in every nested configuration that says one."""
-    found = {
-        key: _with_dtype(value, dtype)
-        if isinstance(value, dict) and {"dtype", "torch_dtype"} & set(value)
-        else value
-        for key, value in config.items()
-    }
-    for key in ("dtype", "torch_dtype"):
-        if key in found:
-            found[key] = dtype
-    return found if {"dtype", "torch_dtype"} & set(found) else found | {"dtype": dtype}
 
 
 def make_plan(artifact: Artifact, match: Match, options: MergeOptions) -> MergePlan:
@@ -219,17 +197,15 @@ def _target(
     again: QuantSpec | None,
     options: MergeOptions,
 ) -> ModuleFormat | str:
+    if options.to == Target.DENSE:
+        return dense_dtype(artifact, base, options.dtype)
     if isinstance(base, StoredTensor):
-        if options.to == Target.DENSE:
-            return _dense_dtype(artifact, base.name, options)
         if adapted is None:
             return base.format
         if adapted.block_size is not None:
             return replace(base.format, tau_dtype=options.tau.value)
         assert again is not None
         return replace(base.format, scale_dtype="uint8", tau_dtype=again.tau_dtype)
-    if options.to == Target.DENSE and options.dtype != Dtype.AUTO and base.dtype in FLOATS:
-        return SAFETENSORS_NAMES[options.dtype.value]
     return base.dtype
 
 
@@ -256,33 +232,6 @@ def _again(
     uniform = get_codebook(base.format.codebook).kind == "int"
     own = {} if uniform else {"zero_point": "float"}
     return QuantSpec(base.format.codebook, base.format.block_size, **{**means, **own})
-
-
-def _dense_dtype(artifact: Artifact, name: str, options: MergeOptions) -> str:
-    """Asked for, else that of the source by the manifest, else by config.json."""
-    if options.dtype != Dtype.AUTO:
-        return SAFETENSORS_NAMES[options.dtype.value]
-    listed = (artifact.manifest or {"tensors": {}})["tensors"].get(name)
-    if listed is None:
-        return _default_dtype(artifact)
-    found = listed.get("dtype")
-    if found not in FLOATS:
-        raise IrqError(
-            f"{MANIFEST_NAME}: tensors[{name}] says dtype {found!r}, which is none that a weight "
-            "can have: the artifact is damaged, or choose one with --dtype"
-        )
-    return str(found)
-
-
-def _default_dtype(artifact: Artifact) -> str:
-    """By config.json, float32 (which is exact) where it says nothing."""
-    config: Mapping[str, Any] = artifact.checkpoint.config or {}
-    nested = [part for part in config.values() if isinstance(part, dict)]
-    for part in (config, *nested):
-        found = str(part.get("dtype") or part.get("torch_dtype")).removeprefix("torch.")
-        if found in SAFETENSORS_NAMES:
-            return SAFETENSORS_NAMES[found]
-    return "F32"
 
 
 def _config(base: QuantizationConfig, jobs: list[Job]) -> QuantizationConfig:

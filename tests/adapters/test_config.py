@@ -15,7 +15,8 @@ from torch import nn
 
 import irq_convert
 from irq_convert import IecLoraConfig, UsageError
-from irq_convert.adapters.peft_type import iec_lora, register
+from irq_convert.adapters.peft_type import iec_lora
+from irq_convert.adapters.register import register
 
 from .helpers import artifact, python
 

@@ -47,7 +47,7 @@ def build(name: str, options: argparse.Namespace) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
     import irq_convert
-    from irq_convert.adapters.peft_type import register
+    from irq_convert.adapters.register import register
 
     register()
     model = _base(name.split(",")[0], options)

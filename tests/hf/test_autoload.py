@@ -88,7 +88,7 @@ def test_stock_transformers_fails_loudly(tmp_path: Path) -> None:
 FINDER = """
 import sys, threading
 import irq_convert
-from irq_convert.hf import autoload
+from irq_convert import autoload
 for _ in range(3):
     autoload.install()
 finders = [f for f in sys.meta_path if type(f).__name__ == "_Finder"]

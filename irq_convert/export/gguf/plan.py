@@ -11,6 +11,7 @@ import torch
 from gguf import GGMLQuantizationType as GgmlType
 
 from irq_convert.artifact.contents import Artifact
+from irq_convert.artifact.dense import dense_tensors
 from irq_convert.artifact.structure import StoredTensor
 from irq_convert.checkpoint.header import TensorInfo
 from irq_convert.core.codebook import get_codebook
@@ -21,7 +22,6 @@ from irq_convert.export.gguf.metadata import ALIGNMENT, TensorHead, build_header
 from irq_convert.export.gguf.names import Place, find_places
 from irq_convert.export.gguf.vocabulary import read_vocabulary
 from irq_convert.export.options import ExportOptions
-from irq_convert.export.shards import dense_plan
 from irq_convert.export.target import ExportPlan, PlannedTensor
 from irq_convert.jobs.progress import Progress
 
@@ -119,22 +119,23 @@ def _model_name(artifact: Artifact) -> str:
 
 
 def _tensors(artifact: Artifact, model: Model, options: ExportOptions) -> list[GgufTensor]:
-    jobs = dense_plan(artifact, ExportOptions(to="dense")).jobs
-    places = find_places(model, {job.name: job.shape for job in jobs})
+    tensors = dense_tensors(artifact)
+    places = find_places(model, {t.base.name: t.shape for t in tensors})
     found = []
     divisors = rope_divisors(model)
     if divisors is not None:
         place = Place(ROPE_NAME, tuple(divisors.shape))
         found.append(GgufTensor(None, place, GgmlType.F32, "F32", data=divisors))
-    for job in jobs:
-        if job.name not in places:
+    for tensor in tensors:
+        base, dtype = tensor.base, tensor.dtype
+        if base.name not in places:
             continue
-        place, dtype = places[job.name], str(job.target)
-        if isinstance(job.base, StoredTensor):
-            kind, why = _quantized_kind(job.base, dtype, options.fallback or "auto")
+        place = places[base.name]
+        if isinstance(base, StoredTensor):
+            kind, why = _quantized_kind(base, dtype, options.fallback or "auto")
         else:
-            kind, why = _dense_kind(job.base, place, options.dtype)
-        found.append(GgufTensor(job.base, place, kind, dtype, why=why))
+            kind, why = _dense_kind(base, place, options.dtype)
+        found.append(GgufTensor(base, place, kind, dtype, why=why))
     return found
 
 

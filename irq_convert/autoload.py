@@ -68,9 +68,9 @@ def register(module: ModuleType) -> None:
     must not suffer, and loading an artifact without a quantizer fails by itself.
     """
     try:
+        if _half_imported():
+            return
         ours = import_module("irq_convert.hf.quantizer")
-        if not hasattr(ours, "IrqQuantizer"):
-            return  # its own import led here; it installs when it is complete
         module.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(QUANT_METHOD, ours.IrqConfig)
         module.AUTO_QUANTIZER_MAPPING.setdefault(QUANT_METHOD, ours.IrqQuantizer)
     except Exception as error:  # any failure of a foreign import
@@ -86,9 +86,8 @@ def register(module: ModuleType) -> None:
 def register_peft(module: ModuleType) -> None:
     """Add the type "IEC_LORA" to `module`, PEFT. Never raises, as `register`."""
     try:
-        ours = import_module("irq_convert.adapters.peft_type")
-        if hasattr(ours, "register"):  # else its own import led here
-            ours.register()
+        if not _half_imported():
+            import_module("irq_convert.adapters.register").register()
     except Exception as error:  # any failure of a foreign import, or of its private parts
         import logging
 
@@ -99,7 +98,27 @@ def register_peft(module: ModuleType) -> None:
         )
 
 
-_REGISTER = {TARGET: register, PEFT: register_peft}
+_OURS = {
+    "irq_convert.hf.quantizer": "IrqQuantizer",
+    "irq_convert.adapters.config": "IecLoraConfig",
+    "irq_convert.adapters.layer": "IecLoraLinear",
+    "irq_convert.adapters.model": "IecLoraModel",
+    "irq_convert.adapters.peft_type": "iec_lora",
+    "irq_convert.adapters.register": "register",
+}
+"""Modules that registering needs, and what each has when it is complete.
+
+Where importing one of them is what first imported transformers or PEFT, it is half imported at that
+moment; then registering is done when it is complete.
+"""
+
+
+def _half_imported() -> bool:
+    found = ((sys.modules.get(name), what) for name, what in _OURS.items())
+    return any(module is not None and not hasattr(module, what) for module, what in found)
+
+
+_REGISTER = {TARGET: register, PEFT: register_peft} | dict.fromkeys(_OURS, lambda module: install())
 
 
 def install() -> None:
