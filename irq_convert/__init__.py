@@ -2,7 +2,8 @@
 
 Importing the package is cheap: names come from their modules when they are first used. It also
 teaches transformers the quantization method "irq" as soon as transformers is imported, so that
-`AutoModelForCausalLM.from_pretrained` reads an artifact directly.
+`AutoModelForCausalLM.from_pretrained` reads an artifact directly. Each verb is a command of
+`irq-convert`, and takes its options as keywords (docs/python.md).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from irq_convert import autoload
+from irq_convert.version import __version__
 
 if TYPE_CHECKING:
     from irq_convert.adapters.attach import attach, prepare_for_training
@@ -21,41 +23,95 @@ if TYPE_CHECKING:
     from irq_convert.core.spec import QuantSpec
     from irq_convert.errors import IrqError, UsageError
     from irq_convert.hf.loading import load
+    from irq_convert.jobs.evaluate.evaluate import evaluate
+    from irq_convert.jobs.evaluate.options import EvalOptions
+    from irq_convert.jobs.export.export import estimate_export, export
+    from irq_convert.jobs.export.options import ExportOptions
+    from irq_convert.jobs.finetune.estimate import estimate_finetune
+    from irq_convert.jobs.finetune.finetune import finetune
+    from irq_convert.jobs.finetune.options import FinetuneOptions
+    from irq_convert.jobs.inspect import inspect
+    from irq_convert.jobs.merge.estimate import estimate_merge
+    from irq_convert.jobs.merge.merge import merge
+    from irq_convert.jobs.merge.options import MergeOptions
+    from irq_convert.jobs.push.push import PushOptions, push
+    from irq_convert.jobs.quantize.estimate import estimate_quantize
+    from irq_convert.jobs.quantize.options import QuantizeOptions
+    from irq_convert.jobs.quantize.quantize import quantize
+    from irq_convert.jobs.verify import verify
+    from irq_convert.progress import Progress
 
-__version__ = "0.1.0"
+_HOMES = {
+    "EvalOptions": "jobs.evaluate.options",
+    "ExportOptions": "jobs.export.options",
+    "FinetuneOptions": "jobs.finetune.options",
+    "IecLoraConfig": "adapters.config",
+    "IrqError": "errors",
+    "MergeOptions": "jobs.merge.options",
+    "Progress": "progress",
+    "PushOptions": "jobs.push.push",
+    "QuantSpec": "core.spec",
+    "QuantizeOptions": "jobs.quantize.options",
+    "QuantizedTensor": "core.quantized",
+    "UsageError": "errors",
+    "attach": "adapters.attach",
+    "dequantize_tensor": "core.dequantize",
+    "estimate_export": "jobs.export.export",
+    "estimate_finetune": "jobs.finetune.estimate",
+    "estimate_merge": "jobs.merge.estimate",
+    "estimate_quantize": "jobs.quantize.estimate",
+    "evaluate": "jobs.evaluate.evaluate",
+    "export": "jobs.export.export",
+    "finetune": "jobs.finetune.finetune",
+    "inspect": "jobs.inspect",
+    "load": "hf.loading",
+    "merge": "jobs.merge.merge",
+    "prepare_for_training": "adapters.attach",
+    "push": "jobs.push.push",
+    "quantize": "jobs.quantize.quantize",
+    "quantize_tensor": "core.quantize",
+    "verify": "jobs.verify",
+}
+"""Every name of the face, and the module that it comes from."""
 
 __all__ = [
+    "EvalOptions",
+    "ExportOptions",
+    "FinetuneOptions",
     "IecLoraConfig",
     "IrqError",
+    "MergeOptions",
+    "Progress",
+    "PushOptions",
     "QuantSpec",
+    "QuantizeOptions",
     "QuantizedTensor",
     "UsageError",
     "__version__",
     "attach",
     "dequantize_tensor",
+    "estimate_export",
+    "estimate_finetune",
+    "estimate_merge",
+    "estimate_quantize",
+    "evaluate",
+    "export",
+    "finetune",
+    "inspect",
     "load",
+    "merge",
     "prepare_for_training",
+    "push",
+    "quantize",
     "quantize_tensor",
+    "verify",
 ]
-
-_HOMES = {
-    "IecLoraConfig": "irq_convert.adapters.config",
-    "IrqError": "irq_convert.errors",
-    "QuantSpec": "irq_convert.core.spec",
-    "QuantizedTensor": "irq_convert.core.quantized",
-    "UsageError": "irq_convert.errors",
-    "attach": "irq_convert.adapters.attach",
-    "dequantize_tensor": "irq_convert.core.dequantize",
-    "load": "irq_convert.hf.loading",
-    "prepare_for_training": "irq_convert.adapters.attach",
-    "quantize_tensor": "irq_convert.core.quantize",
-}
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(_HOMES[name]), name)
+    value = getattr(import_module(f"irq_convert.{_HOMES[name]}"), name)
     globals()[name] = value
     return value
 

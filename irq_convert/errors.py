@@ -15,3 +15,10 @@ class UsageError(IrqError):
     """The request itself cannot be served: an unknown option value, a folder that is not empty."""
 
     exit_code = 2
+
+
+def one_line(error: BaseException, most: int = 200) -> str:
+    """The first line of an error's message, at most `most` characters, or the error's type."""
+    lines = (line.strip() for line in str(error).splitlines())
+    line = next((line for line in lines if line), type(error).__name__)
+    return line if len(line) <= most else f"{line[: most - 3]}..."

@@ -27,7 +27,7 @@ from irq_convert.core.elastic import (
     fold_elastic,
     repeat_blocks,
 )
-from irq_convert.core.statistics import expand_statistic
+from irq_convert.core.scales import expand_statistic
 from irq_convert.errors import IrqError, UsageError
 from irq_convert.nn.linear import IrqLinear, dense_layer
 from irq_convert.nn.lowrank import add_low_rank

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from irq_convert import __version__
 from irq_convert.artifact.contents import Artifact
 from irq_convert.artifact.manifest import MANIFEST_NAME, fingerprint
 from irq_convert.artifact.structure import WAY_OUT, StoredTensor
@@ -22,6 +21,7 @@ from irq_convert.checkpoint.reader import TileReader
 from irq_convert.checkpoint.source import Checkpoint
 from irq_convert.core.spec import QuantSpec
 from irq_convert.errors import UsageError
+from irq_convert.version import PRODUCER
 
 
 class Comparison:
@@ -125,7 +125,7 @@ class Comparison:
     def _spec(self, tensor: StoredTensor) -> QuantSpec | None:
         """How this very program made `tensor`; None where another one did."""
         options, fmt = self._manifest.get("options", {}), tensor.format
-        if self._manifest.get("producer") != f"irq-convert {__version__}":
+        if self._manifest.get("producer") != PRODUCER:
             return None
         objective, refine = options.get("objective"), options.get("refine")
         zero_point = options.get("zero_point", "float")

@@ -9,13 +9,14 @@ from typing import Any
 
 from irq_convert.core.blocks import GROUP_SIZE
 from irq_convert.core.codebook import CODEBOOKS, get_codebook
+from irq_convert.core.parts import SUFFIXES
 from irq_convert.core.spec import BLOCK_SIZES
+from irq_convert.core.statistic_dtypes import STATISTIC_DTYPES, UINT8
 from irq_convert.errors import IrqError
 
 QUANT_METHOD = "irq"
 FORMAT_VERSION = 1
-STATISTIC_DTYPES = ("uint8", "float16", "float32")
-PART_SUFFIXES = ("_scale", "_tau", "_scale_grid", "_tau_grid")
+PART_SUFFIXES = SUFFIXES[1:]
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,8 @@ class ModuleFormat:
 
     codebook: str
     block_size: int
-    scale_dtype: str = "uint8"
-    tau_dtype: str = "uint8"
+    scale_dtype: str = UINT8.name
+    tau_dtype: str = UINT8.name
     columns: int | None = None
     transposed: bool = False
 
@@ -38,7 +39,7 @@ class ModuleFormat:
         if type(self.block_size) is not int or self.block_size not in BLOCK_SIZES:
             raise IrqError(f"quantization_config: unknown block_size {self.block_size!r}")
         for name in (self.scale_dtype, self.tau_dtype):
-            if name not in STATISTIC_DTYPES:
+            if not isinstance(name, str) or name not in STATISTIC_DTYPES:
                 raise IrqError(f"quantization_config: unknown dtype of a statistic {name!r}")
         if self.columns is not None and (type(self.columns) is not int or self.columns < 1):
             raise IrqError(f"quantization_config: columns must be positive, not {self.columns!r}")

@@ -46,6 +46,12 @@ class Artifact:
     quantized: tuple[StoredTensor, ...]
     copied: tuple[TensorInfo, ...]
 
+    def in_file_order(self) -> list[StoredTensor | TensorInfo]:
+        """Every tensor of the source, as the files have them one after the other."""
+        order = {name: at for at, name in enumerate(self.checkpoint.tensors)}
+        tensors: list[StoredTensor | TensorInfo] = [*self.quantized, *self.copied]
+        return sorted(tensors, key=lambda tensor: order[tensor.name])
+
     @property
     def weights(self) -> int:
         """Numbers of the source, of any kind."""

@@ -4,27 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Any
 
 from irq_convert.artifact.contents import Artifact
+from irq_convert.artifact.dense_dtype import Dtype
 from irq_convert.artifact.manifest import MANIFEST_NAME
 from irq_convert.artifact.structure import StoredTensor
+from irq_convert.checkpoint.float_dtypes import SAFETENSORS_NAMES, WORDS
 from irq_convert.checkpoint.header import TensorInfo
 from irq_convert.errors import IrqError
-
-SAFETENSORS_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64"}
-WORDS = {short: long for long, short in SAFETENSORS_NAMES.items()}
-"""Floating dtypes of safetensors, in words."""
-
-
-class Dtype(StrEnum):
-    """Of a dense checkpoint; "auto" is what each tensor had at the source."""
-
-    AUTO = "auto"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
-    FLOAT32 = "float32"
 
 
 @dataclass(frozen=True)
@@ -42,10 +30,8 @@ class DenseTensor:
 
 def dense_tensors(artifact: Artifact, dtype: Dtype = Dtype.AUTO) -> list[DenseTensor]:
     """Every tensor of the source, in the order of the files."""
-    order = {name: at for at, name in enumerate(artifact.checkpoint.tensors)}
-    tensors: list[StoredTensor | TensorInfo] = [*artifact.quantized, *artifact.copied]
-    ordered = sorted(tensors, key=lambda base: order[base.name])
-    return [DenseTensor(base, dense_dtype(artifact, base, dtype)) for base in ordered]
+    bases = artifact.in_file_order()
+    return [DenseTensor(base, dense_dtype(artifact, base, dtype)) for base in bases]
 
 
 def dense_dtype(artifact: Artifact, base: StoredTensor | TensorInfo, dtype: Dtype) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
@@ -14,7 +15,7 @@ from irq_convert.checkpoint.source import Checkpoint, read_json_object
 from irq_convert.errors import IrqError
 
 if TYPE_CHECKING:
-    from irq_convert.core.stats import TensorStats
+    from irq_convert.core.tensor_stats import TensorStats
 
 MANIFEST_NAME = "irq_manifest.json"
 CARD_NAME = "README.md"
@@ -92,6 +93,12 @@ def build_manifest(
         "tensors": {name: dict(tensors[name]) for name in sorted(tensors)},
         "totals": dict(totals),
     }
+
+
+def manifest_room(tensors: Iterable[str], files: int) -> int:
+    """Bytes to keep free for a manifest of `tensors` and so many `files`, at its longest."""
+    names = [len(json.dumps(name)) for name in tensors]
+    return (1 << 16) + ((len(names) + files) << 10) + sum(names)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

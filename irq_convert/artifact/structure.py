@@ -21,12 +21,12 @@ from irq_convert.artifact.manifest import MANIFEST_NAME
 from irq_convert.checkpoint.header import TensorInfo
 from irq_convert.checkpoint.writer import TensorSpec
 from irq_convert.core.blocks import BlockShape
+from irq_convert.core.parts import stored_parts
 from irq_convert.errors import IrqError
 
 WAY_OUT = "the artifact is damaged: convert or download it again"
 ROUNDING = 1e-4
 """How far below 0 a figure may lie: a writer may compute entropies from rounded logarithms."""
-STATISTIC_NAMES = {"uint8": "U8", "float16": "F16", "float32": "F32"}
 
 
 @dataclass(frozen=True)
@@ -83,15 +83,11 @@ def part_specs(name: str, shape: tuple[int, ...], fmt: ModuleFormat) -> dict[str
     shape = swapped(shape) if fmt.transposed else shape
     leading = shape[:-1]
     blocks = BlockShape(math.prod(leading), shape[-1], fmt.block_size, fmt.bits)
-    specs = {"": TensorSpec(name, "U8", (*leading, blocks.row_bytes))}
-    for suffix, stored in (("_scale", fmt.scale_dtype), ("_tau", fmt.tau_dtype)):
-        specs[suffix] = TensorSpec(
-            name + suffix, STATISTIC_NAMES[stored], (*leading, blocks.blocks_per_row)
-        )
-        if stored == "uint8":
-            grid = f"{suffix}_grid"
-            specs[grid] = TensorSpec(name + grid, "F32", (blocks.groups, 2))
-    return specs
+    parts = stored_parts(blocks, leading, fmt.scale_dtype, fmt.tau_dtype)
+    return {
+        suffix: TensorSpec(name + suffix, part.dtype.safetensors, part.shape)
+        for suffix, part in parts.items()
+    }
 
 
 def sort_tensors(

@@ -21,11 +21,11 @@ from irq_convert.checkpoint.reader import TileReader
 from irq_convert.core.blocks import GROUP_SIZE, BlockShape
 from irq_convert.core.dequantize import dequantize_tensor
 from irq_convert.core.packing import unpack_codes
-from irq_convert.core.plan import entropy_shift, make_plan
 from irq_convert.core.quantize import quantize_tensor
 from irq_convert.core.quantized import QuantizedTensor
+from irq_convert.core.scales import expand_statistic
+from irq_convert.core.search_plan import entropy_shift, plan_search
 from irq_convert.core.spec import QuantSpec
-from irq_convert.core.statistics import expand_statistic
 
 TILE_WEIGHTS = 1 << 20
 COPY_CHUNK = 8 << 20
@@ -179,7 +179,7 @@ def error_tolerance(tensor: StoredTensor, relative_error: float) -> float:
     2 sqrt(e d) + d with d = n 4^-bits E; it shows where e is tiny.
     """
     shape, fmt = tensor.shape, tensor.format
-    bits = make_plan(QuantSpec(fmt.codebook, fmt.block_size)).fixed_bits
+    bits = plan_search(QuantSpec(fmt.codebook, fmt.block_size)).fixed_bits
     d = min(shape.cols, shape.block_size) * 4.0**-bits
     return ERROR_TOLERANCE * relative_error + 2 * math.sqrt(relative_error * d) + d
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,7 @@ from irq_convert.artifact.values import Measured, check_values
 from irq_convert.checkpoint.reader import TileReader
 from irq_convert.checkpoint.source import Checkpoint
 from irq_convert.errors import IrqError, UsageError
-
-Progress = Callable[[int, int], None]
-"""Called with bytes done and bytes in all."""
+from irq_convert.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -69,7 +67,13 @@ def verify_artifact(
             "`irq-convert quantize` writes it"
         )
     files = {} if manifest is None else manifest["files"]
-    advance = _meter(progress, files_bytes(files) + (against.nbytes if against else 0))
+    progress = progress or Progress()
+    total = files_bytes(files) + (against.nbytes if against else 0)
+    progress.phase("verifying", len(files), total)
+
+    def advance(nbytes: int) -> None:
+        progress.advance(nbytes, 0)
+
     changed = {} if manifest is None else check_files(folder, files, advance)
     failures += [*changed.values(), *problems]
     results: dict[str, Measured] = {}
@@ -102,19 +106,6 @@ def _artifact(
         raise
     except IrqError as error:
         return None, (str(error),)
-
-
-def _meter(progress: Progress | None, total: int) -> Callable[[int], None]:
-    """Add up bytes for `progress`."""
-    done = 0
-
-    def advance(nbytes: int) -> None:
-        nonlocal done
-        done += nbytes
-        if progress is not None:
-            progress(done, total)
-
-    return advance
 
 
 def _illegal(artifact: Artifact) -> dict[str, str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -17,6 +18,7 @@ import torch
 from irq_convert.checkpoint.buffers import tensor_bytes, torch_dtype
 from irq_convert.checkpoint.header import TensorInfo
 from irq_convert.checkpoint.reader import TileReader
+from irq_convert.checkpoint.writer import ShardWriter
 
 PANEL_BYTES = 48 << 20
 """Above the 32 MiB up to which an allocator keeps what is freed, so that one is there at a time."""
@@ -104,6 +106,13 @@ class TransposedWriter:
         self._panel = panel_rows(self._inputs, itemsize, 1)
         self._waiting: list[torch.Tensor] = []
         self._first = self._count = 0
+
+    @classmethod
+    def of(
+        cls, writer: ShardWriter, name: str, shape: tuple[int, ...], dtype: str
+    ) -> TransposedWriter:
+        """Writes tensor `name` of a shard, of the safetensors `dtype`."""
+        return cls(shape, partial(writer.write, name), torch_dtype(dtype).itemsize)
 
     def add(self, rows: torch.Tensor) -> None:
         """Take the next rows, `[n, inputs]` in the dtype of the file."""

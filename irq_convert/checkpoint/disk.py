@@ -3,7 +3,7 @@
 A run works in `<out>.partial` beside its target:
 
     <out>.partial/.output.lock    held by the run
-    <out>.partial/records/        what it notes to be continued (see `irq_convert.jobs`)
+    <out>.partial/records/        what it notes to be continued (see `irq_convert.jobs.common`)
     <out>.partial/files/          becomes <out>, in one rename, when everything is there
 
 So `<out>` never holds anything but the result, and a killed run leaves only `<out>.partial`, which
@@ -72,28 +72,6 @@ def _check_apart(out: Path, real: Path, source: Path) -> None:
         raise UsageError(f"{out}: inside the source {source}; choose a folder outside it")
     if origin.is_relative_to(real):
         raise UsageError(f"{out}: holds the source {source}; choose a folder beside it")
-
-
-def prepare_output(out: Path, source: Path | None, overwrite: bool) -> bool:
-    """Make sure the folder `out` exists and may be written into; return whether it was created.
-
-    For small outputs that are written file by file; `output_folder` is the way for whole
-    checkpoints. Raises as `check_output`, and `IrqError` when the folder cannot be created or
-    written to. After a failed run pass the result to `discard_output`.
-    """
-    real = check_output(out, source, overwrite)
-    with os_errors("create it", out):
-        created = not real.exists()
-        real.mkdir(parents=True, exist_ok=True)
-    if not os.access(real, os.W_OK | os.X_OK):
-        raise IrqError(f"{out}: cannot write into it: permission denied; choose another folder")
-    return created
-
-
-def discard_output(out: Path, created: bool) -> None:
-    """Remove the folder `out` and all in it if `prepare_output` created it; else do nothing."""
-    if created:
-        shutil.rmtree(out, ignore_errors=True)
 
 
 def partial_folder(out: Path) -> Path:

@@ -12,13 +12,13 @@ from pathlib import Path
 from huggingface_hub import constants
 
 from irq_convert.checkpoint.hub import RemoteModel
-from irq_convert.checkpoint.hub_supply import HubSupply
+from irq_convert.checkpoint.hub_fetcher import HubFetcher
 from irq_convert.checkpoint.lock import take_folder
 from irq_convert.checkpoint.system import os_errors
 from irq_convert.errors import IrqError, UsageError
 
 
-class StreamSupply(HubSupply):
+class StreamFetcher(HubFetcher):
     """Keeps the file asked for and the next one in a folder that it takes, and removes at the end.
 
     The folder is `HF_HOME/irq-convert/streamed/<model>/<commit>/<number>`, the first that no other

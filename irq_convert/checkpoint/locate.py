@@ -9,8 +9,8 @@ from huggingface_hub.utils import validate_repo_id
 
 from irq_convert.checkpoint import hub
 from irq_convert.checkpoint.hub_errors import hub_errors
-from irq_convert.checkpoint.hub_stream import StreamSupply
-from irq_convert.checkpoint.hub_supply import CacheSupply, HubSupply
+from irq_convert.checkpoint.hub_fetcher import CacheFetcher, HubFetcher
+from irq_convert.checkpoint.hub_stream import StreamFetcher
 from irq_convert.checkpoint.source import Checkpoint, open_checkpoint
 from irq_convert.checkpoint.system import os_errors
 from irq_convert.errors import UsageError
@@ -53,7 +53,7 @@ class Fetch(Enum):
     HEADERS = auto()
     """Only headers: tensors cannot be read."""
     AS_READ = auto()
-    """Weight files as they are read (`Checkpoint.feed`), into the Hub cache."""
+    """Weight files as they are read (`Checkpoint.read_order`), into the Hub cache."""
     STREAM = auto()
     """As they are read, and each is deleted afterwards; those in the cache are not."""
 
@@ -61,7 +61,7 @@ class Fetch(Enum):
 def open_source(model: str, revision: str | None = None, fetch: Fetch = Fetch.ALL) -> Checkpoint:
     """The checkpoint that `model`, a local folder or a Hub id, names.
 
-    With `AS_READ` and `STREAM` its `supply` has to be closed. Raises as `locate` and
+    With `AS_READ` and `STREAM` its `fetcher` has to be closed. Raises as `locate` and
     `open_checkpoint`.
     """
     if fetch in (Fetch.ALL, Fetch.HEADERS) or find_folder(model, revision) is not None:
@@ -77,25 +77,25 @@ def open_source(model: str, revision: str | None = None, fetch: Fetch = Fetch.AL
         heads = hub.download_headers(remote)
         opened = open_checkpoint(heads, model, remote.revision)
         if fetch is Fetch.STREAM:
-            return _moved(opened, StreamSupply(remote, heads))
+            return _moved(opened, StreamFetcher(remote, heads))
         cache = hub.snapshot(remote, remote.others, quiet=True)
-        return _moved(opened, CacheSupply(remote, cache, heads))
+        return _moved(opened, CacheFetcher(remote, cache, heads))
 
 
-def _moved(opened: Checkpoint, supply: HubSupply) -> Checkpoint:
-    """The same checkpoint where `supply` will put its files."""
+def _moved(opened: Checkpoint, fetcher: HubFetcher) -> Checkpoint:
+    """The same checkpoint where `fetcher` will put its files."""
 
     def place(path: Path) -> Path:
-        return supply.folder / path.relative_to(opened.folder)
+        return fetcher.folder / path.relative_to(opened.folder)
 
     return replace(
         opened,
-        folder=supply.folder,
+        folder=fetcher.folder,
         shards=tuple(map(place, opened.shards)),
         tensors={n: replace(t, shard=place(t.shard)) for n, t in opened.tensors.items()},
         shard_metadata={place(path): text for path, text in opened.shard_metadata.items()},
         headers_only=False,
-        supply=supply,
+        fetcher=fetcher,
     )
 
 

@@ -14,8 +14,8 @@ from types import TracebackType
 import torch
 
 from irq_convert.checkpoint.buffers import tensor_bytes, torch_dtype
+from irq_convert.checkpoint.fetcher import ReadOrder
 from irq_convert.checkpoint.header import DTYPE_BITS, TensorInfo
-from irq_convert.checkpoint.supply import Feed
 from irq_convert.checkpoint.system import os_errors
 from irq_convert.errors import IrqError
 
@@ -39,17 +39,17 @@ def matrix_shape(info: TensorInfo) -> tuple[int, int]:
 class TileReader:
     """Reads tiles of tensors; safe to share between threads; at most `max_open` files stay open.
 
-    With a `feed` (see `Checkpoint.feed`) each file is asked for before it is opened, and only one
-    stays open: a file that the feed removes gives its room back at once.
+    With a `read_order` (see `Checkpoint.read_order`) each file is asked for before it is opened,
+    and only one stays open: a file that is removed afterwards gives its room back at once.
     A context manager; the files are closed at its end. Each method raises `IrqError` naming file
     and tensor when the file ends early or cannot be read.
     """
 
-    def __init__(self, max_open: int = 16, feed: Feed | None = None) -> None:
+    def __init__(self, max_open: int = 16, read_order: ReadOrder | None = None) -> None:
         if max_open < 1:
             raise ValueError(f"max_open must be at least 1, got {max_open}")
-        self._max_open = max_open if feed is None else 1
-        self._feed = feed
+        self._max_open = max_open if read_order is None else 1
+        self._read_order = read_order
         self._lock = threading.Lock()
         self._files: OrderedDict[Path, _OpenFile] = OrderedDict()
         self._closed = False
@@ -182,14 +182,14 @@ class TileReader:
             return file
 
     def _prepare(self, info: TensorInfo) -> None:
-        """Ask the feed, outside of the lock: fetching a file takes minutes."""
-        if self._feed is None:
+        """Tell the order, outside of the lock: fetching a file takes minutes."""
+        if self._read_order is None:
             return
         with self._lock:
             if info.shard in self._files or self._closed:
                 return
             self._close_down_to(0)
-        self._feed.reach(info.shard)
+        self._read_order.reach(info.shard)
 
     def _close_down_to(self, count: int) -> None:
         while len(self._files) > count:

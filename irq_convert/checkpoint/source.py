@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from irq_convert.checkpoint.fetcher import Fetcher, ReadOrder
 from irq_convert.checkpoint.header import (
     DuplicateKeyError,
     ShardHeader,
@@ -26,7 +27,6 @@ from irq_convert.checkpoint.layout import (
     select_weights,
     shards_of_index,
 )
-from irq_convert.checkpoint.supply import Feed, Supply
 from irq_convert.checkpoint.system import os_errors
 from irq_convert.errors import IrqError, UsageError
 
@@ -39,7 +39,7 @@ class Checkpoint:
     order (shard, then offset). `config` is `config.json`, None when there is none.
     `other_files` are relative posix paths of every file to carry over unchanged. `left_out` are
     weight files that are neither read nor carried over (other formats, second copies, subfolders).
-    `headers_only` marks a folder whose tensors have no data (see `locate`). `supply` brings the
+    `headers_only` marks a folder whose tensors have no data (see `locate`). `fetcher` brings the
     shards to `folder` as they are needed; for a local folder it has nothing to do.
     """
 
@@ -54,7 +54,7 @@ class Checkpoint:
     left_out: tuple[str, ...] = ()
     shard_metadata: dict[Path, dict[str, str]] = field(default_factory=dict)
     headers_only: bool = False
-    supply: Supply = field(default_factory=Supply, compare=False)
+    fetcher: Fetcher = field(default_factory=Fetcher, compare=False)
 
     @property
     def nbytes(self) -> int:
@@ -62,12 +62,12 @@ class Checkpoint:
         return sum(info.nbytes for info in self.tensors.values())
 
     def file_of(self, info: TensorInfo) -> str:
-        """The file that holds a tensor, relative to `folder`: its name for `supply`."""
+        """The file that holds a tensor, relative to `folder`: its name for `fetcher`."""
         return info.shard.relative_to(self.folder).as_posix()
 
-    def feed(self, infos: Iterable[TensorInfo]) -> Feed:
+    def read_order(self, infos: Iterable[TensorInfo]) -> ReadOrder:
         """What a `TileReader` that reads `infos`, in this order, asks for each file."""
-        return Feed(self.supply, self.folder, map(self.file_of, infos))
+        return ReadOrder(self.fetcher, self.folder, map(self.file_of, infos))
 
 
 def open_checkpoint(

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from irq_convert.cli.quiet import quiet_libraries
+from irq_convert.cli.console import quiet_libraries
 
 if TYPE_CHECKING:
-    from irq_convert.demo.journey import DemoStep
-    from irq_convert.demo.run import DemoRow
+    from irq_convert.jobs.demo.demo import DemoRow
+    from irq_convert.jobs.demo.journey import DemoStep
 
 
 def demo_command(
@@ -29,7 +29,7 @@ def demo_command(
     quiet_libraries()
 
     from irq_convert.checkpoint.disk import output_folder
-    from irq_convert.demo.run import run_demo
+    from irq_convert.jobs.demo.demo import run_demo
 
     with Console(stderr=True).status("loading") as status, tempfile.TemporaryDirectory() as scratch:
         if out is None:
@@ -37,7 +37,7 @@ def demo_command(
         else:
             with output_folder(out) as staging:
                 rows = list(run_demo(staging, status.update))
-    from irq_convert.demo.run import DemoRow
+    from irq_convert.jobs.demo.demo import DemoRow
 
     quantized = [row for row in rows if isinstance(row, DemoRow)]
     steps = [row for row in rows if not isinstance(row, DemoRow)]

@@ -2,20 +2,19 @@
 divergence and top-1 agreement."""
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from math import floor, isfinite, log, log10
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from irq_convert.cli.quiet import quiet_libraries
-from irq_convert.evaluate.options import Dtype, EvalOptions
+from irq_convert.cli.console import quiet_libraries
+from irq_convert.jobs.evaluate.options import EvalDtype, EvalOptions
 
 if TYPE_CHECKING:
-    from irq_convert.evaluate.adapter import CheckedAdapter
-    from irq_convert.evaluate.result import EvalResult
+    from irq_convert.jobs.evaluate.adapter import CheckedAdapter
+    from irq_convert.jobs.evaluate.report import EvalReport
 
 
 def eval_command(
@@ -43,7 +42,9 @@ def eval_command(
         float,
         typer.Option(help="Skip this fraction of the text: 0.9 evaluates the last tenth."),
     ] = 0.0,
-    dtype: Annotated[Dtype, typer.Option(help="Type to run the models in.")] = Dtype.FLOAT32,
+    dtype: Annotated[
+        EvalDtype, typer.Option(help="Type to run the models in.")
+    ] = EvalDtype.FLOAT32,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps or auto.")] = "cpu",
     tokenizer: Annotated[
         str | None, typer.Option(help="Folder or Hub id of the tokenizer, if not the model's.")
@@ -69,19 +70,21 @@ def eval_command(
         device=device,
     )
 
-    from irq_convert.evaluate.job import evaluate_on_file
+    from irq_convert.cli.bar import ProgressBar
+    from irq_convert.jobs.evaluate.evaluate import evaluate
 
     quiet_libraries(threads)
     checked = None if adapter is None else _check_adapter(adapter, model, any_base)
-    with _progress_bar() as progress:
-        result = evaluate_on_file(
+    with ProgressBar("windows", speed=False) as bar:
+        bar.stage("loading")
+        result = evaluate(
             model,
             text,
             adapter=checked,
             against=against,
             tokenizer=tokenizer,
             options=options,
-            progress=progress,
+            progress=bar,
         )
     if as_json:
         report = _report(model, text, checked, against, tokenizer, options, result)
@@ -94,7 +97,7 @@ def _check_adapter(adapter: Path, model: str, any_base: bool) -> "CheckedAdapter
     """The adapter, found to belong to the model; a doubt is said on stderr."""
     import warnings
 
-    from irq_convert.evaluate.adapter import check_adapter
+    from irq_convert.jobs.evaluate.adapter import check_adapter
 
     checked = check_adapter(adapter, model, any_base)
     if checked.doubt:
@@ -110,7 +113,7 @@ def _report(
     against: str | None,
     tokenizer: str | None,
     options: EvalOptions,
-    result: "EvalResult",
+    result: "EvalReport",
 ) -> dict[str, object]:
     """What was asked and what was found, for JSON."""
     asked: dict[str, object] = {
@@ -127,28 +130,8 @@ def _report(
     return {**asked, **result.to_dict()}
 
 
-@contextmanager
-def _progress_bar() -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr with the time left, where stderr is a terminal; yields `progress`."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-    from rich.progress import TimeRemainingColumn as TimeLeft
-
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeLeft())
-    with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as bar:
-        task = bar.add_task("loading", total=None)
-
-        def progress(done: int, total: int) -> None:
-            bar.update(task, description="windows", completed=done, total=total)
-
-        yield progress
-
-
 def _print_table(
-    model: str, adapter: "CheckedAdapter | None", against: str | None, result: "EvalResult"
+    model: str, adapter: "CheckedAdapter | None", against: str | None, result: "EvalReport"
 ) -> None:
     from rich.console import Console
     from rich.markup import escape
@@ -178,7 +161,7 @@ def _print_table(
         console.print("One window only: no standard error. Give more text or a smaller context.")
 
 
-def _rows(result: "EvalResult") -> Iterator[tuple[str, str, str]]:
+def _rows(result: "EvalReport") -> Iterator[tuple[str, str, str]]:
     """Rows of the table: what, value, standard error."""
     bits_se = None if result.nll_se is None else result.nll_se / log(2)
     yield "perplexity", *_figures(result.perplexity, result.perplexity_se)

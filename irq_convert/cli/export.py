@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from irq_convert.cli.shared import AsJson, DryRun, MaxShardSize, Overwrite, Threads
-from irq_convert.errors import UsageError
-from irq_convert.export.registry import TARGETS
+from irq_convert.cli.shared import AsJson, DryRun, MaxShardSize, Overwrite, Threads, shard_bytes
+from irq_convert.jobs.export.registry import TARGETS
 
 if TYPE_CHECKING:
-    from irq_convert.export.options import ExportOptions
-    from irq_convert.export.report import ExportEstimate, ExportReport, Storage
+    from irq_convert.jobs.export.options import ExportOptions
+    from irq_convert.jobs.export.report import ExportEstimate, ExportReport, Storage
 
 WORST = 3
 WIDTH = 80 - 17
@@ -62,10 +61,8 @@ def export_command(
 
     Example: irq-convert export ./model-irq-int4 ./model-mlx --to mlx
     """
-    from irq_convert.export.options import ExportOptions
+    from irq_convert.jobs.export.options import ExportOptions
 
-    if not 1e-9 <= max_shard_size < 1e9:
-        raise UsageError(f"--max-shard-size {max_shard_size}: a positive number of GB is needed")
     options = ExportOptions(
         to=to,
         dtype=dtype,
@@ -73,7 +70,7 @@ def export_command(
         refit=refit,
         threads=threads,
         overwrite=overwrite,
-        max_shard_bytes=int(max_shard_size * 1e9),
+        max_shard_bytes=shard_bytes(max_shard_size),
     )
     if dry_run:
         _dry_run(folder, out, options, as_json)
@@ -82,11 +79,11 @@ def export_command(
 
 
 def _dry_run(folder: Path, out: Path, options: ExportOptions, as_json: bool) -> None:
-    from irq_convert.cli.bar import ConversionBar
-    from irq_convert.export.run import estimate
+    from irq_convert.cli.bar import ProgressBar
+    from irq_convert.jobs.export.export import estimate_export
 
-    with ConversionBar() as bar:
-        found = estimate(folder, out, options, progress=bar)
+    with ProgressBar() as bar:
+        found = estimate_export(folder, out, options, progress=bar)
     if as_json:
         typer.echo(json.dumps(found.to_dict(), indent=2))
     else:
@@ -94,11 +91,11 @@ def _dry_run(folder: Path, out: Path, options: ExportOptions, as_json: bool) -> 
 
 
 def _export(folder: Path, out: Path, options: ExportOptions, as_json: bool) -> None:
-    from irq_convert.cli.bar import ConversionBar
-    from irq_convert.export.run import export_artifact
+    from irq_convert.cli.bar import ProgressBar
+    from irq_convert.jobs.export.export import export
 
-    with ConversionBar() as bar:
-        report = export_artifact(folder, out, options, progress=bar)
+    with ProgressBar() as bar:
+        report = export(folder, out, options, progress=bar)
     if as_json:
         typer.echo(json.dumps(report.to_dict(), indent=2))
     else:
@@ -128,7 +125,7 @@ def _note_rows(notes: Iterable[str]) -> list[tuple[str, str]]:
 
 
 def _print_estimate(found: ExportEstimate) -> None:
-    from irq_convert.cli.show import facts, gigabytes
+    from irq_convert.cli.console import facts, gigabytes
 
     free = "free" if found.disk_needed <= found.disk_free else "free: not enough"
     facts(
@@ -146,7 +143,7 @@ def _print_estimate(found: ExportEstimate) -> None:
 
 
 def _print_report(report: ExportReport) -> None:
-    from irq_convert.cli.show import facts, gigabytes, seconds
+    from irq_convert.cli.console import facts, gigabytes, seconds
 
     rows = [
         ("result", f"{report.out} ({report.to})"),

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from irq_convert.cli.quiet import quiet_libraries
+from irq_convert.cli.console import quiet_libraries
 from irq_convert.cli.shared import AsJson
 from irq_convert.errors import IrqError
-from irq_convert.finetune.options import (
+from irq_convert.jobs.finetune.options import (
     Connection,
     FinetuneOptions,
     Lora,
@@ -20,7 +20,7 @@ from irq_convert.finetune.options import (
 )
 
 if TYPE_CHECKING:
-    from irq_convert.finetune.record import FinetuneReport
+    from irq_convert.jobs.finetune.report import FinetuneReport
 
 
 def _in(panel: str) -> Callable[..., Any]:
@@ -192,10 +192,9 @@ def _dry_run(
     as_json: bool,
 ) -> None:
     from irq_convert.cli.finetune_show import print_estimate
-    from irq_convert.finetune.estimate import estimate
-    from irq_convert.finetune.prepare import prepare
+    from irq_convert.jobs.finetune.estimate import estimate_finetune
 
-    found = estimate(prepare(model, data, options, **files))
+    found = estimate_finetune(model, data, options, **files)
     if as_json:
         typer.echo(json.dumps(found.to_dict(), indent=2))
     else:
@@ -212,7 +211,7 @@ def _train(
     overwrite: bool,
 ) -> "FinetuneReport":
     from irq_convert.cli.finetune_show import TrainingBar
-    from irq_convert.finetune.job import finetune
+    from irq_convert.jobs.finetune.finetune import finetune
 
     more = {**files, "resume": resume, "overwrite": overwrite}
     if not _first():

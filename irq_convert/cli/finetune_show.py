@@ -18,15 +18,15 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from irq_convert.finetune.progress import Progress as Listener
+from irq_convert.jobs.finetune.progress import TrainingProgress
 
 if TYPE_CHECKING:
     from rich.progress import Task
 
-    from irq_convert.finetune.data import Data
-    from irq_convert.finetune.estimate import Estimate
-    from irq_convert.finetune.recipe import Recipe
-    from irq_convert.finetune.record import FinetuneReport
+    from irq_convert.jobs.finetune.data import Data
+    from irq_convert.jobs.finetune.estimate import FinetuneEstimate
+    from irq_convert.jobs.finetune.recipe import Recipe
+    from irq_convert.jobs.finetune.report import FinetuneReport
 
 MOST_ROWS = 12
 
@@ -41,7 +41,7 @@ class _Speed(ProgressColumn):
         return Text(f"{speed:.1f} step/s" if speed >= 1 else f"{1 / speed:.1f} s/step")
 
 
-class TrainingBar(Listener):
+class TrainingBar(TrainingProgress):
     """Draws on stderr, and only on a terminal; notes are printed in any case."""
 
     def __init__(self) -> None:
@@ -100,9 +100,9 @@ class TrainingBar(Listener):
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-def print_estimate(found: Estimate) -> None:
+def print_estimate(found: FinetuneEstimate) -> None:
     """The dry run."""
-    from irq_convert.cli.show import facts, gigabytes
+    from irq_convert.cli.console import facts, gigabytes
 
     recipe, memory = found.plan.recipe, found.memory
     batch = f"{recipe.batch_size} sequences: {recipe.micro_batch} a pass"
@@ -127,7 +127,7 @@ def print_estimate(found: Estimate) -> None:
 
 def print_report(report: FinetuneReport) -> None:
     """Losses along the run, then what came out."""
-    from irq_convert.cli.show import facts, seconds
+    from irq_convert.cli.console import facts, seconds
 
     _print_losses(report)
     rows = [

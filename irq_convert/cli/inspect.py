@@ -37,43 +37,22 @@ def inspect_command(
 
     Example: irq-convert inspect ./model-irq-nf4 --by kind --plot entropy.png
     """
-    from irq_convert.artifact.contents import open_artifact
-    from irq_convert.artifact.summary import summarize, summarize_all
+    from irq_convert.jobs.inspect import inspect
 
-    artifact = open_artifact(folder)
-    rows, total = summarize(artifact, by.value), summarize_all(artifact)
-    if plot is not None:
-        from irq_convert.artifact.plot import plot_summary
-
-        plot_summary(artifact, plot)
+    report = inspect(folder, by.value, plot=plot)
     if as_json:
-        typer.echo(json.dumps(_report(artifact, rows, total, by), indent=2))
+        typer.echo(json.dumps(report.to_dict(), indent=2))
         return
-    _print_head(artifact)
-    _print_table(rows, total, by)
-    if artifact.manifest is None:
+    _print_head(report.artifact)
+    _print_table(report.rows, report.total, by)
+    if report.artifact.manifest is None:
         typer.echo("No irq_manifest.json: entropy and error are not known.")
     if plot is not None:
         typer.echo(f"Plot: {plot}")
 
 
-def _report(artifact: Artifact, rows: Sequence[Row], total: Row, by: By) -> dict[str, object]:
-    manifest = artifact.manifest or {}
-    return {
-        "folder": str(artifact.folder),
-        "producer": manifest.get("producer"),
-        "source": manifest.get("source"),
-        "options": manifest.get("options"),
-        "quantization_config": artifact.config.to_dict(),
-        "shards": len(artifact.checkpoint.shards),
-        "total": total.to_dict(),
-        "by": by.value,
-        "rows": [row.to_dict() for row in rows],
-    }
-
-
 def _print_head(artifact: Artifact) -> None:
-    from irq_convert.cli.show import facts, gigabytes
+    from irq_convert.cli.console import facts, gigabytes
 
     manifest = artifact.manifest or {}
     source = manifest.get("source", {})

@@ -10,7 +10,6 @@ from typing import Annotated
 
 import typer
 
-from irq_convert import __version__
 from irq_convert.cli.demo import demo_command
 from irq_convert.cli.eval import eval_command
 from irq_convert.cli.export import export_command
@@ -21,6 +20,7 @@ from irq_convert.cli.push import push_command
 from irq_convert.cli.quantize import quantize_command
 from irq_convert.cli.verify import verify_command
 from irq_convert.errors import IrqError
+from irq_convert.version import PRODUCER
 
 app = typer.Typer(
     name="irq-convert",
@@ -42,7 +42,7 @@ app.command("demo")(demo_command)
 
 def _show_version(value: bool) -> None:
     if value:
-        typer.echo(f"irq-convert {__version__}")
+        typer.echo(PRODUCER)
         raise typer.Exit
 
 

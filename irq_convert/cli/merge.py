@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from irq_convert.cli.console import is_main_process, main_process_only
 from irq_convert.cli.merge_show import print_estimate, print_layers, print_report
-from irq_convert.cli.push import check_target, print_push, push_result
+from irq_convert.cli.push import print_push, push_result, push_target
 from irq_convert.cli.shared import (
     AsJson,
     DryRun,
@@ -21,57 +21,14 @@ from irq_convert.cli.shared import (
     PushToHub,
     Resuming,
     Threads,
+    shard_bytes,
 )
-from irq_convert.cli.voice import one_voice, speaks
-from irq_convert.errors import UsageError
-from irq_convert.jobs.resume import Resume
+from irq_convert.core.objective import Objective
+from irq_convert.jobs.common.resume import Resume
+from irq_convert.jobs.merge.options import Check, Dtype, MergeOptions, MergeTo, TauDtype
 
 if TYPE_CHECKING:
-    from irq_convert.hub.push import PushOptions
-    from irq_convert.merge.options import MergeOptions
-
-
-# Spelled out here, as in irq_convert.merge.options, so that help needs no numerics.
-class To(StrEnum):
-    """What is written."""
-
-    DENSE = "dense"
-    ADAPTER = "adapter"
-    IRQ = "irq"
-
-
-class OutDtype(StrEnum):
-    """Of a dense result."""
-
-    AUTO = "auto"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
-    FLOAT32 = "float32"
-
-
-class TauDtype(StrEnum):
-    """Of a moved tau."""
-
-    FLOAT32 = "float32"
-    FLOAT16 = "float16"
-    UINT8 = "uint8"
-
-
-class Checking(StrEnum):
-    """How the result is checked."""
-
-    AUTO = "auto"
-    LAYERS = "layers"
-    LOGITS = "logits"
-    NONE = "none"
-
-
-class Objective(StrEnum):
-    """Of quantizing again."""
-
-    ENTROPY = "entropy"
-    MSE = "mse"
-    NONE = "none"
+    from irq_convert.jobs.push.push import PushOptions
 
 
 def merge_command(
@@ -81,31 +38,31 @@ def merge_command(
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to create.")],
     to: Annotated[
-        To,
+        MergeTo,
         typer.Option(
             help="dense (a normal checkpoint), adapter (a plain LoRA) or irq (an artifact)."
         ),
     ],
     dtype: Annotated[
-        OutDtype, typer.Option(help="Of a dense result; auto is that of each source tensor.")
-    ] = OutDtype.AUTO,
+        Dtype, typer.Option(help="Of a dense result; auto is that of each source tensor.")
+    ] = Dtype.AUTO,
     tau: Annotated[
         TauDtype, typer.Option(help="How moved taus are stored in an irq result.")
     ] = TauDtype.FLOAT32,
     objective: Annotated[
         Objective | None,
-        typer.Option(help="To quantize again with.  \\[default: the artifact's]"),
+        typer.Option(help="MergeTo quantize again with.  \\[default: the artifact's]"),
     ] = None,
     min_survival: Annotated[
         float,
         typer.Option(help="Refuse to quantize again when less of the adapter is left; 1 is all."),
     ] = 0.5,
     check: Annotated[
-        Checking,
+        Check,
         typer.Option(
             help="layers (on a probe), logits (both models loaded), none; auto: as memory allows."
         ),
-    ] = Checking.AUTO,
+    ] = Check.AUTO,
     any_base: Annotated[
         bool, typer.Option("--any-base", help="Merge an adapter that records no base, or another.")
     ] = False,
@@ -127,40 +84,35 @@ def merge_command(
 
     Example: irq-convert merge ./model-irq-nf4 ./adapter ./merged --to dense
     """
-    from irq_convert.merge.options import Check, Dtype, MergeOptions, Target, Tau
 
-    with one_voice(same=True):
-        if not 1e-9 <= max_shard_size < 1e9:
-            raise UsageError(
-                f"--max-shard-size {max_shard_size}: a positive number of GB is needed"
-            )
+    with main_process_only(same=True):
         options = MergeOptions(
-            to=Target(to.value),
-            dtype=Dtype(dtype.value),
-            tau=Tau(tau.value),
+            to=to,
+            dtype=dtype,
+            tau=tau,
             objective=None if objective is None else objective.value,
             min_survival=min_survival,
-            check=Check(check.value),
+            check=check,
             any_base=any_base,
             threads=threads,
             overwrite=overwrite,
-            max_shard_bytes=int(max_shard_size * 1e9),
+            max_shard_bytes=shard_bytes(max_shard_size),
             resume=resume,
         )
-        target = check_target(push_to_hub, private=private, revision=push_revision)
+        target = push_target(push_to_hub, private=private, revision=push_revision)
     if not dry_run:
-        with one_voice():
+        with main_process_only():
             _merge(base, adapter, out, options, as_json, target)
-    elif speaks():
+    elif is_main_process():
         _dry_run(base, adapter, out, options, as_json)
 
 
 def _dry_run(base: Path, adapter: Path, out: Path, options: MergeOptions, as_json: bool) -> None:
-    from irq_convert.cli.bar import ConversionBar
-    from irq_convert.merge.estimate import estimate
+    from irq_convert.cli.bar import ProgressBar
+    from irq_convert.jobs.merge.estimate import estimate_merge
 
-    with ConversionBar() as bar:
-        found = estimate(base, adapter, out, options, progress=bar)
+    with ProgressBar() as bar:
+        found = estimate_merge(base, adapter, out, options, progress=bar)
     if as_json:
         typer.echo(json.dumps(found.to_dict(), indent=2))
     else:
@@ -175,12 +127,12 @@ def _merge(
     as_json: bool,
     target: tuple[str, PushOptions] | None,
 ) -> None:
-    from irq_convert.cli.bar import ConversionBar
-    from irq_convert.merge.run import merge_adapter
+    from irq_convert.cli.bar import ProgressBar
+    from irq_convert.jobs.merge.merge import merge
 
-    with ConversionBar() as bar:
-        report = merge_adapter(base, adapter, out, options, progress=bar)
-    if not speaks():
+    with ProgressBar() as bar:
+        report = merge(base, adapter, out, options, progress=bar)
+    if not is_main_process():
         return
     if not as_json:
         print_report(report)

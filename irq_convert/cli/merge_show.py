@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from irq_convert.merge.estimate import MergeEstimate
-    from irq_convert.merge.report import LogitsCheck, MergedLayer, MergeReport
+    from irq_convert.jobs.merge.estimate import MergeEstimate
+    from irq_convert.jobs.merge.report import LogitsCheck, MergedLayer, MergeReport
 
 
 def print_estimate(found: MergeEstimate) -> None:
-    from irq_convert.cli.show import facts, gigabytes, resume_rows
+    from irq_convert.cli.console import facts, gigabytes, resume_rows
 
     free = "free" if found.disk_needed <= found.disk_free else "free: not enough"
     facts(
@@ -29,7 +29,7 @@ def print_estimate(found: MergeEstimate) -> None:
 
 
 def print_report(report: MergeReport) -> None:
-    from irq_convert.cli.show import facts, gigabytes, seconds
+    from irq_convert.cli.console import facts, gigabytes, seconds
 
     ways: dict[str, int] = {}
     for layer in report.layers:
@@ -39,7 +39,7 @@ def print_report(report: MergeReport) -> None:
         ("result", f"{report.out} ({report.to})"),
         ("size", f"{gigabytes(report.bytes_in)} -> {gigabytes(report.bytes_out)}"),
         ("artifact", report.base_sha256[:12]),
-        ("adapter", f"{(report.adapter_sha256 or 'none')[:12]} ({report.kind})"),
+        ("adapter", f"{report.adapter_sha256[:12]} ({report.kind})"),
         ("layers", merged),
     ]
     if report.saved:

@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from irq_convert.cli.console import StageLines, is_main_process
 from irq_convert.cli.shared import AsJson
-from irq_convert.cli.stages import Stages
-from irq_convert.cli.voice import speaks
 
 if TYPE_CHECKING:
-    from irq_convert.hub.push import PushOptions, PushReport
+    from irq_convert.jobs.push.push import PushOptions, PushReport
 
 
 def push_command(
@@ -51,7 +50,7 @@ def push_command(
 
     Example: irq-convert push ./model-irq-nf4 my-org/model-irq-nf4 --private
     """
-    from irq_convert.hub.push import PushOptions, push_folder
+    from irq_convert.jobs.push.push import PushOptions, push
 
     options = PushOptions(
         revision=revision,
@@ -62,14 +61,14 @@ def push_command(
         base_model=base_model,
         dry_run=dry_run,
     )
-    report = push_folder(folder, repo_id, options, progress=Stages())
+    report = push(folder, repo_id, options, progress=StageLines())
     if as_json:
         typer.echo(json.dumps(report.to_dict(), indent=2))
     else:
         print_push(report)
 
 
-def check_target(
+def push_target(
     repo_id: str | None, *, private: bool, revision: str | None
 ) -> tuple[str, PushOptions] | None:
     """What --push-to-hub asks for, refused before the work begins if it cannot be done."""
@@ -80,10 +79,10 @@ def check_target(
             option = "--private" if private else "--push-revision"
             raise UsageError(f"{option} is for --push-to-hub ORG/NAME, which is missing")
         return None
-    from irq_convert.hub.push import PushOptions, check_push
+    from irq_convert.jobs.push.push import PushOptions, check_push
 
     options = PushOptions(revision=revision or "main", private=private, verify=False)
-    if speaks():
+    if is_main_process():
         check_push(repo_id, options)
     return repo_id, options
 
@@ -91,11 +90,11 @@ def check_target(
 def push_result(folder: Path, target: tuple[str, PushOptions]) -> PushReport:
     """Push what a command has just written; a failure says how to push it later."""
     from irq_convert.errors import IrqError
-    from irq_convert.hub.push import push_folder
+    from irq_convert.jobs.push.push import push
 
     repo_id, options = target
     try:
-        return push_folder(folder, repo_id, options, progress=Stages())
+        return push(folder, repo_id, options, progress=StageLines())
     except IrqError as error:
         words = ["irq-convert", "push", str(folder), repo_id]
         words += ["--private"] if options.private else []
@@ -106,7 +105,7 @@ def push_result(folder: Path, target: tuple[str, PushOptions]) -> PushReport:
 
 def print_push(report: PushReport) -> None:
     """The report as aligned lines; for a dry run with the card."""
-    from irq_convert.cli.show import facts, gigabytes
+    from irq_convert.cli.console import facts, gigabytes
 
     relation = f"{report.relation} of {report.base_model}" if report.base_model else ""
     rows = [("repository", f"{report.url} ({report.revision})"), ("holds", report.kind)]

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from irq_convert.cli.push import check_target, print_push, push_result
+from irq_convert.cli.console import is_main_process, main_process_only
+from irq_convert.cli.push import print_push, push_result, push_target
 from irq_convert.cli.shared import (
     AsJson,
     DryRun,
@@ -21,31 +20,17 @@ from irq_convert.cli.shared import (
     PushToHub,
     Resuming,
     Threads,
+    shard_bytes,
 )
-from irq_convert.cli.voice import one_voice, speaks
+from irq_convert.core.objective import Objective, ZeroPoint
 from irq_convert.errors import UsageError
-from irq_convert.jobs.resume import Resume
+from irq_convert.jobs.common.resume import Resume
 
 if TYPE_CHECKING:
-    from irq_convert.convert.estimate import Estimate
-    from irq_convert.convert.options import ConvertOptions
-    from irq_convert.convert.report import ConvertReport
-    from irq_convert.hub.push import PushOptions
-
-
-class Objective(StrEnum):
-    """Objectives by name; spelled out here so that help needs no numerics."""
-
-    ENTROPY = "entropy"
-    MSE = "mse"
-    NONE = "none"
-
-
-class ZeroPoint(StrEnum):
-    """What tau may be."""
-
-    FLOAT = "float"
-    INTEGER = "integer"
+    from irq_convert.jobs.push.push import PushOptions
+    from irq_convert.jobs.quantize.estimate import QuantizeEstimate
+    from irq_convert.jobs.quantize.options import QuantizeOptions
+    from irq_convert.jobs.quantize.report import QuantizeReport
 
 
 def quantize_command(
@@ -110,42 +95,32 @@ def quantize_command(
 
     Example: irq-convert quantize --bits 3 meta-llama/Llama-2-13b
     """
-    from irq_convert.convert.options import ConvertOptions, codebook_name
-    from irq_convert.core.spec import QuantSpec
+    from irq_convert.jobs.quantize.options import QuantizeOptions
 
-    with one_voice(same=True):
-        name = codebook_name(codebook, bits)
-        means = objective.value if objective else "auto"
-        spec = QuantSpec(name, block_size, means, refine, zero_point.value)
-        if not 1e-9 <= max_shard_size < 1e9:
-            raise UsageError(
-                f"--max-shard-size {max_shard_size}: a positive number of GB is needed"
-            )
-        options = ConvertOptions(
-            spec=spec,
+    with main_process_only(same=True):
+        options = QuantizeOptions.of(
+            bits=bits,
+            codebook=codebook,
+            block_size=block_size,
+            objective=objective,
+            refine=refine,
+            zero_point=zero_point,
             keep=tuple(keep or ()),
             bits_for=tuple(_bits_for(item) for item in bits_for or ()),
             include_towers=include_towers,
             device=device,
             threads=threads,
             overwrite=overwrite,
-            max_shard_bytes=int(max_shard_size * 1e9),
+            max_shard_bytes=shard_bytes(max_shard_size),
             stream=stream,
             resume=resume,
         )
-        target = check_target(push_to_hub, private=private, revision=push_revision)
-    folder = out or _default_output(model, name)
+        target = push_target(push_to_hub, private=private, revision=push_revision)
     if not dry_run:
-        with one_voice():
-            _convert(model, folder, options, revision, as_json, target)
-    elif speaks():
-        _dry_run(model, folder, options, revision, as_json)
-
-
-def _default_output(model: str, codebook: str) -> Path:
-    """`NAME-irq-CODEBOOK` in the current folder; "." and ".." have names, too."""
-    name = os.path.basename(os.path.abspath(model))  # noqa: PTH100, PTH119 - links keep their name
-    return Path(f"{name or 'model'}-irq-{codebook}")
+        with main_process_only():
+            _quantize(model, out, options, revision, as_json, target)
+    elif is_main_process():
+        _dry_run(model, out, options, revision, as_json)
 
 
 def _bits_for(text: str) -> tuple[str, int]:
@@ -156,13 +131,13 @@ def _bits_for(text: str) -> tuple[str, int]:
 
 
 def _dry_run(
-    model: str, out: Path, options: ConvertOptions, revision: str | None, as_json: bool
+    model: str, out: Path | None, options: QuantizeOptions, revision: str | None, as_json: bool
 ) -> None:
-    from irq_convert.cli.bar import ConversionBar
-    from irq_convert.convert.estimate import estimate
+    from irq_convert.cli.bar import ProgressBar
+    from irq_convert.jobs.quantize.estimate import estimate_quantize
 
-    with ConversionBar() as bar:
-        found = estimate(model, out, options, revision=revision, progress=bar)
+    with ProgressBar() as bar:
+        found = estimate_quantize(model, out, options, revision=revision, progress=bar)
     if as_json:
         typer.echo(json.dumps(found.to_dict(), indent=2))
     else:
@@ -170,25 +145,25 @@ def _dry_run(
     _warn_of_little(found)
 
 
-def _convert(
+def _quantize(
     model: str,
-    out: Path,
-    options: ConvertOptions,
+    out: Path | None,
+    options: QuantizeOptions,
     revision: str | None,
     as_json: bool,
     target: tuple[str, PushOptions] | None,
 ) -> None:
-    from irq_convert.cli.bar import ConversionBar
-    from irq_convert.convert.run import quantize_checkpoint
+    from irq_convert.cli.bar import ProgressBar
+    from irq_convert.jobs.quantize.quantize import quantize
 
-    with ConversionBar() as bar:
-        report = quantize_checkpoint(model, out, options, revision=revision, progress=bar)
-    if not speaks():
+    with ProgressBar() as bar:
+        report = quantize(model, out, options, revision=revision, progress=bar)
+    if not is_main_process():
         return
     if not as_json:
         _print_report(report, options)
     _warn_of_little(report)
-    pushed = push_result(out, target) if target else None
+    pushed = push_result(Path(report.out), target) if target else None
     if as_json:
         more = {"push": pushed.to_dict()} if pushed else {}
         typer.echo(json.dumps(report.to_dict() | more, indent=2))
@@ -196,16 +171,16 @@ def _convert(
         print_push(pushed)
 
 
-def _warn_of_little(found: ConvertReport | Estimate) -> None:
-    from irq_convert.convert.report import little_quantized
+def _warn_of_little(found: QuantizeReport | QuantizeEstimate) -> None:
+    from irq_convert.jobs.quantize.report import little_quantized
 
     line = little_quantized(found.weights, found.quantized_weights, found.kept)
     if line is not None:
         typer.echo(f"irq-convert: {line}", err=True)
 
 
-def _print_estimate(found: Estimate) -> None:
-    from irq_convert.cli.show import facts, gigabytes, resume_rows, seconds
+def _print_estimate(found: QuantizeEstimate) -> None:
+    from irq_convert.cli.console import facts, gigabytes, resume_rows, seconds
 
     free = "free" if found.disk_needed <= found.disk_free else "free: not enough"
     facts(
@@ -224,16 +199,16 @@ def _print_estimate(found: Estimate) -> None:
     )
 
 
-def _fetch_rows(found: Estimate) -> list[tuple[str, str]]:
-    from irq_convert.cli.show import gigabytes
+def _fetch_rows(found: QuantizeEstimate) -> list[tuple[str, str]]:
+    from irq_convert.cli.console import gigabytes
 
     if not found.fetched:
         return []
     return [("download takes", f"{gigabytes(found.fetched)} in {found.fetched_to}")]
 
 
-def _print_report(report: ConvertReport, options: ConvertOptions) -> None:
-    from irq_convert.cli.show import facts, gigabytes, seconds
+def _print_report(report: QuantizeReport, options: QuantizeOptions) -> None:
+    from irq_convert.cli.console import facts, gigabytes, seconds
 
     before, after = report.entropy_plain, report.entropy
     rows = [

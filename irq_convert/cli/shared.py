@@ -10,7 +10,8 @@ from typing import Annotated
 
 import typer
 
-from irq_convert.jobs.resume import Resume
+from irq_convert.errors import UsageError
+from irq_convert.jobs.common.resume import Resume
 
 Threads = Annotated[int | None, typer.Option(help="CPU threads.  \\[default: all]")]
 MaxShardSize = Annotated[float, typer.Option(help="Largest shard, in GB (10^9 bytes).")]
@@ -32,3 +33,10 @@ Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace OUT once the new one is whole.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the report as JSON.")]
+
+
+def shard_bytes(gigabytes: float) -> int:
+    """What --max-shard-size asks for, in bytes; `UsageError` for a number that makes no sense."""
+    if not 1e-9 <= gigabytes < 1e9:
+        raise UsageError(f"--max-shard-size {gigabytes}: a positive number of GB is needed")
+    return int(gigabytes * 1e9)

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from irq_convert.cli.shared import AsJson
-from irq_convert.errors import UsageError
 
 if TYPE_CHECKING:
     from irq_convert.artifact.verify import VerifyReport
@@ -36,17 +33,11 @@ def verify_command(
 
     Example: irq-convert verify ./model-irq-nf4 --against ./model
     """
-    if revision is not None and against is None:
-        raise UsageError("--revision is that of the source: give the source with --against")
-    from irq_convert.artifact.verify import verify_artifact
+    from irq_convert.cli.bar import ProgressBar
+    from irq_convert.jobs.verify import verify
 
-    source = None
-    if against is not None:
-        from irq_convert.checkpoint.locate import open_source
-
-        source = open_source(against, revision)
-    with _progress_bar() as progress:
-        report = verify_artifact(folder, against=source, progress=progress)
+    with ProgressBar("files") as bar:
+        report = verify(folder, against, revision=revision, progress=bar)
     if as_json:
         typer.echo(json.dumps(report.to_dict(), indent=2))
     else:
@@ -55,28 +46,8 @@ def verify_command(
         raise typer.Exit(1)
 
 
-@contextmanager
-def _progress_bar() -> Iterator[Callable[[int, int], None]]:
-    """A bar of bytes on stderr, where that is a terminal; yields `progress`."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
-    from rich.progress import TimeRemainingColumn as TimeLeft
-
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeLeft())
-    with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as bar:
-        task = bar.add_task("verifying", total=None)
-
-        def progress(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total)
-
-        yield progress
-
-
 def _print_report(report: VerifyReport, against: str | None) -> None:
-    from irq_convert.cli.show import facts, gigabytes
+    from irq_convert.cli.console import facts, gigabytes
 
     for line in report.failures[:MOST_LINES]:
         typer.echo(" ".join(line.split()))

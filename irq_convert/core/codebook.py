@@ -1,17 +1,53 @@
-"""The six codebooks under one formula: `w = level[code] * scale + tau`.
+"""The codebooks under one formula, `w = level[code] * scale + tau`: the one place that lists them.
 
 Normal-float levels are those of QLoRA (nf4) and of IR-QLoRA's code (nf2, nf3); integer levels are
 `2**bits` uniform steps from -1 to 1, which with tau is asymmetric integer quantization with a
-float zero point.
+float zero point. A codebook of a known family and width is a row of `CODEBOOKS` and nothing else;
+numpy is imported only for arrays, so that help may read the names.
 """
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
 
-import numpy as np
-
+from irq_convert.core.objective import Objective
 from irq_convert.errors import UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+LEAST_BITS, MOST_BITS = 2, 4
+"""Widths of a code that kernels serve: `kernels/lookup.py` looks 16 codes of two to four bits up in
+one register of 16 levels, and in `triton/` eight codes make one word of 32 bits."""
+MOST_LEVELS = 1 << MOST_BITS
+
+
+@dataclass(frozen=True)
+class Family:
+    """What the codebooks of one kind share, and what it means for the search.
+
+    `uniform` levels are equally far apart: calibration starts at the middle of a block's range and
+    moves both ends of it, and integer zero points exist. Others start at the median and move tau,
+    with the scale that then reaches the farther end. `objective` is what "auto" becomes: measured
+    in docs/benchmarks.md, "Integer paths".
+    """
+
+    name: str
+    meaning: str
+    uniform: bool
+    objective: Objective
+
+
+FAMILIES: dict[str, Family] = {
+    each.name: each
+    for each in (
+        Family("nf", "normal-float", uniform=False, objective=Objective.ENTROPY),
+        Family("int", "uniform levels", uniform=True, objective=Objective.MSE),
+    )
+}
 
 _NF2 = (-1.0, -0.25256848335266113, 0.2525685131549835, 1.0)
 _NF3 = (
@@ -44,11 +80,23 @@ _NF4 = (
 )
 
 
+def _float32(value: float) -> float:
+    """`value` rounded to binary32."""
+    rounded: float = struct.unpack("f", struct.pack("f", value))[0]
+    return rounded
+
+
+def _uniform(bits: int) -> tuple[float, ...]:
+    last = 2**bits - 1
+    return tuple(_float32((2 * k - last) / last) for k in range(last + 1))
+
+
 @dataclass(frozen=True)
 class Codebook:
     """A named, strictly increasing set of `2**bits` levels from -1 to 1.
 
-    `levels` are exact in float32; `kind` is "nf" or "int" and decides the path that is searched.
+    `levels` are exact in float32; `kind` is the name of its family. Raises `UsageError` for levels
+    that are not so, and for more of them than kernels can look up.
     """
 
     name: str
@@ -56,29 +104,63 @@ class Codebook:
     kind: str
     levels: tuple[float, ...]
 
+    def __post_init__(self) -> None:
+        if not LEAST_BITS <= self.bits <= MOST_BITS:
+            raise UsageError(
+                f"codebook {self.name} has codes of {self.bits} bits: kernels look up "
+                f"{LEAST_BITS} to {MOST_BITS} (irq_convert/core/kernels/lookup.py)"
+            )
+        if self.kind not in FAMILIES:
+            known = ", ".join(FAMILIES)
+            raise UsageError(f"codebook {self.name}: no family {self.kind!r}, only {known}")
+        if not self._is_sound():
+            raise UsageError(
+                f"codebook {self.name} needs {2**self.bits} levels of float32, rising from -1 to 1"
+            )
+        if self.uniform and self.levels != _uniform(self.bits):
+            raise UsageError(f"codebook {self.name} of family {self.kind} needs uniform levels")
+
+    def _is_sound(self) -> bool:
+        rising = all(low < high for low, high in pairwise(self.levels))
+        whole = len(self.levels) == 2**self.bits and self.levels[0] == -1 and self.levels[-1] == 1
+        return rising and whole and all(level == _float32(level) for level in self.levels)
+
+    @property
+    def family(self) -> Family:
+        return FAMILIES[self.kind]
+
+    @property
+    def uniform(self) -> bool:
+        """Whether its levels are equally far apart."""
+        return self.family.uniform
+
     def level_array(self) -> np.ndarray:
         """Levels as float32 `[2**bits]`."""
+        import numpy as np
+
         return np.array(self.levels, dtype=np.float32)
 
     def midpoint_array(self) -> np.ndarray:
         """Midpoints between neighbouring levels, float32 `[2**bits - 1]`, rounded once."""
-        wide = np.array(self.levels, dtype=np.float32).astype(np.float64)
+        import numpy as np
+
+        wide = self.level_array().astype(np.float64)
         return ((wide[1:] + wide[:-1]) / 2).astype(np.float32)
 
 
-def _uniform(bits: int) -> tuple[float, ...]:
-    last = 2**bits - 1
-    return tuple(float(np.float32((2 * k - last) / last)) for k in range(last + 1))
-
-
 CODEBOOKS: dict[str, Codebook] = {
-    "nf2": Codebook("nf2", 2, "nf", _NF2),
-    "nf3": Codebook("nf3", 3, "nf", _NF3),
-    "nf4": Codebook("nf4", 4, "nf", _NF4),
-    "int2": Codebook("int2", 2, "int", _uniform(2)),
-    "int3": Codebook("int3", 3, "int", _uniform(3)),
-    "int4": Codebook("int4", 4, "int", _uniform(4)),
+    each.name: each
+    for each in (
+        Codebook("nf2", 2, "nf", _NF2),
+        Codebook("nf3", 3, "nf", _NF3),
+        Codebook("nf4", 4, "nf", _NF4),
+        Codebook("int2", 2, "int", _uniform(2)),
+        Codebook("int3", 3, "int", _uniform(3)),
+        Codebook("int4", 4, "int", _uniform(4)),
+    )
 }
+WIDTHS = tuple(sorted({book.bits for book in CODEBOOKS.values()}))
+"""Bits of a code that some codebook has."""
 
 
 def get_codebook(name: str) -> Codebook:

@@ -19,9 +19,9 @@ import torch
 from torch.nn import functional
 
 from irq_convert.core.backends import resolve_backend
-from irq_convert.core.codebook import get_codebook
+from irq_convert.core.codebook import MOST_LEVELS, get_codebook
 from irq_convert.core.packing import unpack_codes
-from irq_convert.core.statistics import check_statistic, expand_statistic
+from irq_convert.core.scales import check_statistic, expand_statistic
 from irq_convert.errors import UsageError
 
 if TYPE_CHECKING:
@@ -161,8 +161,8 @@ def _as_array(part: torch.Tensor) -> np.ndarray:
 
 @functools.cache
 def _levels(codebook: str) -> np.ndarray:
-    """The levels repeated to the 16 that kernels look up in."""
-    return np.resize(get_codebook(codebook).level_array(), 16)
+    """The levels repeated to as many as kernels look up in."""
+    return np.resize(get_codebook(codebook).level_array(), MOST_LEVELS)
 
 
 @functools.cache

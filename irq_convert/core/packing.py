@@ -1,4 +1,4 @@
-"""Packed codes: each row of 2, 3 or 4-bit codes as one little-endian stream of bits.
+"""Packed codes: each row of codes of 2 to 4 bits as one little-endian stream of bits.
 
 Bit `j` of code `c` is bit `c * bits + j` of its row and every row begins on a byte
 (formats/irq-v1.md, section 5). Eight codes fill exactly `bits` bytes, so both directions work on

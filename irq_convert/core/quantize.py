@@ -12,12 +12,13 @@ import torch
 from irq_convert.core.backends import resolve_backend
 from irq_convert.core.blocks import BlockShape
 from irq_convert.core.kernels.quantize import quantize_tile
-from irq_convert.core.plan import make_plan, make_tables
+from irq_convert.core.objective import ZeroPoint
+from irq_convert.core.portable.quantize import quantize_portable
 from irq_convert.core.quantized import QuantizedTensor
-from irq_convert.core.reference import quantize_portable
+from irq_convert.core.scales import expand_statistic
+from irq_convert.core.search_plan import make_tables, plan_search
 from irq_convert.core.spec import QuantSpec
-from irq_convert.core.statistics import expand_statistic
-from irq_convert.core.stats import TensorStats
+from irq_convert.core.tensor_stats import TensorStats
 from irq_convert.errors import IrqError, UsageError
 
 TILE_WEIGHTS = 1 << 20
@@ -67,7 +68,7 @@ def quantize_with_stats(
     _refuse_bad(int(counts[:, 2].sum()), weight, name)
     blocks = (shape.rows, shape.blocks_per_row)
     scale, tau = scale.reshape(blocks), tau.reshape(blocks)
-    integer = spec.zero_point == "integer"
+    integer = spec.zero_point == ZeroPoint.INTEGER
     result = QuantizedTensor(
         codes=packed,
         scale=scale,
@@ -112,7 +113,7 @@ def _run_numba(
     tau_grid = torch.zeros((shape.groups, 2), dtype=torch.float32)
     counts = np.zeros((shape.groups, 3), np.int64)
     energies = np.zeros((shape.groups, 2), np.float64)
-    plan, tables = make_plan(spec), make_tables(spec.codebook, spec.block_size)
+    plan, tables = plan_search(spec), make_tables(spec.codebook, spec.block_size)
     by_block = [part.numpy() for part in (tau, scale)]
     by_group = [tau_grid.numpy(), scale_grid.numpy(), counts, energies]
     with _numba_threads(threads):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from irq_convert.core.blocks import BlockShape
 from irq_convert.core.codebook import get_codebook
+from irq_convert.core.parts import SUFFIXES, part_shapes
 from irq_convert.errors import IrqError
 
 if TYPE_CHECKING:
@@ -18,8 +19,9 @@ class QuantizedTensor:
     """A matrix `[rows, cols]` as packed codes and per-block statistics.
 
     `codes` uint8 `[rows, row_bytes]`; `scale` and `tau` uint8 `[rows, blocks_per_row]` with a
-    `*_grid` float32 `[groups, 2]` of (step, offset), or float16/float32 of the same shape with
-    `*_grid` None. Every weight is `level[code] * scale + tau` (formats/irq-v1.md, section 4).
+    `*_grid` float32 `[groups, 2]` of (step, offset), or another of `STATISTIC_DTYPES`, of the same
+    shape, with `*_grid` None. Every weight is `level[code] * scale + tau` (formats/irq-v1.md,
+    section 4).
     """
 
     codes: torch.Tensor
@@ -38,21 +40,14 @@ class QuantizedTensor:
 
     def parts(self) -> dict[str, torch.Tensor]:
         """Stored tensors by the suffix that follows the tensor's name."""
-        found = {
-            "": self.codes,
-            "_scale": self.scale,
-            "_tau": self.tau,
-            "_scale_grid": self.scale_grid,
-            "_tau_grid": self.tau_grid,
-        }
-        return {suffix: tensor for suffix, tensor in found.items() if tensor is not None}
+        found = (self.codes, self.scale, self.tau, self.scale_grid, self.tau_grid)
+        named = zip(SUFFIXES, found, strict=True)
+        return {suffix: tensor for suffix, tensor in named if tensor is not None}
 
     def check(self, name: str = "tensor") -> None:
         """Raise `IrqError` when a part's shape contradicts `cols`, `block_size` or the codebook."""
         shape = self.shape
-        blocks = (shape.rows, shape.blocks_per_row)
-        wanted = {"": (shape.rows, shape.row_bytes), "_scale": blocks, "_tau": blocks}
-        wanted |= {"_scale_grid": (shape.groups, 2), "_tau_grid": (shape.groups, 2)}
+        wanted = part_shapes(shape, (shape.rows,))
         for suffix, tensor in self.parts().items():
             if tuple(tensor.shape) != wanted[suffix]:
                 raise IrqError(

@@ -7,14 +7,11 @@ with and turns them round to save, so these do both.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers.core_model_loading import WeightConverter, WeightRenaming
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -113,24 +110,3 @@ class PartRenaming(WeightRenaming):
     def reverse_transform(self) -> PartRenaming:
         """The way back, for saving."""
         return PartRenaming.of(self.back, self.names)
-
-
-def finish_parts(model: PreTrainedModel, keys: Iterable[tuple[str, str]]) -> None:
-    """Let `model`, just loaded, save its parts under the names they came by.
-
-    `keys` are pairs of a packed parameter and one of its parts, by their names in the model.
-    """
-    from irq_convert.hf.names import tensors_in_files
-
-    loaded = getattr(model, "_weight_conversions", None) or []
-    found = [t for t in loaded if isinstance(t, PartRenaming)]
-    if not found:
-        return
-    pairs = list(keys)
-    files = tensors_in_files(model, {key for pair in pairs for key in pair})
-    back = {}
-    for key, part in pairs:
-        wanted = files[key] + part.removeprefix(key)
-        if files[part] != wanted:
-            back[files[part]] = wanted
-    found[0].back = back

@@ -13,7 +13,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from irq_convert.artifact.config import ModuleFormat, QuantizationConfig, module_name
-from irq_convert.hf.names import tensors_in_files, tied_keys
+from irq_convert.hf.names import tensors_in_files
+from irq_convert.hf.tied import tied_keys
 from irq_convert.nn.experts import IrqExperts, Stacked
 from irq_convert.nn.linear import IrqLinear
 

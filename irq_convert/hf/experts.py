@@ -8,7 +8,7 @@ expert at a time (`forwards.py`); anything else is left dense, with the reason.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +54,7 @@ class StackedWeight:
 
 
 @dataclass(frozen=True)
-class Part:
+class ExpertPart:
     """A tensor of the files that holds rows of one expert; `child` is its module's name here."""
 
     tensor: str
@@ -72,7 +72,7 @@ class InFiles:
     weight: StackedWeight
     whole: str | None = None
     transposed: bool = False
-    parts: tuple[tuple[Part, ...], ...] = ()
+    parts: tuple[tuple[ExpertPart, ...], ...] = ()
 
     @property
     def tensors(self) -> tuple[str, ...]:
@@ -167,9 +167,9 @@ def _in_files(
     return InFiles(weight, parts=parts) if fits else "their shapes are not those of the class"
 
 
-def _part(weight: StackedWeight, place: Place, shapes: Mapping[str, Shape]) -> Part:
+def _part(weight: StackedWeight, place: Place, shapes: Mapping[str, Shape]) -> ExpertPart:
     child = place.renamed.removeprefix(f"{weight.module}.").removesuffix(".weight")
-    return Part(place.tensor, child, shapes[place.tensor][0])
+    return ExpertPart(place.tensor, child, shapes[place.tensor][0])
 
 
 def _separate(converter: WeightConverter) -> bool:
@@ -199,8 +199,3 @@ def _whole(
     if shape != wanted:
         return "their shapes are not those of the class"
     return InFiles(weight, whole=tensor, transposed=weight.transposed != flipped)
-
-
-def stacked_tensors(found: Iterable[InFiles]) -> set[str]:
-    """All tensors of the files that belong to `found`."""
-    return {tensor for each in found for tensor in each.tensors}

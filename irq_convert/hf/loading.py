@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from irq_convert.errors import IrqError, UsageError
+from irq_convert.errors import IrqError, UsageError, one_line
 
 if TYPE_CHECKING:
     import torch
@@ -33,12 +33,12 @@ def load(
     try:
         config = kwargs.pop("config", None) or AutoConfig.from_pretrained(where, **hub)
     except (OSError, ValueError) as error:
-        raise IrqError(f"{where}: cannot be read as a model: {_first_line(error)}") from error
+        raise IrqError(f"{where}: cannot be read as a model: {one_line(error)}") from error
     _check_method(where, getattr(config, "quantization_config", None))
     with_info = kwargs.pop("output_loading_info", False)
     loaded: Any
     try:
-        loaded = _model_class(config).from_pretrained(
+        loaded = model_class(config).from_pretrained(
             where,
             config=config,
             dtype=dtype or "auto",
@@ -47,7 +47,7 @@ def load(
             **kwargs,
         )
     except OSError as error:
-        raise IrqError(f"{where}: cannot be loaded: {_first_line(error)}") from error
+        raise IrqError(f"{where}: cannot be loaded: {one_line(error)}") from error
     model, info = loaded
     _check_complete(where, info)
     result: Any = loaded if with_info else model
@@ -66,7 +66,8 @@ _HUB_OPTIONS = (
 )
 
 
-def _model_class(config: Any) -> Any:
+def model_class(config: Any) -> Any:
+    """The class that `config` names and transformers has, else `AutoModelForCausalLM`."""
     import transformers
 
     if "AutoModelForCausalLM" not in (getattr(config, "auto_map", None) or {}):
@@ -97,7 +98,3 @@ def _check_complete(where: str, info: dict[str, Any]) -> None:
                 f"{where}: {kind.replace('_', ' ')}: {names[0]}{more}: the artifact is damaged or "
                 "of another model: convert or download it again"
             )
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))

@@ -18,7 +18,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from irq_convert.hf.conversions import Adjusted, adjust
+from irq_convert.hf.conversions import Adjusted, PartRenaming, adjust
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -84,7 +84,20 @@ def tensors_in_files(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, s
     return {key: rename_source_key(key, renamings, converters, reverse=True)[0] for key in keys}
 
 
-def tied_keys(model: PreTrainedModel) -> set[str]:
-    """State-dict keys of tensors that share memory with another one."""
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
-    return {*tied.keys(), *tied.values()}
+def finish_parts(model: PreTrainedModel, keys: Iterable[tuple[str, str]]) -> None:
+    """Let `model`, just loaded, save its parts under the names they came by.
+
+    `keys` are pairs of a packed parameter and one of its parts, by their names in the model.
+    """
+    loaded = getattr(model, "_weight_conversions", None) or []
+    found = [t for t in loaded if isinstance(t, PartRenaming)]
+    if not found:
+        return
+    pairs = list(keys)
+    files = tensors_in_files(model, {key for pair in pairs for key in pair})
+    back = {}
+    for key, part in pairs:
+        wanted = files[key] + part.removeprefix(key)
+        if files[part] != wanted:
+            back[files[part]] = wanted
+    found[0].back = back

@@ -59,7 +59,7 @@ class IrqQuantizer(HfQuantizer):
         self, model: PreTrainedModel, **kwargs: Any
     ) -> PreTrainedModel:
         """Freeze the packed parts: the loader makes every floating parameter trainable."""
-        from irq_convert.hf.conversions import finish_parts
+        from irq_convert.hf.names import finish_parts
         from irq_convert.nn.experts import IrqExperts
         from irq_convert.nn.linear import IrqLinear
 

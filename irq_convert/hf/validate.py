@@ -23,11 +23,13 @@ from irq_convert.artifact.config import (
 )
 from irq_convert.artifact.structure import swapped
 from irq_convert.checkpoint.header import TensorInfo, read_header
+from irq_convert.core.scales import statistic_dtype
 from irq_convert.errors import IrqError
 from irq_convert.hf.conversions import Adjusted
 from irq_convert.hf.experts import Experts, find_experts
-from irq_convert.hf.names import keys_in_model, tied_keys
+from irq_convert.hf.names import keys_in_model
 from irq_convert.hf.swap import Child, ExpertsSwap, Swap, Swaps, layer_shape
+from irq_convert.hf.tied import tied_keys
 from irq_convert.nn.experts import Separate, Stacked, stack_parts
 from irq_convert.nn.linear import part_shapes
 
@@ -35,7 +37,6 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-_STORED = {"torch.uint8": "U8", "torch.float16": "F16", "torch.float32": "F32"}
 FLOATS = ("F32", "BF16", "F16", "F64")
 _WAY_OUT = "the artifact is damaged or of another model: convert or download it again"
 
@@ -237,7 +238,7 @@ def _check_parts(
     what = f"{fmt.codebook} in blocks of {fmt.block_size} for a layer {list(layer)}"
     wanted = {tensor + name.removeprefix("weight"): part for name, part in parts.items()}
     for name, (shape, dtype) in wanted.items():
-        need = f"{_STORED[str(dtype)]} {list(shape)}"
+        need = f"{statistic_dtype(dtype).safetensors} {list(shape)}"
         info = tensors.get(name)
         if info is None:
             raise IrqError(f"the files hold no {name}, {what} needs it as {need}: {_WAY_OUT}")

@@ -1,1 +1,1 @@
-"""Jobs that write a checkpoint shard by shard: continued after a stop, shared by processes."""
+"""The jobs, side by side: none imports another but `demo`; what they share is in `common`."""

@@ -20,7 +20,7 @@ from torch import nn
 from irq_convert.artifact.config import ModuleFormat
 from irq_convert.core.dequantize import dequantize_rows
 from irq_convert.core.quantized import QuantizedTensor
-from irq_convert.core.statistics import expand_statistic
+from irq_convert.core.scales import expand_statistic
 from irq_convert.errors import IrqError
 from irq_convert.nn.function import packed_linear
 from irq_convert.nn.linear import (

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from irq_convert.core.dequantize import dequantize_rows, dequantize_tensor
 from irq_convert.core.quantized import QuantizedTensor
-from irq_convert.core.statistics import expand_statistic
+from irq_convert.core.scales import expand_statistic
 
 FEW_ROWS = 16
 """On a CPU inputs of at most this many rows use small tiles, which stay in its cache."""

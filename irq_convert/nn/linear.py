@@ -7,6 +7,7 @@ weight for a dense one fails on its shape instead of computing nonsense.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
@@ -16,30 +17,33 @@ from torch import nn
 from irq_convert.artifact.config import ModuleFormat
 from irq_convert.core.blocks import BlockShape
 from irq_convert.core.dequantize import dequantize_tensor
+from irq_convert.core.parts import SUFFIXES, stored_parts
 from irq_convert.core.quantized import QuantizedTensor
+from irq_convert.core.scales import statistic_dtype
 from irq_convert.errors import IrqError, UsageError
 from irq_convert.nn.function import packed_linear
 
-STATISTICS = ("weight_scale", "weight_tau")
-PARTS = ("weight", *STATISTICS, "weight_scale_grid", "weight_tau_grid")
-DTYPES = {"uint8": torch.uint8, "float16": torch.float16, "float32": torch.float32}
+PARTS = tuple(f"weight{suffix}" for suffix in SUFFIXES)
+
+
+def named_parts(
+    name: str, leading: tuple[int, ...], cols: int, fmt: ModuleFormat
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of the parameters that hold `[*leading, cols]`, called `name` and a suffix.
+
+    In the order of `SUFFIXES`, in which layers register them.
+    """
+    blocks = BlockShape(math.prod(leading), cols, fmt.block_size, fmt.bits)
+    parts = stored_parts(blocks, leading, fmt.scale_dtype, fmt.tau_dtype)
+    found = {suffix: parts[suffix] for suffix in SUFFIXES if suffix in parts}
+    return {name + suffix: (part.shape, part.dtype.torch) for suffix, part in found.items()}
 
 
 def part_shapes(
     rows: int, cols: int, fmt: ModuleFormat
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of every stored part of a `[rows, cols]` matrix, by parameter name."""
-    shape = BlockShape(rows, cols, fmt.block_size, fmt.bits)
-    blocks = (rows, shape.blocks_per_row)
-    parts: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-        "weight": ((rows, shape.row_bytes), torch.uint8),
-        "weight_scale": (blocks, DTYPES[fmt.scale_dtype]),
-        "weight_tau": (blocks, DTYPES[fmt.tau_dtype]),
-    }
-    for name, stored in (("weight_scale", fmt.scale_dtype), ("weight_tau", fmt.tau_dtype)):
-        if stored == "uint8":
-            parts[f"{name}_grid"] = ((shape.groups, 2), torch.float32)
-    return parts
+    return named_parts("weight", (rows,), cols, fmt)
 
 
 class IrqLinear(nn.Linear):
@@ -91,8 +95,8 @@ class IrqLinear(nn.Linear):
     def from_quantized(cls, q: QuantizedTensor, bias: torch.Tensor | None = None) -> IrqLinear:
         """A layer over the tensors of `q` themselves (no copy); `bias` `[rows]` in any dtype."""
         q.check()
-        stored = {dtype: name for name, dtype in DTYPES.items()}
-        fmt = ModuleFormat(q.codebook, q.block_size, stored[q.scale.dtype], stored[q.tau.dtype])
+        scale, tau = (statistic_dtype(part.dtype).name for part in (q.scale, q.tau))
+        fmt = ModuleFormat(q.codebook, q.block_size, scale, tau)
         layer = cls(q.cols, q.codes.shape[0], fmt, bias=False, device="meta")
         for suffix, tensor in q.parts().items():
             parameter = nn.Parameter(tensor.detach(), requires_grad=False)

@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from core.oracle import random_sample
-from hf.artifact import tiny_llama, write_artifact
 from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
@@ -20,6 +18,8 @@ import irq_convert
 from irq_convert import IecLoraConfig
 from irq_convert.adapters.layer import IecLoraLinear
 from irq_convert.nn.linear import IrqLinear
+from tests.core.oracle import random_sample
+from tests.hf.artifact import tiny_llama, write_artifact
 
 # numba's pool, once started, gives torch a thread for every core; models this small only wait
 # for them.

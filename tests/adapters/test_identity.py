@@ -8,15 +8,15 @@ import warnings
 from pathlib import Path
 
 import pytest
-from hf.artifact import NF4, tiny_llama, write_artifact
 from peft import PeftModel, get_peft_model
 
 import irq_convert
 from irq_convert import IecLoraConfig
 from irq_convert.artifact.identity import artifact_identity
-from irq_convert.convert.run import quantize_checkpoint
 from irq_convert.errors import IrqError
 from irq_convert.hf.identity import artifact_folder, model_identity
+from irq_convert.jobs.quantize.quantize import quantize
+from tests.hf.artifact import NF4, tiny_llama, write_artifact
 
 from .helpers import adapted_model, artifact, iec_config
 
@@ -34,7 +34,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A real artifact with its manifest, made by the converter."""
     folder = tmp_path_factory.mktemp("converted")
     tiny_llama().save_pretrained(folder / "source")
-    quantize_checkpoint(str(folder / "source"), folder / "out")
+    quantize(str(folder / "source"), folder / "out")
     return folder / "out"
 
 

@@ -366,7 +366,7 @@ def test_merge_and_unmerge(kind: str, connection: str, pool: str | None, safe: b
 @pytest.mark.parametrize("tau_dtype", ["uint8", "float16", "float32"])
 @pytest.mark.parametrize("cols", [128, 172])
 def test_a_pooled_merge_moves_tau_alone(codebook: str, tau_dtype: str, cols: int) -> None:
-    from core.oracle import random_sample
+    from tests.core.oracle import random_sample
 
     sample = random_sample(1, 24, cols, codebook, 64, "uint8", tau_dtype)
     base = IrqLinear.from_quantized(sample.q)

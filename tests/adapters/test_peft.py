@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from hf.artifact import read_config
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
@@ -22,6 +21,7 @@ from irq_convert import IecLoraConfig, UsageError
 from irq_convert.adapters.layer import IecLoraLinear
 from irq_convert.errors import IrqError
 from irq_convert.nn.linear import IrqLinear
+from tests.hf.artifact import read_config
 
 from .helpers import (
     ALL_LINEAR,

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from irq_convert.adapters.settings import read_config
+from irq_convert.artifact.adapter_config import read_config
 from irq_convert.errors import IrqError
 
 names = st.from_regex(

@@ -10,7 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from merge.make import (
+
+from irq_convert.artifact.adapter import adapter_identity, open_adapter, read_layer
+from irq_convert.checkpoint.reader import TileReader
+from irq_convert.errors import IrqError, UsageError
+from tests.jobs.merge.make import (
     PREFIX,
     Q0,
     WEIGHTS,
@@ -18,10 +22,6 @@ from merge.make import (
     change_weights,
     write_adapter,
 )
-
-from irq_convert.adapters.stored import adapter_identity, open_adapter, read_layer
-from irq_convert.checkpoint.reader import TileReader
-from irq_convert.errors import IrqError, UsageError
 
 SHAPES: dict[str, tuple[int, int, int | None]] = {
     Q0: (96, 96, 32),
@@ -96,7 +96,7 @@ def test_the_note_says_the_base_of_a_plain_lora(tmp_path: Path) -> None:
 
 def test_nothing_heavy_is_imported(adapter: Path) -> None:
     code = (
-        "import sys; from irq_convert.adapters.stored import open_adapter; "
+        "import sys; from irq_convert.artifact.adapter import open_adapter; "
         f"open_adapter({str(adapter)!r}); "
         "print([m for m in ('peft', 'transformers') if m in sys.modules])"
     )

@@ -139,9 +139,8 @@ def test_nothing_dense_is_saved_for_backward(base: Path, kind: str) -> None:
 
 
 def test_saved_bytes_of_a_wide_layer() -> None:
-    from core.oracle import random_sample
-
     from irq_convert.nn.linear import IrqLinear
+    from tests.core.oracle import random_sample
 
     from .helpers import adapted
 

@@ -15,11 +15,11 @@ import irq_convert
 from irq_convert.artifact.contents import Artifact, open_artifact, read_quantized
 from irq_convert.artifact.structure import StoredTensor
 from irq_convert.checkpoint.reader import TileReader
-from irq_convert.convert.options import ConvertOptions
-from irq_convert.convert.report import ConvertReport
-from irq_convert.convert.run import quantize_checkpoint
 from irq_convert.core.dequantize import dequantize_tensor
 from irq_convert.core.spec import QuantSpec
+from irq_convert.jobs.quantize.options import QuantizeOptions
+from irq_convert.jobs.quantize.quantize import quantize
+from irq_convert.jobs.quantize.report import QuantizeReport
 
 from .zoo import Kind, inputs, logits, make_model, write_checkpoint
 
@@ -39,7 +39,7 @@ class Result:
     """
 
     kind: Kind
-    report: ConvertReport
+    report: QuantizeReport
     artifact: Artifact
     model: Any
     difference: float
@@ -57,7 +57,7 @@ def agree(found: torch.Tensor, wanted: torch.Tensor) -> bool:
 def run(kind: Kind, folder: Path) -> Result:
     """Everything for `kind`, in the empty `folder`."""
     write_checkpoint(kind, folder / "source")
-    report = quantize(kind, folder / "source", folder / "artifact")
+    report = quantize_kind(kind, folder / "source", folder / "artifact")
     twin = dense_twin(kind, folder / "artifact", folder / "dense")
     model: Any = irq_convert.load(folder / "artifact", dtype=torch.float32)
     wanted, found = logits(twin, kind), logits(model, kind)
@@ -78,11 +78,11 @@ def run(kind: Kind, folder: Path) -> Result:
     )
 
 
-def quantize(kind: Kind, source: Path, out: Path, **options: Any) -> ConvertReport:
+def quantize_kind(kind: Kind, source: Path, out: Path, **options: Any) -> QuantizeReport:
     """Convert in blocks of 16, of which none of the widths is a multiple everywhere."""
     spec = QuantSpec("nf4", 16, objective="none")
     given = {"spec": spec, "include_towers": kind.towers, "threads": 1, **options}
-    return quantize_checkpoint(str(source), out, ConvertOptions(**given))
+    return quantize(str(source), out, QuantizeOptions(**given))
 
 
 def decoded(artifact: Artifact) -> dict[str, torch.Tensor]:

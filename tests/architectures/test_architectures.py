@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-from irq_convert.convert.report import little_quantized
+from irq_convert.jobs.quantize.report import little_quantized
 from irq_convert.nn.experts import IrqExperts, Separate, Stacked
 from irq_convert.nn.linear import IrqLinear
 

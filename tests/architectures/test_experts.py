@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from hf.artifact import change_tensors
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModel
@@ -24,17 +23,18 @@ from irq_convert.core.quantize import quantize_tensor
 from irq_convert.core.spec import QuantSpec
 from irq_convert.errors import IrqError, UsageError
 from irq_convert.hf.forwards import orientation
-from irq_convert.merge.options import MergeOptions, Target
-from irq_convert.merge.run import merge_adapter
+from irq_convert.jobs.merge.merge import merge
+from irq_convert.jobs.merge.options import MergeOptions, MergeTo
 from irq_convert.nn.experts import IrqExperts, cut_rows
 from irq_convert.nn.linear import IrqLinear, statistics_parameters
+from tests.hf.artifact import change_tensors
 
 from .journey import (
     TOLERANCE,
     agree,
     dense_model,
     dense_twin,
-    quantize,
+    quantize_kind,
     step,
     stored_bytes,
 )
@@ -45,7 +45,7 @@ EACH = r".*\.experts\.\d+\.\w+"
 
 def make(kind: Kind, folder: Path, **options: Any) -> Path:
     write_checkpoint(kind, folder / "source")
-    quantize(kind, folder / "source", folder / "artifact", **options)
+    quantize_kind(kind, folder / "source", folder / "artifact", **options)
     return folder / "artifact"
 
 
@@ -100,7 +100,7 @@ def test_dense_again(name: str, tmp_path: Path) -> None:
     dense.save_pretrained(tmp_path / "dense")
     again = dense_model(kind, tmp_path / "dense")
     assert float((logits(again, kind) - wanted).abs().max()) <= TOLERANCE
-    merge_adapter(artifact, None, tmp_path / "expanded", MergeOptions(to=Target.DENSE))
+    merge(artifact, None, tmp_path / "expanded", MergeOptions(to=MergeTo.DENSE))
     expanded = dense_model(kind, tmp_path / "expanded")
     assert float((logits(expanded, kind) - wanted).abs().max()) <= TOLERANCE
     source = stored_bytes(tmp_path / "source")
@@ -131,7 +131,7 @@ def test_tiles_and_panels_change_no_byte(
 ) -> None:
     artifact = make(BY_NAME[name], tmp_path)
     monkeypatch.setattr("irq_convert.checkpoint.columns.PANEL_BYTES", 4096)
-    quantize(BY_NAME[name], tmp_path / "source", tmp_path / "other", tile_weights=64)
+    quantize_kind(BY_NAME[name], tmp_path / "source", tmp_path / "other", tile_weights=64)
     assert stored_bytes(tmp_path / "other") == stored_bytes(artifact)
 
 
@@ -158,7 +158,7 @@ def test_adapters_merge_into_experts_and_transposed_layers(
     wanted = logits(adapted, kind)
     assert float((wanted - before).abs().max()) > 0.1
     adapted.save_pretrained(tmp_path / "adapter")
-    merge_adapter(artifact, tmp_path / "adapter", tmp_path / "m", MergeOptions(to=Target.DENSE))
+    merge(artifact, tmp_path / "adapter", tmp_path / "m", MergeOptions(to=MergeTo.DENSE))
     merged = dense_model(kind, tmp_path / "m")
     assert float((logits(merged, kind) - wanted).abs().max()) <= TOLERANCE
     inside = adapted.merge_and_unload()
@@ -182,9 +182,7 @@ def test_a_plain_adapter_of_experts_is_refused(tmp_path: Path) -> None:
     artifact = make(kind, tmp_path)
     noisy(load(artifact), EACH).save_pretrained(tmp_path / "adapter")
     with pytest.raises(UsageError, match=r"experts\.0\.w1.*merge --to dense"):
-        merge_adapter(
-            artifact, tmp_path / "adapter", tmp_path / "m", MergeOptions(to=Target.ADAPTER)
-        )
+        merge(artifact, tmp_path / "adapter", tmp_path / "m", MergeOptions(to=MergeTo.ADAPTER))
 
 
 @pytest.mark.parametrize("name", ["Qwen 3 MoE", "Qwen 3 MoE, fused"])
@@ -330,7 +328,7 @@ def test_a_class_that_does_more_stays_dense(
     kind = BY_NAME["Qwen 3 MoE, fused"]
     monkeypatch.setattr("irq_convert.hf.experts.orientation", lambda cls, parameter: None)
     write_checkpoint(kind, tmp_path / "source")
-    report = quantize(kind, tmp_path / "source", tmp_path / "artifact")
+    report = quantize_kind(kind, tmp_path / "source", tmp_path / "artifact")
     assert report.share < 0.5
     assert any("Qwen3MoeExperts" in why for why in report.kept)
     quantized = open_artifact(tmp_path / "artifact").quantized

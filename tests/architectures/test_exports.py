@@ -11,16 +11,15 @@ import torch
 import transformers
 
 import irq_convert
-from irq_convert.convert.options import ConvertOptions
-from irq_convert.convert.run import quantize_checkpoint
 from irq_convert.core.spec import QuantSpec
 from irq_convert.errors import UsageError
-from irq_convert.export.options import ExportOptions
-from irq_convert.export.run import export_artifact
-from irq_convert.merge.options import MergeOptions, Target
-from irq_convert.merge.run import merge_adapter
+from irq_convert.jobs.export.export import export
+from irq_convert.jobs.export.options import ExportOptions
+from irq_convert.jobs.merge.merge import merge
+from irq_convert.jobs.merge.options import MergeOptions, MergeTo
+from irq_convert.jobs.quantize.options import QuantizeOptions
 
-from .journey import TOLERANCE, quantize
+from .journey import TOLERANCE, quantize_kind
 from .zoo import BY_NAME, Kind, logits, write_checkpoint
 
 WIDE = {"hidden_size": 64, "intermediate_size": 128}
@@ -33,8 +32,8 @@ def integer(name: str, folder: Path, keep: tuple[str, ...] = ()) -> tuple[Kind, 
     kind = replace(kind, values={**kind.values, **more})
     write_checkpoint(kind, folder / "source")
     spec = QuantSpec("int4", 32, objective="mse", zero_point="integer")
-    options = ConvertOptions(spec, threads=1, keep=keep)
-    quantize_checkpoint(str(folder / "source"), folder / "artifact", options)
+    options = QuantizeOptions(spec, threads=1, keep=keep)
+    quantize_kind(str(folder / "source"), folder / "artifact", options)
     return kind, folder / "artifact"
 
 
@@ -51,7 +50,7 @@ def test_mlx_runs_mixtures(name: str, tmp_path: Path) -> None:
     from .zoo import inputs
 
     kind, artifact = integer(name, tmp_path)
-    report = export_artifact(artifact, tmp_path / "out", ExportOptions("mlx"))
+    report = export(artifact, tmp_path / "out", ExportOptions("mlx"))
     assert not any("not tried" in note for note in report.notes)
     model, _ = utils.load_model(tmp_path / "out")
     found = np.array(model(mx.array(inputs(kind)["input_ids"].numpy())).astype(mx.float32))
@@ -62,7 +61,7 @@ def test_mlx_runs_mixtures(name: str, tmp_path: Path) -> None:
 def test_transformers_reads_packed_layers_beside_dense_stacks(name: str, tmp_path: Path) -> None:
     pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
     kind, artifact = integer(name, tmp_path)
-    report = export_artifact(artifact, tmp_path / "out", ExportOptions("compressed-tensors"))
+    report = export(artifact, tmp_path / "out", ExportOptions("compressed-tensors"))
     assert "it is a stack of matrices" in {storage.why for storage in report.storages}
     model, info = getattr(transformers, kind.model).from_pretrained(
         tmp_path / "out", dtype=torch.float32, output_loading_info=True
@@ -91,7 +90,7 @@ def test_what_no_reader_loads_right_is_refused(
 ) -> None:
     artifact = integer(name, tmp_path)[1]
     with pytest.raises(UsageError, match=words) as raised:
-        export_artifact(artifact, tmp_path / "out", ExportOptions(to))
+        export(artifact, tmp_path / "out", ExportOptions(to))
     assert "--to dense" in str(raised.value)
     assert not (tmp_path / "out").exists()
 
@@ -99,7 +98,7 @@ def test_what_no_reader_loads_right_is_refused(
 def test_experts_that_differ_cannot_be_stacked(tmp_path: Path) -> None:
     artifact = integer("Mixtral", tmp_path, keep=(r"layers\.0\..*experts\.2\.w1",))[1]
     with pytest.raises(UsageError, match=r"experts\.\d\.w1.*stored in another way"):
-        export_artifact(artifact, tmp_path / "out", ExportOptions("mlx"))
+        export(artifact, tmp_path / "out", ExportOptions("mlx"))
 
 
 @pytest.mark.parametrize("pool", [None, "block"])
@@ -109,7 +108,7 @@ def test_folded_adapters_load_into_stock_models(name: str, pool: Any, tmp_path: 
 
     kind = BY_NAME[name]
     write_checkpoint(kind, tmp_path / "source")
-    quantize(kind, tmp_path / "source", tmp_path / "artifact")
+    quantize_kind(kind, tmp_path / "source", tmp_path / "artifact")
     model = irq_convert.load(tmp_path / "artifact", dtype=torch.float32)
     config = irq_convert.IecLoraConfig(r=2, pool=pool, lora_dropout=0.1, task_type="CAUSAL_LM")
     adapted = irq_convert.attach(model, config).eval()
@@ -119,9 +118,9 @@ def test_folded_adapters_load_into_stock_models(name: str, pool: Any, tmp_path: 
             parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
     wanted = logits(adapted, kind)
     adapted.save_pretrained(str(tmp_path / "adapter"))
-    to = MergeOptions(to=Target.ADAPTER)
-    merge_adapter(tmp_path / "artifact", tmp_path / "adapter", tmp_path / "plain", to)
-    export_artifact(tmp_path / "artifact", tmp_path / "dense", ExportOptions("dense"))
+    to = MergeOptions(to=MergeTo.ADAPTER)
+    merge(tmp_path / "artifact", tmp_path / "adapter", tmp_path / "plain", to)
+    export(tmp_path / "artifact", tmp_path / "dense", ExportOptions("dense"))
     dense = getattr(transformers, kind.model).from_pretrained(tmp_path / "dense")
     stock = PeftModel.from_pretrained(dense, str(tmp_path / "plain")).eval()
     assert float((logits(stock, kind) - wanted).abs().max()) <= 5 * TOLERANCE

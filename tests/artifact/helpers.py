@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from irq_convert.checkpoint.files import sha256_file
 from irq_convert.checkpoint.header import read_header
-from irq_convert.convert.options import ConvertOptions
-from irq_convert.convert.run import quantize_checkpoint
+from irq_convert.jobs.quantize.options import QuantizeOptions
+from irq_convert.jobs.quantize.quantize import quantize
 
 HIDDEN, WIDE, VOCABULARY = 64, 172, 40
 LINEARS = {
@@ -23,7 +23,7 @@ LINEARS = {
     "mlp.up_proj": (WIDE, HIDDEN),
     "mlp.down_proj": (HIDDEN, WIDE),  # 172 is no multiple of a block, nor of 8 codes
 }
-OPTIONS = ConvertOptions(bits_for=(("down_proj", 3),), threads=1)
+OPTIONS = QuantizeOptions(bits_for=(("down_proj", 3),), threads=1)
 SHARD = "model.safetensors"
 Q0 = "model.layers.0.self_attn.q_proj.weight"
 DOWN0 = "model.layers.0.mlp.down_proj.weight"
@@ -63,8 +63,8 @@ def make_source(folder: Path, seed: int = 0, layers: int = 2) -> Path:
     return folder
 
 
-def make_artifact(source: Path, out: Path, options: ConvertOptions = OPTIONS) -> Path:
-    quantize_checkpoint(str(source), out, options)
+def make_artifact(source: Path, out: Path, options: QuantizeOptions = OPTIONS) -> Path:
+    quantize(str(source), out, options)
     return out
 
 

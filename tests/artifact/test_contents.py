@@ -17,11 +17,11 @@ from irq_convert.artifact.contents import open_artifact, read_quantized
 from irq_convert.artifact.structure import part_specs
 from irq_convert.artifact.values import check_values
 from irq_convert.checkpoint.reader import TileReader
-from irq_convert.convert.options import ConvertOptions
 from irq_convert.core.dequantize import dequantize_tensor
 from irq_convert.core.quantize import quantize_tensor
 from irq_convert.core.spec import QuantSpec
 from irq_convert.errors import IrqError, UsageError
+from irq_convert.jobs.quantize.options import QuantizeOptions
 
 from .helpers import (
     DOWN0,
@@ -90,7 +90,7 @@ def test_a_missing_manifest_is_none(artifact: Path) -> None:
 
 
 def test_shards_are_opened_through_their_index(source: Path, tmp_path: Path) -> None:
-    folder = make_artifact(source, tmp_path / "out", ConvertOptions(max_shard_bytes=8000))
+    folder = make_artifact(source, tmp_path / "out", QuantizeOptions(max_shard_bytes=8000))
     artifact = open_artifact(folder)
     assert len(artifact.checkpoint.shards) > 2
     assert len(artifact.quantized) == 2 * len(LINEARS)

@@ -19,11 +19,11 @@ from irq_convert.artifact.values import _code_bits, error_tolerance, measure
 from irq_convert.artifact.verify import VerifyReport, verify_artifact
 from irq_convert.checkpoint.reader import TileReader
 from irq_convert.checkpoint.source import open_checkpoint
-from irq_convert.convert.options import ConvertOptions
 from irq_convert.core.packing import pack_codes
 from irq_convert.core.quantized import QuantizedTensor
 from irq_convert.core.spec import QuantSpec
 from irq_convert.errors import IrqError, UsageError
+from irq_convert.jobs.quantize.options import QuantizeOptions
 
 from .helpers import (
     DOWN0,
@@ -67,13 +67,13 @@ def only(found: tuple[str, ...], *words: str) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        ConvertOptions(threads=1),
-        ConvertOptions(QuantSpec("int2", 16, "mse", 3), threads=1, max_shard_bytes=5000),
-        ConvertOptions(QuantSpec("nf3", 1024, "none"), threads=1, bits_for=(("q_proj", 4),)),
+        QuantizeOptions(threads=1),
+        QuantizeOptions(QuantSpec("int2", 16, "mse", 3), threads=1, max_shard_bytes=5000),
+        QuantizeOptions(QuantSpec("nf3", 1024, "none"), threads=1, bits_for=(("q_proj", 4),)),
     ],
     ids=["nf4", "int2-sharded", "nf3-mixed"],
 )
-def test_a_fresh_artifact_is_whole(tmp_path: Path, source: Path, options: ConvertOptions) -> None:
+def test_a_fresh_artifact_is_whole(tmp_path: Path, source: Path, options: QuantizeOptions) -> None:
     folder = make_artifact(source, tmp_path / "out", options)
     assert failures(folder) == ()
     assert failures(folder, source) == ()
@@ -215,7 +215,7 @@ def test_a_truncated_shard_is_named(artifact: Path, source: Path) -> None:
 
 
 def test_damaged_shards_of_many_are_told_apart(source: Path, tmp_path: Path) -> None:
-    options = ConvertOptions(threads=1, max_shard_bytes=8000)
+    options = QuantizeOptions(threads=1, max_shard_bytes=8000)
     folder = make_artifact(source, tmp_path / "out", options)
     shard = open_artifact(folder).checkpoint.tensors[f"{DOWN0}_tau"].shard.name
     flip(folder, f"{DOWN0}_tau", 3, 4, shard)
@@ -377,7 +377,7 @@ def test_groups_and_rows_are_counted_over_tiles(
     name = "model.layers.0.mlp.up_proj.weight"
     change_tensors(source, lambda t: t.update({name: torch.randn(2000, HIDDEN)}))
     monkeypatch.setattr("irq_convert.artifact.values.TILE_WEIGHTS", 1)
-    folder = make_artifact(source, tmp_path / "out", ConvertOptions(threads=1))
+    folder = make_artifact(source, tmp_path / "out", QuantizeOptions(threads=1))
     assert failures(folder, source) == ()
     broken = copy(folder, tmp_path / "broken")
     change_tensors(broken, set_grid(f"{name}_tau_grid", 6, 1, 0.25))
@@ -489,7 +489,7 @@ def test_nearly_exact_tensors_do_not_fail_by_rounding(tmp_path: Path, spec: Quan
     tensors = {f"layers.{i}.w.weight": t for i, t in enumerate(HARD.values())}
     save_file(tensors, source / SHARD, {"format": "pt"})
     (source / "config.json").write_text("{}")
-    folder = make_artifact(source, tmp_path / "out", ConvertOptions(spec, threads=1))
+    folder = make_artifact(source, tmp_path / "out", QuantizeOptions(spec, threads=1))
     assert failures(folder, source) == ()
 
 
@@ -506,7 +506,7 @@ def test_a_report_in_json_holds_every_failure() -> None:
 
 def test_the_index_is_checked(source: Path, tmp_path: Path) -> None:
     folder = make_artifact(
-        source, tmp_path / "out", ConvertOptions(threads=1, max_shard_bytes=8000)
+        source, tmp_path / "out", QuantizeOptions(threads=1, max_shard_bytes=8000)
     )
     index = folder / "model.safetensors.index.json"
     change_json(index, lambda raw: raw["weight_map"].update(x=raw["weight_map"][Q0]))

@@ -6,8 +6,8 @@ For every kind of block and every codebook it prints the share of blocks whose o
 brute force's, the share below grids of 201 and 2001 candidates (float64 arithmetic for all), by
 how many bits of entropy the sweep differs or falls short at most, and how many blocks have no
 float32 pair that reaches the optimum. Brute force and grids are compiled here, from their
-definitions, and checked against `irq_convert.core.oracle` on a sample in the same run. Exits with
-1 if any claim fails.
+definitions, and checked against `irq_convert.core.ideal.oracle` on a sample in the same run. Exits
+with 1 if any claim fails.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ import torch
 from numba import njit, prange
 
 from irq_convert.core.codebook import CODEBOOKS, Codebook
-from irq_convert.core.ideal import icq_search
-from irq_convert.core.oracle import RESOLUTION, breakpoint_search, grid_search, search_window
-from irq_convert.core.plan import INT_RADIUS, NF_RADIUS, entropy_shift, entropy_table
+from irq_convert.core.ideal.oracle import RESOLUTION, breakpoint_search, grid_search, search_window
+from irq_convert.core.ideal.search import icq_search
+from irq_convert.core.search_plan import INT_RADIUS, NF_RADIUS, entropy_shift, entropy_table
 from tests.core.blocks import kinds, make_blocks
 
 KINDS = ("gaussian", "student", "real", "repeated", "tails", "constant", "outlier")

@@ -202,8 +202,8 @@ def equality(device: torch.device, size: tuple[int, int]) -> Iterator[Row]:
 
 def conversion(folder: Path, device: str) -> Iterator[Row]:
     """A whole conversion against reading its files once, both with what the disk cache holds."""
-    from irq_convert.convert.options import ConvertOptions
-    from irq_convert.convert.run import quantize_checkpoint
+    from irq_convert.jobs.quantize.options import QuantizeOptions
+    from irq_convert.jobs.quantize.quantize import quantize
 
     files = sorted(folder.glob("*.safetensors"))
     size = sum(path.stat().st_size for path in files)
@@ -216,7 +216,7 @@ def conversion(folder: Path, device: str) -> Iterator[Row]:
     reading = time.perf_counter() - start
     with tempfile.TemporaryDirectory(dir=folder.parent) as out:
         target = Path(out) / "artifact"
-        report = quantize_checkpoint(str(folder), target, ConvertOptions(device=device))
+        report = quantize(str(folder), target, QuantizeOptions(device=device))
     for name, seconds in (("read the files", reading), ("convert", report.seconds)):
         yield name, f"{size / 1e9:.2f}", f"{seconds:.2f}", f"{size / seconds / 1e9:.2f}"
 

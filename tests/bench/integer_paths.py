@@ -24,12 +24,12 @@ from transformers.utils import logging
 from irq_convert.core.dequantize import dequantize_tensor
 from irq_convert.core.quantize import quantize_with_stats
 from irq_convert.core.spec import QuantSpec
-from irq_convert.demo import MODEL_DIR
-from irq_convert.demo.corpus import heldout
-from irq_convert.evaluate.load import load_causal_lm, load_tokenizer
-from irq_convert.evaluate.options import EvalOptions
-from irq_convert.evaluate.run import evaluate
-from irq_convert.evaluate.text import cut_windows, encode_stream, read_text, split_text
+from irq_convert.hf.causal_lm import load_causal_lm, load_tokenizer
+from irq_convert.jobs.common.text import cut_windows, encode_stream, read_text, split_text
+from irq_convert.jobs.demo import MODEL_DIR
+from irq_convert.jobs.demo.corpus import heldout
+from irq_convert.jobs.evaluate.options import EvalOptions
+from irq_convert.jobs.evaluate.windows import evaluate_windows
 
 SHARED = Path(__file__).parents[3] / "shared"
 BLOCK = 64
@@ -131,7 +131,7 @@ def measure(folder: Path, text: str, context: int, most: int) -> Iterator[Row]:
     windows = cut_windows(tokens, context)
     source, model = load_causal_lm(str(folder)), load_causal_lm(str(folder))
     options = EvalOptions(context=context)
-    base = evaluate(source, windows, options)
+    base = evaluate_windows(source, windows, options)
     print(f"\n{folder.name}: {base.tokens} tokens, dense perplexity {base.perplexity:.3f}")
     print(f"{'':5}{'':24}{'entropy':>9}{'error':>10}{'perplexity':>12}{'KL, nats':>19}{'top-1':>7}")
     layers = [
@@ -145,7 +145,7 @@ def measure(folder: Path, text: str, context: int, most: int) -> Iterator[Row]:
             for layer, weight in layers:
                 layer.weight.data, sums = search(weight, bits)
                 total += sums
-            found = evaluate(model, windows, options, reference=source)
+            found = evaluate_windows(model, windows, options, reference=source)
             assert found.kl is not None
             assert found.kl_se is not None
             assert found.top1 is not None

@@ -27,10 +27,10 @@ from typing import Any
 
 os.environ.setdefault("NUMBA_THREADING_LAYER", "workqueue")  # the threads that survive a fork
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from cli.process import listing
-from cli.sources import make_source
+from tests.cli.process import listing
+from tests.cli.sources import make_source
 
 LONGEST_CHAIN = 4
 STEPS = ("open", "replace", "rename", "fsync", "unlink", "mkdir", "rmdir", "write", "pwrite")
@@ -50,8 +50,8 @@ class Conversion:
     """
 
     def __init__(self, folder: Path, rows: int, shard_bytes: int, overwrite: bool = False) -> None:
-        from irq_convert.convert.options import ConvertOptions
         from irq_convert.core.spec import QuantSpec
+        from irq_convert.jobs.quantize.options import QuantizeOptions
 
         self.folder = folder
         self.source = make_source(folder / "source", rows=rows)
@@ -59,7 +59,7 @@ class Conversion:
         self.partial = self.out.with_name("out.partial")
         self.out.parent.mkdir(parents=True)
         spec = QuantSpec("nf4", 16, "mse")
-        self.options = ConvertOptions(
+        self.options = QuantizeOptions(
             spec, max_shard_bytes=shard_bytes, threads=1, overwrite=overwrite
         )
         self._convert(folder / "whole")  # here, so that children have all imports and kernels
@@ -69,9 +69,9 @@ class Conversion:
         self.shards = [name for name in self.whole if name.endswith(".safetensors")]
 
     def _convert(self, out: Path) -> None:
-        from irq_convert.convert.run import quantize_checkpoint
+        from irq_convert.jobs.quantize.quantize import quantize
 
-        quantize_checkpoint(str(self.source), out, self.options)
+        quantize(str(self.source), out, self.options)
 
     def _put_old(self) -> None:
         """Leave in the place of the output what a run is to find there."""

@@ -76,7 +76,7 @@ def compare(artifact: Path, file: Path, python: str, tokens: int) -> list[dict[s
     from transformers import AutoTokenizer
 
     import irq_convert
-    from irq_convert.export.gguf.samples import ODD, PLAIN
+    from irq_convert.jobs.export.gguf.tokenizer_samples import ODD, PLAIN
 
     model = irq_convert.load(artifact, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(artifact)

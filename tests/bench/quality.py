@@ -20,18 +20,18 @@ import torch
 from transformers.utils import logging
 
 from irq_convert.artifact.verify import verify_artifact
-from irq_convert.convert.options import ConvertOptions
-from irq_convert.convert.run import open_source, quantize_checkpoint
 from irq_convert.core.codebook import CODEBOOKS
 from irq_convert.core.spec import QuantSpec
-from irq_convert.evaluate.load import load_causal_lm, load_tokenizer
-from irq_convert.evaluate.options import EvalOptions
-from irq_convert.evaluate.run import evaluate
-from irq_convert.evaluate.text import cut_windows, encode_stream, read_text, split_text
+from irq_convert.hf.causal_lm import load_causal_lm, load_tokenizer
+from irq_convert.jobs.common.text import cut_windows, encode_stream, read_text, split_text
+from irq_convert.jobs.evaluate.options import EvalOptions
+from irq_convert.jobs.evaluate.windows import evaluate_windows
+from irq_convert.jobs.quantize.options import QuantizeOptions
+from irq_convert.jobs.quantize.quantize import open_source, quantize
 from irq_convert.nn.linear import IrqLinear
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "formats"))
-import numpy_reader
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from tests.formats import numpy_reader
 
 VARIANTS = [(objective, refine) for objective in ("none", "entropy", "mse") for refine in (0, 10)]
 LINE = "{:6} {:8} {:>6} {:>7} {:>8} {:>16} {:>17} {:>6}"
@@ -63,7 +63,7 @@ def main() -> None:
     windows = cut_windows(encode_stream(tokenizer, text, asked.max_tokens), asked.context)
     options = EvalOptions(context=asked.context)
     reference = load_causal_lm(asked.model)
-    base = evaluate(reference, windows, options)
+    base = evaluate_windows(reference, windows, options)
     print(f"{asked.model}: {base.tokens} tokens in {base.windows} windows of {asked.context}")
     print(f"dense: perplexity {base.perplexity:.3f} ± {base.perplexity_se:.3f}")
     titles = ("", "objective", "refine", "entropy", "error", "perplexity", "KL, nats", "top-1")
@@ -74,13 +74,13 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as scratch:
                 out = Path(scratch) / "out"
                 spec = QuantSpec(codebook, 64, objective, refine)
-                report = quantize_checkpoint(asked.model, out, ConvertOptions(spec))
+                report = quantize(asked.model, out, QuantizeOptions(spec))
                 assert not verify_artifact(out, against=open_source(asked.model)).failures
                 model = load_causal_lm(str(out))
                 check_dense(model, out)
                 ids = torch.tensor([windows[0][:8].tolist()])
                 assert model.generate(ids, max_new_tokens=8, do_sample=False).shape[1] > 8
-                found = evaluate(model, windows, options, reference=reference)
+                found = evaluate_windows(model, windows, options, reference=reference)
             rows.append({**found.to_dict(), "codebook": codebook, "objective": objective,
                          "refine": refine, "entropy": report.entropy,
                          "relative_error": report.relative_error})  # fmt: skip

@@ -55,8 +55,8 @@ class Row:
 
 def windows_of(options: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
     """Training and held-out windows, int64 `[n, context]`."""
-    from irq_convert.evaluate.load import load_tokenizer
-    from irq_convert.evaluate.text import cut_windows, encode_stream, read_text, split_text
+    from irq_convert.hf.causal_lm import load_tokenizer
+    from irq_convert.jobs.common.text import cut_windows, encode_stream, read_text, split_text
 
     tokenizer = load_tokenizer(options.model)
     parts = split_text(read_text(options.text), HELD_OUT)
@@ -100,16 +100,16 @@ def train(model: Any, windows: torch.Tensor, seed: int, options: argparse.Namesp
 
 def base_of(folder: Path, bits: int, objective: str, options: argparse.Namespace) -> Path | str:
     """The artifact at `bits` with `objective`, made on first use; 16 bits is the source itself."""
-    from irq_convert.convert.options import ConvertOptions
-    from irq_convert.convert.run import quantize_checkpoint
     from irq_convert.core.spec import QuantSpec
+    from irq_convert.jobs.quantize.options import QuantizeOptions
+    from irq_convert.jobs.quantize.quantize import quantize
 
     if bits == 16:
         return options.model
     out = folder / f"{options.codebook}{bits}-{objective}"
     if not out.exists():
         spec = QuantSpec(f"{options.codebook}{bits}", 32 if options.small_blocks else 64, objective)
-        quantize_checkpoint(options.model, out, ConvertOptions(spec))
+        quantize(options.model, out, QuantizeOptions(spec))
     return out
 
 
@@ -124,7 +124,7 @@ def run(
 ) -> Row:
     """Quantize, attach, train, measure; `known` are losses before training, by base."""
     import irq_convert
-    from irq_convert.evaluate.load import load_causal_lm
+    from irq_convert.hf.causal_lm import load_causal_lm
 
     objective, connection, pool = VARIANTS[variant]
     begun = time.perf_counter()

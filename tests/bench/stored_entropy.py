@@ -25,10 +25,10 @@ from torch.nn import functional
 
 from irq_convert.core.blocks import GROUP_SIZE
 from irq_convert.core.codebook import CODEBOOKS, Codebook
-from irq_convert.core.ideal import icq_search
+from irq_convert.core.ideal.search import icq_search
 from irq_convert.core.quantize import quantize_with_stats
+from irq_convert.core.scales import expand_statistic
 from irq_convert.core.spec import QuantSpec
-from irq_convert.core.statistics import expand_statistic
 from tests.core.blocks import real_matrices
 
 SIZE = 64

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
 
-from irq_convert.cli.quiet import quiet_libraries
+from irq_convert.cli.console import quiet_libraries
 from irq_convert.core.codebook import CODEBOOKS
 
 RECIPE: dict[str, Any] = {
@@ -40,28 +40,28 @@ def same_bytes(before: Path, after: Path) -> bool:
 
 def measure(folder: Path, codebook: str) -> list[str]:
     """One row of the table."""
-    from irq_convert.convert.options import ConvertOptions
-    from irq_convert.convert.run import quantize_checkpoint
     from irq_convert.core.spec import QuantSpec
-    from irq_convert.demo import MODEL_DIR
-    from irq_convert.demo.corpus import HELDOUT_SEED, corpus
-    from irq_convert.finetune.job import finetune
-    from irq_convert.finetune.options import FinetuneOptions, Lora
-    from irq_convert.merge.options import Dtype, MergeOptions, Target, Tau
-    from irq_convert.merge.run import merge_adapter
+    from irq_convert.jobs.demo import MODEL_DIR
+    from irq_convert.jobs.demo.corpus import HELDOUT_SEED, corpus
+    from irq_convert.jobs.finetune.finetune import finetune
+    from irq_convert.jobs.finetune.options import FinetuneOptions, Lora
+    from irq_convert.jobs.merge.merge import merge
+    from irq_convert.jobs.merge.options import Dtype, MergeOptions, MergeTo, TauDtype
+    from irq_convert.jobs.quantize.options import QuantizeOptions
+    from irq_convert.jobs.quantize.quantize import quantize
 
     base, adapter, data = folder / codebook, folder / f"{codebook}-adapter", folder / "text.txt"
     data.write_text(corpus(HELDOUT_SEED + 1, 60), encoding="utf-8")
-    quantize_checkpoint(str(MODEL_DIR), base, ConvertOptions(QuantSpec(codebook)))
+    quantize(str(MODEL_DIR), base, QuantizeOptions(QuantSpec(codebook)))
     finetune(base, data, adapter, FinetuneOptions(lora=Lora.BLOCK, **RECIPE))
     row, same = [codebook], True
-    for tau in Tau:
+    for tau in TauDtype:
         out = folder / f"{codebook}-{tau.value}"
-        report = merge_adapter(base, adapter, out, MergeOptions(to=Target.IRQ, tau=tau))
+        report = merge(base, adapter, out, MergeOptions(to=MergeTo.IRQ, tau=tau))
         row.append(f"{report.logits.difference:.1e} ({report.bits_per_weight:.2f})")
         same &= same_bytes(base, out)
-    options = MergeOptions(to=Target.DENSE, dtype=Dtype.FLOAT32)
-    dense = merge_adapter(base, adapter, folder / f"{codebook}-dense", options)
+    options = MergeOptions(to=MergeTo.DENSE, dtype=Dtype.FLOAT32)
+    dense = merge(base, adapter, folder / f"{codebook}-dense", options)
     return [*row, f"{dense.logits.difference:.1e}", f"{dense.logits.effect:.2f}", str(same)]
 
 

@@ -1,16 +1,14 @@
 """The Hub of the tests with one model, `org/model`, a folder, and models that it refuses."""
 
 import re
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from hub.server import Hub as FakeHub
-from hub.server import serve as serve_world
-from hub.state import FIRST as COMMIT
-from hub.state import FolderRepo, World
+from tests.jobs.push.server import Hub as FakeHub
+from tests.jobs.push.server import serve as serve_world
+from tests.jobs.push.state import FIRST as COMMIT
+from tests.jobs.push.state import FolderRepo, World
 
 __all__ = ["COMMIT", "ERRORS", "FakeHub", "serve"]
 

@@ -266,7 +266,8 @@ def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
 
 WRITER = """
 import sys, time, pathlib
-from irq_convert.checkpoint import disk, writer
+from irq_convert.checkpoint import disk
+from irq_convert.checkpoint import writer
 out = pathlib.Path(sys.argv[1])
 if sys.argv[2] == "swap":  # stop between moving the old folder aside and moving the new one in
     rename = pathlib.Path.rename

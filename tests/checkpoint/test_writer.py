@@ -351,7 +351,8 @@ def test_folder_without_permission_is_one_line() -> None:
 
 SLOW_WRITER = """
 import sys, time, pathlib
-from irq_convert.checkpoint.writer import ShardWriter, TensorSpec
+from irq_convert.checkpoint.writer import ShardWriter
+from irq_convert.checkpoint.writer import TensorSpec
 with ShardWriter(pathlib.Path(sys.argv[1]), [TensorSpec("a", "U8", (1 << 20,))]) as writer:
     for at in range(0, 1 << 20, 4096):
         writer.write("a", bytes(4096), at)

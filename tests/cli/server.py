@@ -18,12 +18,10 @@ import torch
 from transformers import LlamaForCausalLM  # noqa: F401 - imported when it is first named
 from typer.testing import CliRunner
 
-import irq_convert.finetune.run
-import irq_convert.merge.run  # noqa: F401 - for the commands that import them
+import irq_convert.jobs.finetune.training_run
+import irq_convert.jobs.merge.merge  # noqa: F401 - for the commands that import them
 from irq_convert.cli.main import app, main
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from cli.sources import make_source
+from tests.cli.sources import make_source
 
 NOBODY = 65534
 

@@ -85,9 +85,9 @@ def test_nothing_is_drawn_where_there_is_no_terminal(tmp_path: Path) -> None:
 
 def test_it_begins_at_what_is_done() -> None:
     """And what was done before counts neither for the speed nor for the time left."""
-    from irq_convert.cli.bar import ConversionBar
+    from irq_convert.cli.bar import ProgressBar
 
-    with ConversionBar() as bar:
+    with ProgressBar() as bar:
         task = bar._bar.tasks[0]
         bar.phase("quantizing", 8, 1000)
         bar.resumed(3, 400)
@@ -104,9 +104,9 @@ def test_the_widest_line_fits() -> None:
 
     from rich.console import Console
 
-    from irq_convert.cli.bar import ConversionBar
+    from irq_convert.cli.bar import ProgressBar
 
-    bar = ConversionBar()
+    bar = ProgressBar()
     console = Console(file=io.StringIO(), width=COLUMNS, force_terminal=True)
     task = bar._bar.tasks[0]
     bar._bar.update(

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from export.compare import decoded
-from export.make import DEMO, put_on_grid, quantized, save_model
-from merge.make import write_adapter
+
+from tests.jobs.export.compare import decoded
+from tests.jobs.export.make import DEMO, put_on_grid, quantized, save_model
+from tests.jobs.merge.make import write_adapter
 
 from .process import Commands, fresh, listing, nothing_left
 

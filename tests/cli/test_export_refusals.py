@@ -10,7 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from export.make import quantized, save_model
+
+from tests.jobs.export.make import quantized, save_model
 
 from .process import Commands, assert_fails, listing, nothing_left
 from .sources import change_json

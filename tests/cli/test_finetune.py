@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.finetune.base import make_artifact, write_tales
+from tests.jobs.finetune.base import make_artifact, write_tales
 
 from .process import Commands, assert_fails, fresh, listing, nothing_left
 from .stopping import stop_at

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from tests.finetune.base import make_artifact
 from tests.hf.artifact import tiny_llama, write_artifact
+from tests.jobs.finetune.base import make_artifact
 
 from .process import Commands, assert_fails, nothing_left
 

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from checkpoint.hub_server import COMMIT, FakeHub, serve
+from tests.checkpoint.hub_server import COMMIT, FakeHub, serve
 
 from .process import ENVIRONMENT, Result, assert_fails, fresh, listing, nothing_left
 from .sources import make_source

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from merge.make import make_artifact, write_adapter
+
+from tests.jobs.merge.make import make_artifact, write_adapter
 
 from .process import Commands, fresh, listing, nothing_left
 

@@ -8,10 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
-from merge.make import make_artifact, write_adapter
 
 from irq_convert.artifact.verify import verify_artifact
 from irq_convert.checkpoint.disk import output_folder
+from tests.jobs.merge.make import make_artifact, write_adapter
 
 from .process import Commands, assert_fails, listing, nothing_left
 from .stopping import await_moment, stop_at

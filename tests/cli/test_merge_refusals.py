@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from merge.make import (
+
+from tests.jobs.merge.make import (
     DOWN0,
     PREFIX,
     Q0,
@@ -34,15 +35,14 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from convert.models import LLAMA, llama_tensors, write_source
-
-    from irq_convert.convert.options import ConvertOptions
-    from irq_convert.convert.run import quantize_checkpoint
+    from irq_convert.jobs.quantize.options import QuantizeOptions
+    from irq_convert.jobs.quantize.quantize import quantize
+    from tests.jobs.quantize.models import LLAMA, llama_tensors, write_source
 
     root = tmp_path_factory.mktemp("tied")
     tensors = {n: t for n, t in llama_tensors().items() if n != "lm_head.weight"}
     source = write_source(root / "source", tensors, LLAMA | {"tie_word_embeddings": True})
-    quantize_checkpoint(str(source), root / "tied-irq", ConvertOptions(threads=1))
+    quantize(str(source), root / "tied-irq", QuantizeOptions(threads=1))
     return root / "tied-irq"
 
 

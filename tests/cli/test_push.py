@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from hub.server import Hub, serve
-from hub.state import World
+from tests.jobs.push.server import Hub, serve
+from tests.jobs.push.state import World
 
 from .process import Result, assert_fails, fresh, listing
 from .sources import make_source

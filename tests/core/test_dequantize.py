@@ -20,8 +20,8 @@ from numba.core import codegen
 
 from irq_convert.core.codebook import CODEBOOKS
 from irq_convert.core.dequantize import dequantize_rows, dequantize_tensor
+from irq_convert.core.scales import expand_statistic
 from irq_convert.core.spec import BLOCK_SIZES
-from irq_convert.core.statistics import expand_statistic
 from irq_convert.errors import IrqError, UsageError
 
 from .oracle import random_sample, round_to_bfloat16
@@ -138,7 +138,7 @@ MACHINE = """
 import sys
 import numpy as np, torch
 sys.path.insert(0, sys.argv[1])
-from core.oracle import random_sample
+from tests.core.oracle import random_sample
 from irq_convert.core.dequantize import dequantize_tensor
 from irq_convert.core.kernels.lookup import LANES
 assert str(LANES) == sys.argv[2], LANES

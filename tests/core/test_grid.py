@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from irq_convert.core.kernels.grid import fit_grid as kernel_fit
-from irq_convert.core.reference_grid import fit_grid
+from irq_convert.core.portable.grid import fit_grid
 
 floats = st.floats(-(2.0**100), 2.0**100, width=32).filter(lambda x: x == 0 or abs(x) > 1e-30)
 

@@ -14,9 +14,9 @@ from irq_convert.core.blocks import BlockShape
 from irq_convert.core.codebook import CODEBOOKS, get_codebook
 from irq_convert.core.dequantize import dequantize_tensor
 from irq_convert.core.packing import unpack_codes
-from irq_convert.core.plan import NF_RADIUS, entropy_table
 from irq_convert.core.quantize import quantize_tensor, quantize_with_stats
 from irq_convert.core.quantized import QuantizedTensor
+from irq_convert.core.search_plan import NF_RADIUS, entropy_table
 from irq_convert.core.spec import QuantSpec
 from irq_convert.errors import IrqError, UsageError
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from irq_convert.core.blocks import GROUP_SIZE
-from irq_convert.core.statistics import encode_statistic, expand_statistic
+from irq_convert.core.scales import encode_statistic, expand_statistic
 from irq_convert.errors import IrqError
 
 shapes = st.tuples(st.integers(1, 60), st.integers(1, 20))

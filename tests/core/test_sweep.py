@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from irq_convert.core.codebook import CODEBOOKS, Codebook
-from irq_convert.core.ideal import icq_search
-from irq_convert.core.oracle import breakpoint_search, grid_search, max_entropy, search_window
-from irq_convert.core.plan import SHRINKS, entropy_table
+from irq_convert.core.ideal.oracle import breakpoint_search, grid_search, max_entropy, search_window
+from irq_convert.core.ideal.search import icq_search
+from irq_convert.core.search_plan import SHRINKS, entropy_table
 from irq_convert.errors import IrqError, UsageError
 
 from .blocks import kinds, make_blocks

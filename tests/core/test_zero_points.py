@@ -13,16 +13,16 @@ from safetensors.torch import save_file
 
 from irq_convert.artifact.contents import open_artifact
 from irq_convert.artifact.verify import verify_artifact
-from irq_convert.convert.options import ConvertOptions
-from irq_convert.convert.run import open_source, quantize_checkpoint
 from irq_convert.core.blocks import BlockShape
 from irq_convert.core.dequantize import dequantize_tensor
-from irq_convert.core.plan import ZERO_POINT_SCALES
 from irq_convert.core.quantize import quantize_tensor, quantize_with_stats
 from irq_convert.core.quantized import QuantizedTensor
+from irq_convert.core.scales import expand_statistic
+from irq_convert.core.search_plan import ZERO_POINT_SCALES
 from irq_convert.core.spec import QuantSpec
-from irq_convert.core.statistics import expand_statistic
 from irq_convert.errors import UsageError
+from irq_convert.jobs.quantize.options import QuantizeOptions
+from irq_convert.jobs.quantize.quantize import open_source, quantize
 
 from .test_quantize import KINDS, make, same_bytes
 
@@ -179,7 +179,7 @@ def test_the_whole_way(tmp_path: Path) -> None:
     save_file({"layers.0.up.weight": weight}, source / "model.safetensors", {"format": "pt"})
     (source / "config.json").write_text('{"architectures": ["Unknown"]}')
     spec = QuantSpec("int4", 32, "entropy", 0, "integer")
-    quantize_checkpoint(str(source), out, ConvertOptions(spec, tile_weights=1))
+    quantize(str(source), out, QuantizeOptions(spec, tile_weights=1))
     assert not verify_artifact(out, against=open_source(str(source))).failures
     (stored,) = open_artifact(out).quantized
     assert stored.format.tau_dtype == "float32"

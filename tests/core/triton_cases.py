@@ -26,8 +26,8 @@ from irq_convert.core.codebook import CODEBOOKS
 from irq_convert.core.dequantize import dequantize_rows, dequantize_tensor
 from irq_convert.core.quantize import quantize_tensor, quantize_with_stats
 from irq_convert.core.quantized import QuantizedTensor
+from irq_convert.core.scales import expand_statistic
 from irq_convert.core.spec import BLOCK_SIZES, QuantSpec
-from irq_convert.core.statistics import expand_statistic
 from irq_convert.core.triton import dequantize as kernels
 from irq_convert.core.triton import quantize as driver
 from irq_convert.core.triton.arithmetic import round_down, round_even, round_up

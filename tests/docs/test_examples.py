@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from irq_convert.cli.main import app
-from irq_convert.evaluate.adapter import check_adapter
-from tests.finetune.base import make_artifact, write_tales
+from irq_convert.jobs.evaluate.adapter import check_adapter
+from tests.jobs.finetune.base import make_artifact, write_tales
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 EXAMPLES = DOCS / "examples"

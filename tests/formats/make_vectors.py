@@ -52,7 +52,7 @@ def quantize_source(codebook: str, source: dict[str, torch.Tensor]) -> dict[str,
 
 def with_plain_statistics(tensor: QuantizedTensor, dtype: torch.dtype) -> QuantizedTensor:
     """The same tensor with statistics stored as they are, rounded to `dtype`."""
-    from irq_convert.core.statistics import expand_statistic
+    from irq_convert.core.scales import expand_statistic
 
     groups = tensor.scale, tensor.scale_grid
     scale = expand_statistic(*groups).to(dtype)

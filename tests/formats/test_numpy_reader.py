@@ -21,13 +21,20 @@ from typing import Any
 
 import jsonschema
 import numpy as np
-import numpy_reader
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from numpy_reader import FormatError, check_config, read_artifact, read_config, verify_files
 from safetensors.numpy import load_file, save_file
+
+from tests.formats import numpy_reader
+from tests.formats.numpy_reader import (
+    FormatError,
+    check_config,
+    read_artifact,
+    read_config,
+    verify_files,
+)
 
 FORMATS = Path(__file__).resolve().parents[2] / "formats"
 VECTORS = FORMATS / "vectors"

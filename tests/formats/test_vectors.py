@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import make_vectors
 import torch
 from safetensors.torch import load_file
 
 from irq_convert.artifact.contents import open_artifact, read_quantized
 from irq_convert.checkpoint.reader import TileReader
 from irq_convert.core.dequantize import dequantize_tensor
+from tests.formats import make_vectors
 
 
 def test_the_writer_makes_the_golden_vectors(tmp_path: Path) -> None:

@@ -205,7 +205,7 @@ def test_deepcopy(tmp_path: Path) -> None:
 def test_float_statistics(tmp_path: Path) -> None:
     """Artifacts of other writers: statistics as they are, in either dtype."""
     dense = write_artifact(tmp_path, tiny_llama())
-    from irq_convert.core.statistics import expand_statistic
+    from irq_convert.core.scales import expand_statistic
 
     def widen(tensors: dict[str, torch.Tensor]) -> None:
         for name in [n for n in tensors if n.endswith("_grid")]:

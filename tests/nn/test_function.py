@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from core.oracle import random_sample
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -14,6 +13,7 @@ from irq_convert.core.quantized import QuantizedTensor
 from irq_convert.nn import function
 from irq_convert.nn.function import packed_linear
 from irq_convert.nn.linear import IrqLinear
+from tests.core.oracle import random_sample
 
 
 def two_layers() -> nn.Sequential:

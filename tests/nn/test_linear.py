@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from core.oracle import Sample, random_sample
 from torch import nn
 from torch.nn import functional
 
 from irq_convert.artifact.config import ModuleFormat
 from irq_convert.errors import IrqError, UsageError
 from irq_convert.nn.linear import PARTS, IrqLinear
+from tests.core.oracle import Sample, random_sample
 
 
 def make(

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from irq_convert.core.codebook import MOST_LEVELS
 from irq_convert.core.kernels.jit import entry_point, kernel
 from irq_convert.core.kernels.lookup import (
     LANES,
@@ -21,11 +22,10 @@ from irq_convert.core.kernels.lookup import (
     look_up_4,
     patterns,
 )
-from irq_convert.core.kernels.simd import fadd, fmul, load16, splat16, store
+from irq_convert.core.kernels.simd import fadd, fmul, load_levels, splat_levels, store
 
 F32 = np.float32
 GROUP_SHIFT = 8  # log2 of blocks.GROUP_SIZE
-TABLE = 16
 # Indices are unsigned: numba would check signed ones for being negative.
 U = np.uint64
 U1, U3, U4, U7, U8, U16 = U(1), U(3), U(4), U(7), U(8), U(16)
@@ -73,9 +73,10 @@ def _make(digest: str) -> Callable[..., None]:
     """`dequantize_rows(...)`, which writes rows `begin .. end` to `out[begin - first:]`.
 
     `packed` uint8 `[rows, row_bytes]`; `scale` and `tau` uint8 or float32 `[rows, blocks]`, with
-    grids float32 `[groups, 2]`, or `[0, 2]` where there is none; `levels` float32 `[16]`, the
-    codebook repeated; `out` the bits of float32 (uint32) or bfloat16 (uint16) `[.., cols]`. That it
-    mentions `digest` makes its cache on disk follow the source of every kernel.
+    grids float32 `[groups, 2]`, or `[0, 2]` where there is none; `levels` float32
+    `[MOST_LEVELS]`, the codebook repeated; `out` the bits of float32 (uint32) or bfloat16 (uint16)
+    `[.., cols]`. That it mentions `digest` makes its cache on disk follow the source of every
+    kernel.
     """
 
     def dequantize_rows(
@@ -83,15 +84,15 @@ def _make(digest: str) -> Callable[..., None]:
     ):  # fmt: skip
         assert digest
         blocks, cols, narrow = scale.shape[1], out.shape[1], out.itemsize == 2
-        level = load16(levels, 0)
-        table = np.empty(TABLE, np.uint32)
+        level = load_levels(levels, 0)
+        table = np.empty(MOST_LEVELS, np.uint32)
         for row in range(begin, end):
             source, target = packed[row], out[row - first]
             for block in range(blocks):
                 number = row * blocks + block
                 s = _statistic(scale, scale_grid, row, block, number)
                 t = _statistic(tau, tau_grid, row, block, number)
-                weights = fadd(fmul(level, splat16(s)), splat16(t))
+                weights = fadd(fmul(level, splat_levels(s)), splat_levels(t))
                 values = bfloat16_patterns(weights) if narrow else patterns(weights)
                 start = block * block_size
                 n = min(block_size, cols - start)

@@ -9,6 +9,8 @@ from typing import Any
 
 from numba import njit
 
+from irq_convert.core.codebook import MOST_LEVELS
+
 # No fastmath anywhere: LLVM may neither reassociate nor fuse, so every machine gives the same bits.
 _OPTIONS: dict[str, Any] = {"error_model": "numpy", "nogil": True, "forceinline": True}
 
@@ -20,7 +22,8 @@ allocator: Callable[..., Any] = _njit(**_OPTIONS)
 
 
 def _source_digest() -> str:
-    digest = hashlib.sha256()
+    # With the one number from outside this folder that kernels are compiled with.
+    digest = hashlib.sha256(str(MOST_LEVELS).encode())
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()

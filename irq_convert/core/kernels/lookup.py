@@ -20,7 +20,6 @@ from numba.extending import intrinsic
 
 _I16, _I32 = ir.IntType(16), ir.IntType(32)
 _I32X8, _I32X16 = ir.VectorType(_I32, 8), ir.VectorType(_I32, 16)
-LOOKED_UP = 16
 
 
 def _lanes() -> int:

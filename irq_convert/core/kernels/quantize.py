@@ -1,7 +1,7 @@
 """Quantize a tile on the CPU: sort, fit the second level, search, emit codes, group by group.
 
 Groups run in parallel and nothing crosses a group, so neither threads nor the cutting into tiles
-can change a byte. `irq_convert.core.reference` computes the same in torch.
+can change a byte. `irq_convert.core.portable.quantize` computes the same in torch.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from irq_convert.core.codebook import MOST_LEVELS
 from irq_convert.core.kernels.jit import kernel
 from irq_convert.core.kernels.simd import (
     count,
@@ -21,18 +22,21 @@ from irq_convert.core.kernels.simd import (
     fmul,
     gather,
     iadd,
-    iload16,
+    iload_levels,
     imul,
     isplat16,
     isplat64,
+    isplat_levels,
     isub,
     lane_sum,
     load16,
     load64,
+    load_levels,
     lsplat16,
     round_to_int,
     splat16,
     splat64,
+    splat_levels,
     store,
     widen_mul,
 )
@@ -43,14 +47,14 @@ ZERO = np.int32(0)
 
 @kernel
 def bin_edges(keys, n, n_mids, mids, tau, scale, edges):
-    """`edges[k]`, int32 `[17]`: the first sorted key of bin k; `n` behind the last bin."""
-    edge = fadd(splat16(tau), fmul(load16(mids, 0), splat16(scale)))
-    total = isplat16(ZERO)
+    """`edges[k]`, int32 `[MOST_LEVELS + 1]`: the first sorted key of bin k; `n` behind the last."""
+    edge = fadd(splat_levels(tau), fmul(load_levels(mids, 0), splat_levels(scale)))
+    total = isplat_levels(ZERO)
     for i in range(n):
-        total = count(total, fless(splat16(keys[i]), edge))
+        total = count(total, fless(splat_levels(keys[i]), edge))
     store(edges, 1, total)
     edges[0] = 0
-    for k in range(n_mids, 16):
+    for k in range(n_mids, MOST_LEVELS):
         edges[k + 1] = n
 
 
@@ -67,9 +71,9 @@ def table_sum(edges, n_levels, table):
 def pair_error(keys, n, n_mids, mids, levels, tau, scale, fixed, prefix, edges):
     """`score_error` of one pair; lanes are levels. Leaves `bin_edges` in `edges`."""
     bin_edges(keys, n, n_mids, mids, tau, scale, edges)
-    before, below = iload16(edges, 0), iload16(edges, 1)
-    value = fadd(fmul(load16(levels, 0), splat16(scale)), splat16(tau))
-    value = round_to_int(fmul(value, splat16(fixed)))
+    before, below = iload_levels(edges, 0), iload_levels(edges, 1)
+    value = fadd(fmul(load_levels(levels, 0), splat_levels(scale)), splat_levels(tau))
+    value = round_to_int(fmul(value, splat_levels(fixed)))
     twice = isub(gather(prefix, below), gather(prefix, before))
     pull = isub(imul(isub(below, before), value), iadd(twice, twice))
     return lane_sum(widen_mul(value, pull))
@@ -78,15 +82,15 @@ def pair_error(keys, n, n_mids, mids, levels, tau, scale, fixed, prefix, edges):
 @kernel
 def _spans(keys, n, mids, tau, scale, first, last, slack, low, high):
     """Keys `low[k]:high[k]` are those that boundary k may cross between two candidates."""
-    mid = load16(mids, 0)
-    start = fadd(splat16(tau[first]), fmul(mid, splat16(scale[first])))
-    end = fadd(splat16(tau[last]), fmul(mid, splat16(scale[last])))
-    floor = fadd(fmin(start, end), splat16(-slack))
-    ceil = fadd(fmax(start, end), splat16(slack))
-    below = isplat16(ZERO)
-    reach = isplat16(ZERO)
+    mid = load_levels(mids, 0)
+    start = fadd(splat_levels(tau[first]), fmul(mid, splat_levels(scale[first])))
+    end = fadd(splat_levels(tau[last]), fmul(mid, splat_levels(scale[last])))
+    floor = fadd(fmin(start, end), splat_levels(-slack))
+    ceil = fadd(fmax(start, end), splat_levels(slack))
+    below = isplat_levels(ZERO)
+    reach = isplat_levels(ZERO)
     for i in range(n):
-        key = splat16(keys[i])
+        key = splat_levels(keys[i])
         below = count(below, fless(key, floor))
         reach = count(reach, fless(key, ceil))
     store(low, 0, below)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from irq_convert.core.codebook import MOST_LEVELS
 from irq_convert.core.kernels.candidates import ROOM, pad, range_path, shift_path, single
 from irq_convert.core.kernels.grid import F32
 from irq_convert.core.kernels.group import INTEGER, JOINT, PLAIN, RANGE
@@ -22,14 +23,15 @@ from irq_convert.core.kernels.zero import solve_scale, zero_path, zero_single
 
 ENTROPY, ERROR = 0, 1
 LEVEL_BITS = 20
+EDGES = MOST_LEVELS + 1
 
 
 class Tables(NamedTuple):
-    """Constants of a codebook and block size; `mids` and `levels` are padded to 16 lanes."""
+    """Constants of a codebook and block size; `mids` and `levels` are padded to whole vectors."""
 
-    mids: np.ndarray  # float32 [16]
-    levels: np.ndarray  # float32 [16]
-    level_fixed: np.ndarray  # int64 [16], levels times 2**LEVEL_BITS
+    mids: np.ndarray  # float32 [MOST_LEVELS]
+    levels: np.ndarray  # float32 [MOST_LEVELS]
+    level_fixed: np.ndarray  # int64 [MOST_LEVELS], levels times 2**LEVEL_BITS
     entropy: np.ndarray  # int32 [block_size + 1], fixed-point c * log2(c)
     pairs: np.ndarray  # int32 [block_size + 1, block_size + 1], sums of two entries
     network: np.ndarray  # int64 [comparators, 2]
@@ -38,7 +40,7 @@ class Tables(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """The search in the kernel's terms; made by `irq_convert.core.plan`."""
+    """The search in the kernel's terms; made by `irq_convert.core.search_plan`."""
 
     path: int
     objective: int
@@ -68,10 +70,10 @@ class Scratch(NamedTuple):
     tie: np.ndarray  # int32 [ROOM]
     tie_tau: np.ndarray  # float32 [ROOM]
     tie_scale: np.ndarray
-    low: np.ndarray  # int32 [16]
+    low: np.ndarray  # int32 [MOST_LEVELS]
     high: np.ndarray
-    edges: np.ndarray  # int32 [17]
-    fixed_edges: np.ndarray  # int32 [17], of the codes that a round of refining starts from
+    edges: np.ndarray  # int32 [EDGES]
+    fixed_edges: np.ndarray  # int32 [EDGES], of the codes that a round of refining starts from
     prefix: np.ndarray  # int32 [block_size + 1]
     squares: np.ndarray  # int64 [1]
     codes: np.ndarray  # uint8 [block_size]
@@ -98,10 +100,10 @@ def make_scratch(block_size):
         np.empty(ROOM, np.int32),
         np.empty(ROOM, np.float32),
         np.empty(ROOM, np.float32),
-        np.empty(16, np.int32),
-        np.empty(16, np.int32),
-        np.empty(17, np.int32),
-        np.empty(17, np.int32),
+        np.empty(MOST_LEVELS, np.int32),
+        np.empty(MOST_LEVELS, np.int32),
+        np.empty(EDGES, np.int32),
+        np.empty(EDGES, np.int32),
         np.empty(block_size + 1, np.int32),
         np.empty(1, np.int64),
         np.empty(block_size, np.uint8),
@@ -260,7 +262,7 @@ def _refine_zero_points(keys, n, plan, tables, work, factor, error):
     """`refine` with integer zero points: each neighbour has its own least-squares scale."""
     for _ in range(plan.rounds):
         bin_edges(keys, n, tables.n_levels - 1, tables.mids, work.best[0], work.best[1], work.edges)
-        for k in range(17):
+        for k in range(EDGES):
             work.fixed_edges[k] = work.edges[k]
         around, before = work.best_code[0], error
         for i in range(3):

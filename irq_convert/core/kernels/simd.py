@@ -17,6 +17,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
 
+from irq_convert.core.codebook import MOST_LEVELS
+
 _LLVM = {"f32": ir.FloatType(), "i32": ir.IntType(32), "i64": ir.IntType(64), "i1": ir.IntType(1)}
 _I32 = ir.IntType(32)
 _I64 = ir.IntType(64)
@@ -95,7 +97,12 @@ isplat16 = _make_splat("i32", types.int32, 16)
 lsplat16 = _make_splat("i64", types.int64, 16)
 load64 = _make_load("f32", 64)
 load16 = _make_load("f32", 16)
-iload16 = _make_load("i32", 16)
+
+# Where lanes are not candidates or blocks but the levels of a codebook, or the bounds between them.
+splat_levels = _make_splat("f32", types.float32, MOST_LEVELS)
+isplat_levels = _make_splat("i32", types.int32, MOST_LEVELS)
+load_levels = _make_load("f32", MOST_LEVELS)
+iload_levels = _make_load("i32", MOST_LEVELS)
 
 fadd = _make_binary(lambda b, x, y: b.fadd(x, y))
 fmul = _make_binary(lambda b, x, y: b.fmul(x, y))

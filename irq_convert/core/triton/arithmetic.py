@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from irq_convert.core import codebook as _codebook
 from irq_convert.core.blocks import GROUP_SIZE
 from irq_convert.core.kernels import group as _group
 from irq_convert.core.kernels import search as _search
@@ -26,6 +27,8 @@ LO, HI, CENTER, HALF, NEUTRAL, WIDEST, RADIUS, FACTOR = (tl.constexpr(i) for i i
 """Rows of a profile, float32 `[8, blocks]`: `kernels.group.profile` and the fixed-point factor."""
 PROFILE_ROWS = 8
 GROUP = tl.constexpr(GROUP_SIZE)
+MOST_BITS = tl.constexpr(_codebook.MOST_BITS)
+"""Bits of the widest code, so bytes of eight of them: one int32 holds those."""
 GRID_COLUMNS = tl.constexpr(6)
 """Columns of the grids, float32 `[groups, 6]`: step, offset, 1 / step of tau, then of scale."""
 

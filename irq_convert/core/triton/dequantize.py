@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 
 from irq_convert.core.codebook import get_codebook
-from irq_convert.core.statistics import check_statistic
-from irq_convert.core.triton.arithmetic import GROUP, LAUNCH
+from irq_convert.core.scales import check_statistic
+from irq_convert.core.triton.arithmetic import GROUP, LAUNCH, MOST_BITS
 from irq_convert.core.triton.quantize import OCTETS, constants, on_device, spread, together
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def dequantize(
     octet = o - inner * octets_per_row
     real = inner < rows
     row = (first_row + inner).to(tl.int64)
-    byte = tl.arange(0, 4)[None, :]
+    byte = tl.arange(0, MOST_BITS)[None, :]
     at = octet[:, None] * BITS + byte
     mask = real[:, None] & (byte < BITS) & (at < row_bytes)
     parts = tl.load(codes + (row * codes_stride)[:, None] + at, mask=mask, other=0).to(tl.int32)

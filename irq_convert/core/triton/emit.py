@@ -6,6 +6,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from irq_convert.core.triton.arithmetic import MOST_BITS
+
 
 @triton.jit(do_not_specialize=["per_row", "octets_per_row", "octets"])
 def emit(
@@ -34,7 +36,7 @@ def emit(
         code += (x >= t + tl.load(mids + k) * s).to(tl.int32)
     code = tl.where(inside, code, 0)
     word = tl.sum(code << (j * BITS), 1)
-    byte = tl.arange(0, 4)[None, :]
+    byte = tl.arange(0, MOST_BITS)[None, :]
     at = (inside_row * BITS)[:, None] + byte
     tl.store(
         packed + (row.to(tl.int64) * row_bytes)[:, None] + at,

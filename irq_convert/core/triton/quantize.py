@@ -19,7 +19,7 @@ import torch
 from irq_convert.core.blocks import GROUP_SIZE, BlockShape
 from irq_convert.core.kernels.group import INTEGER
 from irq_convert.core.kernels.search import ERROR, Plan
-from irq_convert.core.plan import make_plan, make_tables
+from irq_convert.core.search_plan import make_tables, plan_search
 from irq_convert.core.spec import QuantSpec
 from irq_convert.core.triton import emit, grids, prepare, refine, search, totals
 from irq_convert.core.triton.arithmetic import GRID_COLUMNS, LAUNCH, PROFILE_ROWS
@@ -67,7 +67,7 @@ def constants(codebook: str, block_size: int, device: torch.device) -> Constants
 @functools.cache
 def _search(spec: QuantSpec, device: torch.device) -> tuple[Plan, torch.Tensor]:
     """The plan, and its numbers on the device: radius, floor and shrink factors."""
-    plan = make_plan(spec)
+    plan = plan_search(spec)
     numbers = np.concatenate([np.array([plan.radius, plan.floor], np.float32), plan.shrinks])
     return plan, torch.from_numpy(numbers).to(device)
 

@@ -1,0 +1,230 @@
+"""An adapter folder as it lies on the disk: read and checked without PEFT and without a model.
+
+`adapter_config.json` says what the adapter computes, `adapter_model.safetensors` holds its
+matrices; formats/irq-adapter-v1.md is the authority. Only headers are read here, and everything
+that this program would not merge is refused by name: an adapter is used whole or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from irq_convert.artifact.adapter_config import (
+    CONFIG_FILE,
+    IEC_LORA,
+    WEIGHTS_FILE,
+    StoredConfig,
+    read_config,
+)
+from irq_convert.checkpoint.files import sha256_file
+from irq_convert.checkpoint.float_dtypes import FLOATS
+from irq_convert.checkpoint.header import TensorInfo, read_header
+from irq_convert.checkpoint.system import os_errors
+from irq_convert.errors import IrqError, UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+    from irq_convert.checkpoint.reader import TileReader
+
+PREFIX = "base_model.model."
+_A, _B, _BETA = ".lora_A.weight", ".lora_B.weight", ".lora_iec_beta"
+_DAMAGED = "the adapter is damaged: save or download it again"
+_KINDS = {
+    "lora_magnitude_vector": "DoRA, which changes the weight's direction and length",
+    "lora_embedding_": "a LoRA of an embedding",
+    "lora_A.bias": "a bias of LoRA",
+    "lora_B.bias": "a bias of LoRA",
+    "trainable_tokens": "trainable tokens",
+    "token_adapter": "trainable tokens",
+}
+
+
+@dataclass(frozen=True)
+class StoredLayer:
+    """One adapted module: A `[rank, inputs or blocks]`, B `[out, rank]`, beta `[2]` or None.
+
+    `scaling` is alpha / rank, or alpha / sqrt(rank) for rsLoRA.
+    """
+
+    module: str
+    a: TensorInfo
+    b: TensorInfo
+    beta: TensorInfo | None
+    scaling: float
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+
+@dataclass(frozen=True)
+class StoredAdapter:
+    """An opened adapter.
+
+    `layers` by module name and `saved` (whole tensors of `modules_to_save`, by their name in the
+    model) are together every tensor of the file. `sha256` is its identity (`adapter_identity`).
+    """
+
+    folder: Path
+    config: StoredConfig
+    layers: Mapping[str, StoredLayer]
+    saved: Mapping[str, TensorInfo]
+    sha256: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors together."""
+        parts = [part for each in self.layers.values() for part in (each.a, each.b, each.beta)]
+        return sum(info.nbytes for info in (*parts, *self.saved.values()) if info is not None)
+
+
+def open_adapter(folder: Path | str) -> StoredAdapter:
+    """Open the adapter in `folder` and check everything that its header and settings can tell.
+
+    Raises `UsageError` when it is no LoRA or IEC-LoRA adapter or asks for something that cannot be
+    merged, and `IrqError`, naming the key, when the file is damaged, lacks half of a pair, has a
+    tensor of the wrong shape, or holds one that no rule accounts for.
+    """
+    folder = Path(folder)
+    with os_errors("look at it", folder):
+        if not folder.is_dir():
+            raise UsageError(f"{folder}: no such folder; give the folder of an adapter")
+        found = {path.name for path in folder.iterdir()}
+    if CONFIG_FILE not in found:
+        raise UsageError(f"{folder}: not an adapter: it has no {CONFIG_FILE}")
+    config = read_config(folder)
+    if WEIGHTS_FILE not in found:
+        pickled = "adapter_model.bin" in found
+        why = "only pickled weights, which are not opened" if pickled else f"no {WEIGHTS_FILE}"
+        raise IrqError(f"{folder}: {why}; save the adapter again as safetensors")
+    tensors = read_header(folder / WEIGHTS_FILE).tensors
+    layers, saved = _sort(config, tensors)
+    if not layers and not saved:
+        raise IrqError(f"{folder / WEIGHTS_FILE}: holds no tensor: {_DAMAGED}")
+    return StoredAdapter(folder, config, layers, saved, adapter_identity(folder))
+
+
+def adapter_identity(folder: Path) -> str:
+    """SHA-256 over the checksums of the two files that make an adapter, in hexadecimal.
+
+    The lines `<file>\\t<sha256 of the file>\\n` of `adapter_config.json` and
+    `adapter_model.safetensors`, in this order (formats/irq-adapter-v1.md). Raises `IrqError` when
+    one cannot be read.
+    """
+    digest = hashlib.sha256()
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        digest.update(f"{name}\t{sha256_file(folder / name)}\n".encode())
+    return digest.hexdigest()
+
+
+def _sort(
+    config: StoredConfig, tensors: Mapping[str, TensorInfo]
+) -> tuple[dict[str, StoredLayer], dict[str, TensorInfo]]:
+    """Every tensor of the file to its layer or its saved module."""
+    modules: dict[str, dict[str, TensorInfo]] = {}
+    saved: dict[str, TensorInfo] = {}
+    for key, info in tensors.items():
+        name = key.removeprefix(PREFIX)
+        suffix = next((end for end in (_A, _B, _BETA) if name.endswith(end)), None)
+        if name == key:
+            raise IrqError(f"{_where(info)}: does not begin with {PREFIX}: not a tensor of PEFT's")
+        if suffix is not None:
+            modules.setdefault(name.removesuffix(suffix), {})[suffix] = info
+        elif config.is_saved(name):
+            saved[name] = info
+        else:
+            raise IrqError(f"{_where(info)}: {_unknown(key)}: it cannot be merged")
+    layers = {module: _layer(config, module, parts) for module, parts in sorted(modules.items())}
+    for wanted in config.modules_to_save:
+        if not any(config.is_saved(name, wanted) for name in saved):
+            raise IrqError(
+                f"{WEIGHTS_FILE}: modules_to_save names {wanted}, but no tensor of it is in the "
+                f"file: {_DAMAGED}"
+            )
+    return layers, saved
+
+
+def _where(info: TensorInfo) -> str:
+    return f"{info.shard.name}: {info.name} {info.dtype} {list(info.shape)}"
+
+
+def _unknown(key: str) -> str:
+    for part, words in _KINDS.items():
+        if part in key:
+            return words
+    return "neither A, B or beta of a LoRA layer nor a tensor of modules_to_save"
+
+
+def _layer(config: StoredConfig, module: str, parts: Mapping[str, TensorInfo]) -> StoredLayer:
+    connected = config.peft_type == IEC_LORA and config.connection != "none"
+    wanted = {_A, _B, _BETA} if connected else {_A, _B}
+    for suffix in sorted(wanted - set(parts)):
+        rest = min(parts.values(), key=lambda info: info.name)
+        raise IrqError(
+            f"{WEIGHTS_FILE}: {PREFIX}{module}{suffix} is missing, {rest.name} is there: {_DAMAGED}"
+        )
+    for suffix in sorted(set(parts) - wanted):
+        kind = f"{config.peft_type} with connection {config.connection!r}"
+        raise IrqError(f"{_where(parts[suffix])}: an adapter of type {kind} has none: {_DAMAGED}")
+    a, b, beta = parts[_A], parts[_B], parts.get(_BETA)
+    rank = config.rank_of(module)
+    for info, length, axis, of in ((a, 2, 0, "rank"), (b, 2, 1, "rank"), (beta, 1, 0, "betas")):
+        if info is None:
+            continue
+        size = rank if of == "rank" else 2
+        if len(info.shape) != length or info.shape[axis] != size or 0 in info.shape:
+            raise IrqError(
+                f"{_where(info)}: the settings give {size} {of} in dimension {axis} of {length}: "
+                f"{_DAMAGED}"
+            )
+        if info.dtype not in FLOATS:
+            raise IrqError(f"{_where(info)}: must be one of {', '.join(FLOATS)}: {_DAMAGED}")
+    return StoredLayer(module, a, b, beta, config.scaling_of(module))
+
+
+@dataclass(frozen=True)
+class LayerValues:
+    """The numbers of a layer in float64: `a`, `b` as stored, and the two betas that count."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    beta: tuple[float, float]
+
+
+def read_layer(reader: TileReader, config: StoredConfig, layer: StoredLayer) -> LayerValues:
+    """Read one layer; betas of a connection that is switched off come as 0.
+
+    Raises `IrqError` naming the tensor when a number is NaN or infinite or the file ends early.
+    """
+    a, b = (_finite(reader, info) for info in (layer.a, layer.b))
+    first = second = 0.0
+    if layer.beta is not None:
+        first, second = _finite(reader, layer.beta).tolist()
+    return LayerValues(
+        a,
+        b,
+        (
+            first if config.connection in ("both", "input") else 0.0,
+            second if config.connection in ("both", "output") else 0.0,
+        ),
+    )
+
+
+def _finite(reader: TileReader, info: TensorInfo) -> torch.Tensor:
+    values = reader.read_tensor(info).double()
+    if not bool(values.isfinite().all()):
+        raise IrqError(
+            f"{_where(info)}: holds NaN or infinite numbers: training has failed; take an earlier "
+            "checkpoint of the adapter"
+        )
+    return values
+
+
+def unused_targets(adapter: StoredAdapter, modules: Iterator[str] | list[str]) -> list[str]:
+    """Those of a model's linear `modules` that the settings target and the file has nothing for."""
+    return [name for name in modules if adapter.config.targets(name) and name not in adapter.layers]

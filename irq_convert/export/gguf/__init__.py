@@ -1,5 +1,0 @@
-"""Export to one GGUF file for llama.cpp and everything built on it (docs/export-gguf.md)."""
-
-from irq_convert.export.gguf.target import GgufTarget
-
-TARGET = GgufTarget()

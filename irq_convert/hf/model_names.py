@@ -1,0 +1,81 @@
+"""Names of modules in the model and of tensors in the files, and which modules are linear."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from irq_convert.artifact.config import module_name
+from irq_convert.artifact.contents import Artifact
+from irq_convert.hf.empty_model import NoModel, ask_model
+from irq_convert.hf.tied import tied_by_name
+
+
+@dataclass(frozen=True)
+class ModelNames:
+    """What the model class, built on meta, knows of names; nothing where it is unknown.
+
+    `tensors`: state-dict key to the tensor of the files. `linears`: linear layers, those of experts
+    included where the files have one for each. `kinds`: the class of each module. `tied`: keys that
+    share their memory with another.
+    """
+
+    known: bool
+    tensors: Mapping[str, str] = field(default_factory=dict)
+    kinds: Mapping[str, str] = field(default_factory=dict)
+    linears: frozenset[str] = frozenset()
+    tied: frozenset[str] = frozenset()
+
+    def tensor(self, key: str, files: Mapping[str, Any]) -> str | None:
+        """The tensor of `files` that holds `key` of the model: of that very name, or renamed."""
+        if key in files:
+            return key
+        found = self.tensors.get(key)
+        return found if found in files else None
+
+
+def model_names(artifact: Artifact) -> ModelNames:
+    """Ask the class that config.json names; without one, linears are told by their shape."""
+    try:
+        return ask_model(artifact.checkpoint.config, lambda model: _by_class(model, artifact))
+    except NoModel:
+        return _by_name(artifact)
+
+
+def _sources(artifact: Artifact) -> dict[str, tuple[int, ...]]:
+    """Source tensors and their shapes."""
+    shapes = {tensor.name: tensor.source_shape for tensor in artifact.quantized}
+    return shapes | {info.name: info.shape for info in artifact.copied}
+
+
+def _by_class(model: Any, artifact: Artifact) -> ModelNames:
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    from irq_convert.hf.experts import find_experts
+    from irq_convert.hf.names import keys_in_model
+    from irq_convert.hf.tied import tied_keys
+
+    sources = _sources(artifact)
+    tensors = {key: tensor for tensor, key in keys_in_model(model, sources).items()}
+    modules = dict(model.named_modules())
+    linears = {n for n, m in modules.items() if type(m) in (nn.Linear, Conv1D)}
+    for found in find_experts(model, sources).found.values():
+        for part in (part for expert in found.parts for part in expert):
+            layer = f"{found.weight.module}.{part.child}"
+            tensors[f"{layer}.weight"] = part.tensor
+            linears.add(layer)
+    return ModelNames(
+        known=True,
+        tensors=tensors,
+        kinds={name: type(module).__name__ for name, module in modules.items()},
+        linears=frozenset(n for n in linears if f"{n}.weight" in tensors),
+        tied=frozenset(tied_keys(model)),
+    )
+
+
+def _by_name(artifact: Artifact) -> ModelNames:
+    linears = {module_name(tensor.name) for tensor in artifact.quantized}
+    tied = tied_by_name(artifact.checkpoint.config, _sources(artifact))
+    return ModelNames(known=False, linears=frozenset(linears), tied=frozenset(tied))

@@ -1,0 +1,1 @@
+"""Jobs that write a checkpoint shard by shard: continued after a stop, shared by processes."""

@@ -1,0 +1,93 @@
+"""An adapter on a model that is evaluated: does it belong there, and put it on, whole."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from irq_convert.artifact.adapter import open_adapter
+from irq_convert.artifact.adapter_config import WEIGHTS_FILE
+from irq_convert.artifact.identity import artifact_identity
+from irq_convert.checkpoint.header import read_header
+from irq_convert.checkpoint.locate import locate
+from irq_convert.errors import IrqError, UsageError, one_line
+
+SHORT = 12
+
+
+@dataclass(frozen=True)
+class CheckedAdapter:
+    """An adapter folder that may be put on a model.
+
+    Attributes:
+        folder: where it lies.
+        kind: `plain`, `iec` or `block`.
+        base_sha256: the identity of the artifact it was trained on, None if it does not say.
+        base_matches: whether that is the model; None if it is not known.
+    """
+
+    folder: str
+    kind: str
+    base_sha256: str | None
+    base_matches: bool | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, for JSON."""
+        return asdict(self)
+
+    @property
+    def doubt(self) -> str | None:
+        """One line where it is not certain that adapter and model belong together."""
+        if self.base_matches is None:
+            return f"{self.folder}: does not record which artifact it was trained on: not checked"
+        return None
+
+
+def check_adapter(folder: str | Path, model: str | Path, any_base: bool = False) -> CheckedAdapter:
+    """Open the adapter in `folder` and compare the base it records with `model`; loads nothing.
+
+    Raises:
+        UsageError: it is no adapter, or was trained on another artifact and not `any_base`.
+        IrqError: it is damaged.
+    """
+    stored = open_adapter(Path(folder))
+    recorded = stored.config.base_sha256
+    where = str(folder)
+    if recorded is None:
+        return CheckedAdapter(where, stored.config.kind, None, None)
+    identity = artifact_identity(locate(os.fspath(model)).folder)
+    if identity != recorded and not any_base:
+        raise UsageError(
+            f"{where}: was trained on the artifact {recorded[:SHORT]}, {model} is "
+            f"{identity[:SHORT]}; give the one it was trained on (--any-base measures all the same)"
+        )
+    return CheckedAdapter(where, stored.config.kind, recorded, identity == recorded)
+
+
+def put_on(model: Any, adapter: CheckedAdapter) -> Any:
+    """`model` with the adapter active, in evaluation mode; every tensor of the file is used.
+
+    Raises:
+        IrqError: a tensor has no place in the model, has another shape, or is missing.
+    """
+    from peft import PeftModel
+    from peft.utils import get_peft_model_state_dict
+
+    from irq_convert.adapters.register import register
+
+    register()
+    try:
+        adapted = PeftModel.from_pretrained(model, adapter.folder)
+    except (ValueError, RuntimeError, KeyError, OSError) as error:
+        raise IrqError(f"{adapter.folder}: does not fit the model: {one_line(error)}") from error
+    wanted = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    found = set(read_header(Path(adapter.folder) / WEIGHTS_FILE).tensors)
+    for what, names in (("lacks", wanted - found), ("has the unknown", found - wanted)):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise IrqError(
+                f"{adapter.folder}: {what} {min(names)}{more}: it is damaged or of another model"
+            )
+    return adapted.eval()

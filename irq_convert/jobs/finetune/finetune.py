@@ -1,0 +1,125 @@
+"""The whole job: from the names of an artifact and a data file to an adapter folder.
+
+Everything that can be refused is looked at before Trainer is imported, which takes seconds.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from irq_convert.artifact.contents import find_manifest
+from irq_convert.artifact.identity import artifact_identity
+from irq_convert.artifact.results import describe_base
+from irq_convert.checkpoint.locate import locate
+from irq_convert.errors import IrqError, UsageError
+from irq_convert.jobs.common.options import chosen
+from irq_convert.jobs.finetune.folder import RUN, RunFolder, check_folder, run_folder
+from irq_convert.jobs.finetune.options import FinetuneOptions
+from irq_convert.jobs.finetune.prepare import Preparation, prepare
+from irq_convert.jobs.finetune.processes import Processes
+from irq_convert.jobs.finetune.progress import TrainingProgress
+from irq_convert.jobs.finetune.recipe import differences
+from irq_convert.jobs.finetune.report import FinetuneReport
+
+if TYPE_CHECKING:
+    from irq_convert.jobs.finetune.training_run import Run
+
+
+def finetune(
+    model: str | Path,
+    data: str | Path,
+    out: str | Path,
+    options: FinetuneOptions | None = None,
+    *,
+    eval_data: str | Path | None = None,
+    tokenizer: str | Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: TrainingProgress | None = None,
+    **settings: Any,
+) -> FinetuneReport:
+    """Train an adapter for the artifact `model` on `data` and write it to the folder `out`.
+
+    `options`, or single `settings` of `FinetuneOptions` (`lora="block", steps=500`).
+
+    SIGINT, SIGTERM and SIGHUP end the run after the step at hand; adapter and state are kept, and
+    the report says `interrupted`. Works in each process of torchrun; the first one writes.
+
+    Raises:
+        UsageError: the request cannot be served.
+        IrqError: something cannot be read or written, memory is short, or the loss became NaN or
+            infinite (then `out` holds the last good adapter).
+    """
+    begun = time.perf_counter()
+    options, out = chosen(FinetuneOptions, options, settings), Path(out)
+    progress = progress or TrainingProgress()
+    processes = Processes.from_environment()
+    if processes.first:
+        check_folder(
+            out, locate(str(model), headers_only=True).folder, resume=resume, overwrite=overwrite
+        )
+    plan = prepare(
+        model, data, options, eval_data=eval_data, tokenizer=tokenizer, progress=progress
+    )
+    base = _base(plan)
+    try:
+        if not processes.first:
+            return _run(plan, base, out, progress, begun).work(None)
+        with run_folder(out, plan.folder, resume=resume, overwrite=overwrite) as folder:
+            _open(folder, plan, base, out, progress, resume)
+            return _run(plan, base, out, progress, begun).work(folder)
+    except torch.OutOfMemoryError as error:
+        raise IrqError(
+            f"out of memory on {plan.recipe.device}: lower --micro-batch or --sequence-length, or "
+            "use --gradient-checkpointing"
+        ) from error
+
+
+def _base(plan: Preparation) -> dict[str, Any]:
+    """Which artifact the adapter belongs to, by its Hub id or its name without a path."""
+    path = Path(plan.model)
+    name = path.resolve().name if path.exists() else plan.model
+    return describe_base(name, artifact_identity(plan.folder), find_manifest(plan.folder))
+
+
+def _run(
+    plan: Preparation, base: dict[str, Any], out: Path, progress: TrainingProgress, begun: float
+) -> Run:
+    from irq_convert.jobs.finetune.training_run import Run
+
+    return Run(plan, base, out, progress, begun)
+
+
+def _open(
+    folder: RunFolder,
+    plan: Preparation,
+    base: dict[str, Any],
+    out: Path,
+    progress: TrainingProgress,
+    resume: bool,
+) -> None:
+    """Record which run this is, or check that it is the one to be continued."""
+    settings = {
+        "base": base["sha256"],
+        "data": plan.data.file.sha256,
+        "eval_data": plan.data.eval_file and plan.data.eval_file.sha256,
+        "recipe": plan.recipe.to_dict(),
+    }
+    old = folder.read(RUN) if folder.resuming else None
+    if old is None:
+        if resume:
+            progress.note(f"{out}: no run to continue, starting a new one")
+        folder.write(RUN, settings)
+        return
+    what = {"base": "the base model", "data": "the data file", "eval_data": "the held-out file"}
+    changed = [f"{what[key]} is another one" for key in what if old.get(key) != settings[key]]
+    changed += differences(old.get("recipe") or {}, settings["recipe"])
+    if changed:
+        raise UsageError(
+            f"{out}: cannot be continued: {'; '.join(changed)}; run as before, or start "
+            "again with --overwrite"
+        )

@@ -1,0 +1,209 @@
+"""The adapter folder while a run writes to it, and after.
+
+`ADAPTER/.training/` holds the state of an unfinished run: `run.json` says which, `checkpoint-N/`
+is the newest whole state and `writing/` one that is being written. It is removed when the run is
+finished. The adapter's own files appear above it, each whole, the configuration last: without that
+nothing takes the folder for an adapter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from irq_convert.artifact.adapter_config import CONFIG_FILE, NOTE_FILE, WEIGHTS_FILE
+from irq_convert.checkpoint.disk import check_output
+from irq_convert.checkpoint.files import fsync_folder, write_json_atomic
+from irq_convert.checkpoint.source import read_json_object
+from irq_convert.checkpoint.system import os_errors
+from irq_convert.errors import UsageError
+
+STATE = ".training"
+RUN = "run.json"
+BEFORE = "before.json"
+_LOCK = ".lock"
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """An adapter folder that this process may write to; `resuming` when it continues a run."""
+
+    path: Path
+    resuming: bool
+
+    @property
+    def state(self) -> Path:
+        return self.path / STATE
+
+    @property
+    def writing(self) -> Path:
+        """Where the next checkpoint is written before it counts."""
+        return self.state / "writing"
+
+    def checkpoint(self) -> Path | None:
+        """The newest whole checkpoint."""
+        return newest_checkpoint(self.path)
+
+    def read(self, name: str) -> dict[str, Any] | None:
+        """A JSON object of the state, None where there is none."""
+        path = self.state / name
+        return read_json_object(path) if path.is_file() else None
+
+    def write(self, name: str, content: dict[str, Any]) -> None:
+        """Write a JSON object of the state, whole or not at all."""
+        write_json_atomic(self.state / name, content)
+
+    def accept_checkpoint(self, step: int) -> None:
+        """Make what lies in `writing` the newest checkpoint; older ones are removed."""
+        made, final = self.writing / f"checkpoint-{step}", self.state / f"checkpoint-{step}"
+        with os_errors("keep the checkpoint", final):
+            flush_folder(made)
+            if final.exists():
+                shutil.rmtree(final)
+            made.rename(final)
+            fsync_folder(self.state)
+            for path in self.state.iterdir():
+                if _CHECKPOINT.fullmatch(path.name) and path != final:
+                    shutil.rmtree(path)
+
+    def publish(self, adapter: Path, note: dict[str, Any]) -> None:
+        """Move the adapter files from the folder `adapter` to their place, with the note."""
+        with os_errors("put the adapter there", self.path):
+            flush_folder(adapter)
+            # An older adapter's settings must never stand beside the new note or weights.
+            (self.path / CONFIG_FILE).unlink(missing_ok=True)
+            write_json_atomic(self.path / NOTE_FILE, note)
+            mode = (self.path / NOTE_FILE).stat().st_mode  # as the user's umask has it
+            for name in (WEIGHTS_FILE, CONFIG_FILE):
+                (adapter / name).chmod(mode)
+                (adapter / name).replace(self.path / name)
+            fsync_folder(self.path)
+            shutil.rmtree(adapter)
+
+    def finish(self) -> None:
+        """Remove the state: the run has nothing left to do."""
+        with os_errors("remove it", self.state):
+            shutil.rmtree(self.state)
+
+
+def newest_checkpoint(path: Path) -> Path | None:
+    """The newest whole checkpoint of the unfinished run in the adapter folder `path`."""
+    found = {int(m[1]): p for p in (path / STATE).glob("*") if (m := _CHECKPOINT.fullmatch(p.name))}
+    return found[max(found)] if found else None
+
+
+def check_folder(out: Path, base: Path, *, resume: bool, overwrite: bool) -> bool:
+    """Whether `out` holds an unfinished run to be continued; touches nothing.
+
+    Raises:
+        UsageError: `out` may not be used: a file, the artifact or a folder in it, a finished
+            adapter or an unfinished run without a flag that says what to do, or something else.
+    """
+    if resume and overwrite:
+        raise UsageError("--resume and --overwrite contradict each other: give one of them")
+    real = check_output(out, base, overwrite=True)
+    unfinished = (real / STATE / RUN).is_file()
+    if resume and unfinished:
+        return True
+    names = {path.name for path in real.iterdir()} if real.is_dir() else set()
+    if not unfinished and names <= {STATE}:
+        return False
+    if unfinished and not overwrite:
+        found = newest_checkpoint(real)
+        at = f" at step {found.name.rpartition('-')[2]}" if found else ""
+        raise UsageError(
+            f"{out}: holds an unfinished run{at}; continue it with --resume or start again with "
+            "--overwrite"
+        )
+    if unfinished or (real / CONFIG_FILE).is_file():
+        if resume:
+            raise UsageError(f"{out}: holds a finished adapter, there is nothing to continue")
+        if not overwrite:
+            raise UsageError(f"{out}: not empty; choose another folder, or --overwrite the adapter")
+        return False
+    raise UsageError(f"{out}: not empty and no adapter; choose another folder")
+
+
+@contextmanager
+def run_folder(out: Path, base: Path, *, resume: bool, overwrite: bool) -> Iterator[RunFolder]:
+    """Yield `out`, made and locked, for a run. When the block raises and no checkpoint or adapter
+    is there, all that was made is removed again; else the state stays to be resumed.
+
+    Raises `UsageError` as `check_folder` and when another run is at work there.
+    """
+    resuming = check_folder(out, base, resume=resume, overwrite=overwrite)
+    real = out.resolve()
+    made = _make(real / STATE)
+    lock = _lock(real, out)
+    folder = RunFolder(real, resuming)
+    try:
+        _tidy(folder)
+        yield folder
+    except BaseException:
+        if folder.checkpoint() is None:
+            shutil.rmtree(folder.state, ignore_errors=True)
+            _remove_empty(made)
+        raise
+    finally:
+        os.close(lock)
+
+
+def _make(folder: Path) -> list[Path]:
+    """Create `folder` and its parents; return those created, the innermost first."""
+    missing = [at for at in (folder, *folder.parents) if not at.exists()]
+    with os_errors("create it", folder.parent):
+        folder.mkdir(parents=True, exist_ok=True)
+    return missing
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
+def _lock(real: Path, out: Path) -> int:
+    with os_errors("lock it", real):
+        fd = os.open(real / STATE / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        raise UsageError(f"{out}: in use by a run that is not finished; wait for it") from None
+    return fd
+
+
+def _tidy(folder: RunFolder) -> None:
+    """Remove what a killed run left half-written, and for a new run all of an older one's state."""
+    with os_errors("empty it", folder.state):
+        for path in folder.state.iterdir():
+            kept = folder.resuming and (
+                path.name in (RUN, BEFORE) or _CHECKPOINT.fullmatch(path.name)
+            )
+            if kept or path.name == _LOCK:
+                continue
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+
+def flush_folder(folder: Path) -> None:
+    """Make every file in `folder` survive a power cut; `OSError` when that fails."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            fd = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+    fsync_folder(folder)

@@ -1,0 +1,146 @@
+"""What a finetuning run is asked to do; None leaves the choice to the recipe.
+
+Nothing heavy is imported here, so that the command line can name the choices without torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from math import isfinite
+
+from irq_convert.errors import UsageError
+from irq_convert.jobs.common.options import fix_choices, option_name
+
+MOST_LEARNING_RATE = 1e35  # Adam's first steps scale it by up to 10
+
+
+class Lora(StrEnum):
+    """Kind of adapter."""
+
+    PLAIN = "plain"
+    IEC = "iec"
+    BLOCK = "block"
+
+
+class Connection(StrEnum):
+    """Which of IEC's two elastic connections are trained."""
+
+    BOTH = "both"
+    INPUT = "input"
+    OUTPUT = "output"
+    NONE = "none"
+
+
+class TrainDtype(StrEnum):
+    """Type that activations are computed in; adapters are always trained in float32."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
+class Optimizer(StrEnum):
+    """AdamW of torch, or bitsandbytes' whose state can be paged out of GPU memory."""
+
+    AUTO = "auto"
+    ADAMW = "adamw"
+    PAGED_ADAMW = "paged-adamw"
+
+
+@dataclass(frozen=True)
+class FinetuneOptions:
+    """Options of one run; the defaults are the paper's recipe.
+
+    Attributes:
+        lora: `plain` (stock LoRA), `iec` (with elastic connections) or `block` (IEC on block sums
+            of the input, mergeable into the artifact).
+        connection: elastic connections to train, None for both; only for `iec` and `block`.
+        rank, alpha, rslora: rank r; the update is scaled by alpha / r, or alpha / sqrt(r).
+        dropout: on the adapter's input; None for 0.1 up to 13 B weights, 0.05 above.
+        target_modules: last parts of module names; None for all linears but the head.
+        steps, epochs: length of the run, one of the two; None and None for 10,000 steps.
+        batch_size: sequences in one step, over all processes and accumulated passes.
+        micro_batch: sequences in one forward pass of one process; None for the largest of at most
+            4 that fits the batch.
+        learning_rate: constant; None for 2e-4 up to 13 B weights, 1e-4 above.
+        warmup: steps over which the learning rate rises from 0.
+        weight_decay, max_grad_norm: of AdamW; gradients are clipped to this norm, 0 for never.
+        sequence_length: tokens an example is cut to; None for 512 or the model's positions.
+        holdout: fraction of the data that is measured and not trained on; None for 0.05, or 0 when
+            there is a file of held-out data.
+        eval_every: steps between held-out losses; None for a tenth of the run.
+        save_every: steps between saved states, the most that a killed run loses.
+        seed: of adapter, order and dropout. The held-out part does not depend on it.
+        dtype, optimizer: see the enums.
+        device: `cpu`, `cuda`, `cuda:1`, or `auto` for a GPU where there is one.
+        gradient_checkpointing: compute activations twice to keep fewer of them.
+
+    Raises:
+        UsageError: a value is out of its range, or two of them contradict each other.
+    """
+
+    lora: Lora = Lora.IEC
+    connection: Connection | None = None
+    rank: int = 64
+    alpha: float = 16.0
+    rslora: bool = False
+    dropout: float | None = None
+    target_modules: tuple[str, ...] | None = None
+    steps: int | None = None
+    epochs: float | None = None
+    batch_size: int = 16
+    micro_batch: int | None = None
+    learning_rate: float | None = None
+    warmup: int = 0
+    weight_decay: float = 0.0
+    max_grad_norm: float = 0.3
+    sequence_length: int | None = None
+    holdout: float | None = None
+    eval_every: int | None = None
+    save_every: int = 500
+    seed: int = 0
+    dtype: TrainDtype = TrainDtype.AUTO
+    optimizer: Optimizer = Optimizer.AUTO
+    device: str = "auto"
+    gradient_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        fix_choices(self, lora=Lora, connection=Connection, dtype=TrainDtype, optimizer=Optimizer)
+        for name in ("rank", "batch_size", "micro_batch", "steps", "eval_every", "save_every"):
+            _at_least(name, getattr(self, name), 1)
+        _at_least("sequence_length", self.sequence_length, 2)
+        _at_least("warmup", self.warmup, 0)
+        _at_least("seed", self.seed, 0)
+        for name in ("alpha", "learning_rate", "epochs"):
+            _positive(name, getattr(self, name))
+        if self.learning_rate is not None and self.learning_rate > MOST_LEARNING_RATE:
+            raise UsageError(
+                f"--learning-rate {self.learning_rate:g}: beyond what a step in float32 can hold"
+            )
+        for name in ("weight_decay", "max_grad_norm"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise UsageError(f"{option_name(name)} {getattr(self, name)}: 0 or more is needed")
+        for name in ("dropout", "holdout"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1:
+                raise UsageError(f"{option_name(name)} {value}: a number in [0, 1) is needed")
+        self._check_together()
+
+    def _check_together(self) -> None:
+        if self.steps is not None and self.epochs is not None:
+            raise UsageError("--steps and --epochs both say how long to train: give one of them")
+        if self.lora == Lora.PLAIN and self.connection is not None:
+            raise UsageError("--connection: a plain LoRA has no elastic connections; leave it out")
+        if self.target_modules is not None and not all(self.target_modules):
+            raise UsageError("--target-modules: an empty name; write q_proj,v_proj")
+
+
+def _at_least(name: str, value: int | None, least: int) -> None:
+    if value is not None and value < least:
+        raise UsageError(f"{option_name(name)} {value}: at least {least} is needed")
+
+
+def _positive(name: str, value: float | None) -> None:
+    if value is not None and not (value > 0 and isfinite(value)):
+        raise UsageError(f"{option_name(name)} {value}: a positive number is needed")

@@ -1,0 +1,79 @@
+"""Everything about a run that is known before weights are loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from irq_convert.artifact.contents import Artifact, open_artifact
+from irq_convert.checkpoint.locate import locate
+from irq_convert.hf.causal_lm import load_config, load_tokenizer
+from irq_convert.jobs.finetune.data import Data, load_data
+from irq_convert.jobs.finetune.model import check_targets, modules_on_meta
+from irq_convert.jobs.finetune.options import FinetuneOptions
+from irq_convert.jobs.finetune.processes import Processes, choose_device, good_at_bfloat16
+from irq_convert.jobs.finetune.progress import TrainingProgress
+from irq_convert.jobs.finetune.recipe import Base, Recipe, decide, holdout_fraction, sequence_length
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """All that is known before weights are loaded."""
+
+    model: str
+    folder: Path
+    artifact: Artifact
+    config: Any
+    tokenizer: Any
+    data: Data
+    recipe: Recipe
+    processes: Processes
+
+
+def prepare(
+    model: str | Path,
+    data: str | Path,
+    options: FinetuneOptions | None = None,
+    *,
+    eval_data: str | Path | None = None,
+    tokenizer: str | Path | None = None,
+    progress: TrainingProgress | None = None,
+) -> Preparation:
+    """Read everything but the weights, and make every choice.
+
+    Raises:
+        UsageError: options, data and model do not fit together.
+        IrqError: the artifact, its tokenizer or the data cannot be read.
+    """
+    options, progress = options or FinetuneOptions(), progress or TrainingProgress()
+    progress.stage("reading data")
+    processes = Processes.from_environment()
+    device = choose_device(options.device, processes)
+    folder = locate(str(model)).folder
+    artifact = open_artifact(folder)
+    config = load_config(folder)
+    if options.target_modules is not None:
+        check_targets(options.target_modules, modules_on_meta(config))
+    text = config.get_text_config()
+    base = Base(artifact.weights, getattr(text, "max_position_embeddings", None))
+    holdout = holdout_fraction(options, eval_data is not None)
+    encoder = load_tokenizer(tokenizer or folder)
+    found = load_data(
+        Path(data),
+        None if eval_data is None else Path(eval_data),
+        encoder,
+        length=sequence_length(options, base.positions),
+        holdout=holdout,
+        vocabulary=getattr(text, "vocab_size", None),
+    )
+    recipe = decide(
+        options,
+        base,
+        examples=len(found.train.examples),
+        processes=processes.count,
+        device=device,
+        bfloat16=good_at_bfloat16(device),
+        holdout=holdout,
+    )
+    return Preparation(str(model), folder, artifact, config, encoder, found, recipe, processes)

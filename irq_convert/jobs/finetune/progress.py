@@ -1,0 +1,21 @@
+"""What a training run tells whoever watches, beside what every job tells."""
+
+from __future__ import annotations
+
+from irq_convert.progress import Progress
+
+
+class TrainingProgress(Progress):
+    """Does nothing. Called by the first process only."""
+
+    def start(self, done: int, total: int) -> None:
+        """Training begins at step `done` of `total`."""
+
+    def step(self, step: int, loss: float) -> None:
+        """Step `step` is done; `loss` is the mean over the tokens of its batch."""
+
+    def measuring(self, done: int, total: int) -> None:
+        """`done` of `total` held-out examples are measured."""
+
+    def heldout(self, step: int, loss: float) -> None:
+        """The held-out loss after `step` steps."""

@@ -1,0 +1,263 @@
+"""transformers' Trainer for an adapter: our held-out loss, a guard on what is finite, whole
+checkpoints, an orderly stop."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from irq_convert.checkpoint.system import explain_os_error
+from irq_convert.errors import IrqError, one_line
+from irq_convert.jobs.finetune.encode import Collator, Example
+from irq_convert.jobs.finetune.folder import RunFolder
+from irq_convert.jobs.finetune.loss import Loss, measure
+from irq_convert.jobs.finetune.model import trainable
+from irq_convert.jobs.finetune.options import Optimizer
+from irq_convert.jobs.finetune.processes import Processes
+from irq_convert.jobs.finetune.progress import TrainingProgress
+from irq_convert.jobs.finetune.recipe import Recipe
+from irq_convert.jobs.finetune.stop import Stopped, StopRequest
+
+SNAPSHOT_STEPS_ON_GPU = 10  # a copy to the host each step would cost percents there
+OPTIMIZERS = {Optimizer.ADAMW: "adamw_torch", Optimizer.PAGED_ADAMW: "paged_adamw_32bit"}
+
+
+class Diverged(Exception):
+    """The loss or a gradient of `step` was not finite; caught by the job."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(step)
+        self.step = step
+
+
+@dataclass
+class Watch:
+    """What a run shares with its trainer, and what the trainer finds out on the way.
+
+    `snapshot` are the newest parameters whose loss and gradients were finite, after
+    `snapshot_step` steps; in the first process only.
+    """
+
+    folder: RunFolder | None
+    processes: Processes
+    progress: TrainingProgress
+    stop: StopRequest
+    snapshot: dict[str, Tensor] = field(default_factory=dict)
+    snapshot_step: int = 0
+    stopped_by: int = 0
+    newest: tuple[int, Loss] | None = None
+
+
+def training_arguments(recipe: Recipe, writing: str, measured: bool) -> TrainingArguments:
+    """The recipe as Trainer takes it; checkpoints go to the folder `writing`."""
+    cpu = recipe.device == "cpu"
+    if not cpu:
+        torch.cuda.set_device(torch.device(recipe.device))
+    arguments = TrainingArguments(
+        output_dir=writing,
+        max_steps=recipe.steps,
+        per_device_train_batch_size=recipe.micro_batch,
+        gradient_accumulation_steps=recipe.accumulation,
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type="constant_with_warmup" if recipe.warmup else "constant",
+        warmup_steps=recipe.warmup,
+        weight_decay=recipe.weight_decay,
+        max_grad_norm=recipe.max_grad_norm,
+        optim=OPTIMIZERS[Optimizer(recipe.optimizer)],
+        seed=recipe.seed,
+        data_seed=recipe.seed,
+        bf16=recipe.dtype == "bfloat16",
+        use_cpu=cpu,
+        logging_steps=1,
+        logging_nan_inf_filter=False,  # it would hide what the guard looks for
+        eval_strategy="steps" if measured else "no",
+        eval_steps=recipe.eval_every if measured else None,
+        save_strategy="steps",
+        save_steps=recipe.save_every,
+        report_to="none",
+        disable_tqdm=True,
+        log_level="error",
+        log_level_replica="error",
+        remove_unused_columns=False,
+        label_names=["labels"],
+        dataloader_pin_memory=not cpu,
+        ddp_backend=("gloo" if cpu else "nccl") if recipe.processes > 1 else None,
+        ddp_find_unused_parameters=False if recipe.processes > 1 else None,
+    )
+    if recipe.processes == 1 and not cpu:
+        arguments._n_gpu = 1  # with several GPUs Trainer would copy the model to each of them
+        # Its own set-up, which has run by now, takes the first GPU whatever the recipe says.
+        device = torch.device(recipe.device)
+        arguments.__dict__["_setup_devices"] = device
+        torch.cuda.set_device(device)
+    return arguments
+
+
+class AdapterTrainer(Trainer):
+    """Trainer that measures with `loss.measure` and watches every loss and gradient."""
+
+    def __init__(
+        self,
+        model: Any,
+        arguments: TrainingArguments,
+        recipe: Recipe,
+        train: list[Example],
+        heldout: list[Example] | None,
+        collator: Collator,
+        watch: Watch,
+    ) -> None:
+        super().__init__(
+            model=model,
+            args=arguments,
+            train_dataset=train,  # a list is a map-style dataset
+            eval_dataset=heldout,
+            data_collator=collator,
+        )
+        self.watch = watch
+        self.recipe = recipe
+        self.loss_seen = 0.0 * torch.zeros((), device=arguments.device)
+        self.norm_seen: Any = 0.0
+        self.remove_callback(PrinterCallback)
+        self.add_callback(_Guard(self))
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As Trainer's; remembers the loss for the guard."""
+        loss = super().training_step(*args, **kwargs)
+        self.loss_seen = self.loss_seen + loss
+        return loss
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        self.norm_seen = super()._get_grad_norm(model, grad_norm=grad_norm)
+        return self.norm_seen
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError) as error:  # torch's writer raises the second
+            folder = self.watch.folder
+            if folder is None:
+                raise
+            shutil.rmtree(folder.writing, ignore_errors=True)
+            if isinstance(error, OSError):
+                raise IrqError(explain_os_error(error, "write it", folder.state)) from error
+            raise IrqError(f"{folder.state}: cannot be written: {one_line(error)}") from error
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The held-out loss by `measure`, into the log; nothing when the run is to stop."""
+        self.measure_heldout()
+        if self.watch.stop.number and self.watch.processes.count == 1:
+            self.control.should_save = self.control.should_training_stop = True
+            self.watch.stopped_by = self.watch.stop.number
+        return {}
+
+    def measure_heldout(self) -> Loss | None:
+        """The loss of the held-out examples as the model is; None when the run is to stop."""
+        step = self.state.global_step
+        try:
+            loss = self.measure(list(self.eval_dataset))  # type: ignore[arg-type]
+        except Stopped:
+            return None
+        if not loss.finite:
+            raise Diverged(step)
+        self.watch.newest = (step, loss)
+        self.log({"eval_loss": loss.mean})
+        return loss
+
+    def measure(self, examples: list[Example]) -> Loss:
+        """The loss of `examples`; `Stopped` when a signal comes (in a process of its own)."""
+        watch = self.watch
+
+        def tick(done: int, total: int) -> None:
+            if watch.processes.first:
+                watch.progress.measuring(done, total)
+            if watch.processes.count == 1:
+                watch.stop.tick(done, total)
+
+        return measure(
+            self.model,
+            examples,
+            self.data_collator,  # type: ignore[arg-type]
+            self.recipe.micro_batch,
+            compute=autocast(self.recipe),
+            rank=watch.processes.rank,
+            processes=watch.processes.count,
+            tick=tick,
+        )
+
+
+def autocast(recipe: Recipe) -> Callable[[], AbstractContextManager[Any]]:
+    """The context of a forward pass in the recipe's dtype."""
+    kind = torch.device(recipe.device).type
+    return partial(torch.autocast, kind, torch.bfloat16, enabled=recipe.dtype == "bfloat16")
+
+
+class _Guard(TrainerCallback):
+    """Stands before each optimizer step: what is not finite never reaches the parameters."""
+
+    def __init__(self, trainer: AdapterTrainer) -> None:
+        self._trainer = trainer
+        self._every = 1 if trainer.args.device.type == "cpu" else SNAPSHOT_STEPS_ON_GPU
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self._trainer.watch.progress.start(state.global_step, state.max_steps)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer, watch = self._trainer, self._trainer.watch
+        finite = math.isfinite(float(trainer.loss_seen)) and math.isfinite(float(trainer.norm_seen))
+        trainer.loss_seen = torch.zeros_like(trainer.loss_seen)
+        broken, number = watch.processes.largest(
+            [int(not finite), int(watch.stop.number)], args.device
+        )
+        if broken:
+            raise Diverged(state.global_step + 1)
+        watch.stopped_by = number
+        if watch.processes.first and (not watch.snapshot or state.global_step % self._every == 0):
+            take_snapshot(trainer.model, watch, state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._trainer.watch.stopped_by:
+            control.should_save = control.should_training_stop = True
+            control.should_evaluate = False
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        logs, progress = kwargs.get("logs") or {}, self._trainer.watch.progress
+        if not state.is_world_process_zero:
+            return
+        if "loss" in logs:
+            progress.step(state.global_step, logs["loss"])
+        if "eval_loss" in logs:
+            progress.heldout(state.global_step, logs["eval_loss"])
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Trainer has written a checkpoint; it counts once every process has written its part."""
+        watch = self._trainer.watch
+        watch.processes.wait()
+        if watch.folder is not None:
+            watch.folder.accept_checkpoint(state.global_step)
+
+
+def take_snapshot(model: Any, watch: Watch, step: int) -> None:
+    """Copy the trained parameters to the host."""
+    for name, parameter in trainable(model).items():
+        if name not in watch.snapshot:
+            watch.snapshot[name] = torch.empty_like(parameter, device="cpu", requires_grad=False)
+        watch.snapshot[name].copy_(parameter.detach())
+    watch.snapshot_step = step
+
+
+def restore_snapshot(model: Any, watch: Watch) -> None:
+    """Put the copied parameters back."""
+    with torch.no_grad():
+        for name, parameter in trainable(model).items():
+            if name in watch.snapshot:
+                parameter.copy_(watch.snapshot[name])

@@ -1,0 +1,240 @@
+"""One run from start to end: load, measure, train, measure, write what came out."""
+
+from __future__ import annotations
+
+import signal as signals
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from transformers import TrainerState, set_seed
+
+from irq_convert.checkpoint.disk import require_space
+from irq_convert.checkpoint.locate import locate
+from irq_convert.errors import IrqError
+from irq_convert.jobs.finetune.curve import CSV_NAME, PNG_NAME, draw, points, write_csv
+from irq_convert.jobs.finetune.encode import Collator, padding_id
+from irq_convert.jobs.finetune.folder import BEFORE, RunFolder
+from irq_convert.jobs.finetune.loss import Loss
+from irq_convert.jobs.finetune.model import attach_adapter, count_trainable, load_base
+from irq_convert.jobs.finetune.prepare import Preparation
+from irq_convert.jobs.finetune.progress import TrainingProgress
+from irq_convert.jobs.finetune.report import (
+    DIVERGED,
+    FINISHED,
+    INTERRUPTED,
+    FinetuneReport,
+)
+from irq_convert.jobs.finetune.stop import Stopped, StopRequest, stop_on_signals
+from irq_convert.jobs.finetune.trainer import (
+    AdapterTrainer,
+    Diverged,
+    Watch,
+    restore_snapshot,
+    training_arguments,
+)
+
+
+class Run:
+    """One run, in one process; `base` says which artifact, `begun` when the job began."""
+
+    def __init__(
+        self,
+        plan: Preparation,
+        base: dict[str, Any],
+        out: Path,
+        progress: TrainingProgress,
+        begun: float,
+    ) -> None:
+        self.plan, self.base, self.out = plan, base, out
+        self.progress, self.begun = progress, begun
+        self.before: Loss | None = None
+        self.resumed_from = 0
+
+    def work(self, folder: RunFolder | None) -> FinetuneReport:
+        """Load, measure, train, measure, write."""
+        plan, recipe = self.plan, self.plan.recipe
+        self.progress.stage("loading the model")
+        held = plan.data.heldout
+        writing = str(self.out.resolve() / ".training" / "writing")
+        arguments = training_arguments(recipe, writing, measured=held is not None)
+        model = self._model()
+        if folder is not None:
+            size = 4 * count_trainable(model)
+            require_space(folder.path, 8 * size, "keep the adapter and two states of training")
+        with stop_on_signals(alone=plan.processes.count == 1) as stop:
+            watch = Watch(folder, plan.processes, self.progress, stop)
+            trainer = AdapterTrainer(
+                model,
+                arguments,
+                recipe,
+                list(plan.data.train.examples),
+                None if held is None else list(held.examples),
+                Collator(padding_id(plan.tokenizer)),
+                watch,
+            )
+            with _finite_or_explained(self.plan.model):
+                self._measure_before(trainer, folder)
+            end, after, broken = self._train(trainer, folder)
+            return self._close(trainer, folder, end, after, broken)
+
+    def _model(self) -> Any:
+        recipe = self.plan.recipe
+        model = load_base(self.plan.folder, getattr(torch, recipe.dtype), recipe.device)
+        set_seed(recipe.seed)
+        model = attach_adapter(model, recipe)
+        found = locate(self.plan.model, headers_only=True)
+        model.peft_config["default"].base_model_name_or_path = found.repo_id or self.plan.model
+        return model
+
+    def _measure_before(self, trainer: AdapterTrainer, folder: RunFolder | None) -> None:
+        """The held-out loss of the base, taken from the state when a run is continued."""
+        processes = self.plan.processes
+        found = folder.read(BEFORE) if folder is not None else None
+        found = processes.same(found)
+        if found is not None:
+            self.before = Loss(tuple(found["sums"]), tuple(found["counts"]))
+        elif self.plan.data.heldout is not None:
+            self.progress.stage("measuring the base")
+            try:
+                loss = trainer.measure(list(self.plan.data.heldout.examples))
+            except Stopped:
+                _leave(trainer.watch.stop)
+            if not loss.finite:
+                raise Diverged(0)
+            self.before = loss
+            if folder is not None:
+                folder.write(BEFORE, {"sums": list(loss.sums), "counts": list(loss.counts)})
+        if self.before is not None and processes.first:
+            self.progress.heldout(0, self.before.mean)
+
+    def _train(
+        self, trainer: AdapterTrainer, folder: RunFolder | None
+    ) -> tuple[str, Loss | None, int]:
+        """Train to an end of some kind: which, the held-out loss there, and the step that broke."""
+        checkpoint = folder.checkpoint() if folder is not None else None
+        checkpoint = self.plan.processes.same(checkpoint)
+        if self.plan.processes.rank:  # dropout of its own; the order of data has its own seed
+            torch.manual_seed(self.plan.recipe.seed + self.plan.processes.rank)
+        if checkpoint is not None:
+            self.resumed_from = int(checkpoint.name.rpartition("-")[2])
+        try:
+            if self.resumed_from >= self.plan.recipe.steps:
+                self._load_finished(trainer, checkpoint)
+            else:
+                trainer.train(
+                    resume_from_checkpoint=None if checkpoint is None else str(checkpoint)
+                )
+            if trainer.state.global_step < self.plan.recipe.steps:
+                return INTERRUPTED, None, 0
+            return self._measure_after(trainer)
+        except Diverged as error:
+            return DIVERGED, None, error.step
+
+    def _load_finished(self, trainer: AdapterTrainer, checkpoint: Path) -> None:
+        model: Any = trainer.model
+        model.load_adapter(str(checkpoint), "default", is_trainable=True)
+        trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+
+    def _measure_after(self, trainer: AdapterTrainer) -> tuple[str, Loss | None, int]:
+        """The loss of what came out: held out, or of some training examples for a sign of life."""
+        self.progress.stage("measuring the result")
+        step, newest = trainer.state.global_step, trainer.watch.newest
+        try:
+            if self.plan.data.heldout is None:
+                few = list(self.plan.data.train.examples[: self.plan.recipe.micro_batch])
+                if not trainer.measure(few).finite:
+                    raise Diverged(step)
+                return FINISHED, None, 0
+            if newest is not None and newest[0] == step:
+                return FINISHED, newest[1], 0
+            after = trainer.measure_heldout()
+        except Stopped:
+            after = None
+        if after is None:
+            trainer.watch.stopped_by = trainer.watch.stop.number
+            return INTERRUPTED, None, 0
+        return FINISHED, after, 0
+
+    def _close(
+        self,
+        trainer: AdapterTrainer,
+        folder: RunFolder | None,
+        end: str,
+        after: Loss | None,
+        broken: int,
+    ) -> FinetuneReport:
+        """Write the adapter and what is said about it; keep the state of an interrupted run."""
+        watch, step = trainer.watch, trainer.state.global_step
+        if end == DIVERGED:
+            step = watch.snapshot_step
+        before = None if self.before is None else self.before.mean
+        log = [
+            entry for entry in trainer.state.log_history if entry["step"] <= max(step, broken - 1)
+        ]
+        report = FinetuneReport(
+            out=str(self.out),
+            end=end,
+            signal=watch.stopped_by,
+            step=step,
+            resumed_from=self.resumed_from,
+            recipe=self.plan.recipe,
+            data=self.plan.data,
+            base=self.base,
+            trainable=count_trainable(trainer.model),  # type: ignore[arg-type]
+            before=self.before,
+            after=after,
+            curve=tuple(points(log, before)),
+            seconds=time.perf_counter() - self.begun,
+        )
+        if folder is not None:
+            self._write(trainer, folder, report)
+        self.plan.processes.wait()
+        if end == DIVERGED:
+            raise IrqError(
+                f"the loss or a gradient became NaN or infinite at step {broken} of "
+                f"{self.plan.recipe.steps}: lower --learning-rate "
+                f"({self.plan.recipe.learning_rate:g}); {self.out} holds the adapter of step "
+                f"{step}{'' if step else ' (untrained)'}, the last good one"
+            )
+        return report
+
+    def _write(self, trainer: AdapterTrainer, folder: RunFolder, report: FinetuneReport) -> None:
+        if report.end == DIVERGED:
+            restore_snapshot(trainer.model, trainer.watch)
+        made = folder.state / "adapter"
+        model: Any = trainer.model
+        model.save_pretrained(str(made), save_embedding_layers=False)
+        folder.publish(made, report.note())
+        write_csv(folder.path / CSV_NAME, report.curve)
+        title = f"{self.base['model']}: {report.recipe.lora}, rank {report.recipe.rank}"
+        if not draw(folder.path / PNG_NAME, report.curve, title):
+            (folder.path / PNG_NAME).unlink(missing_ok=True)
+            self.progress.note(
+                f"no {PNG_NAME}: drawing needs matplotlib: pip install 'irq-convert[plot]'"
+            )
+        if report.end != INTERRUPTED:
+            folder.finish()
+
+
+@contextmanager
+def _finite_or_explained(model: str) -> Iterator[None]:
+    """Before the first step no learning rate can be at fault."""
+    try:
+        yield
+    except Diverged:
+        raise IrqError(
+            f"{model}: gives NaN or infinite losses on the held-out data before any training: try "
+            "--dtype float32, or check it with irq-convert verify"
+        ) from None
+
+
+def _leave(stop: StopRequest) -> NoReturn:
+    """End as the signal would have ended the process: nothing is trained yet."""
+    if stop.number == signals.SIGINT:
+        raise KeyboardInterrupt
+    sys.exit(128 + stop.number)

@@ -1,0 +1,193 @@
+"""Merge one shard as a stream: read a tile, change it, write it; the three overlap.
+
+Memory holds a few tiles and the two small matrices of one layer, whatever the size of a tensor, a
+shard or the model. The tools are those of `irq_convert.jobs.quantize.pipeline`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from irq_convert.artifact.adapter import StoredAdapter, read_layer
+from irq_convert.artifact.config import ModuleFormat
+from irq_convert.artifact.contents import read_quantized, write_quantized
+from irq_convert.artifact.structure import StoredTensor
+from irq_convert.checkpoint.buffers import tensor_bytes, torch_dtype
+from irq_convert.checkpoint.cast import cast_bytes, narrow
+from irq_convert.checkpoint.columns import TransposedWriter
+from irq_convert.checkpoint.float_dtypes import FLOATS
+from irq_convert.checkpoint.header import TensorInfo
+from irq_convert.checkpoint.planned_folder import PlannedShard, copied
+from irq_convert.checkpoint.reader import TileReader
+from irq_convert.checkpoint.writer import ShardWriter
+from irq_convert.core.dequantize import dequantize_tensor
+from irq_convert.core.quantize import quantize_with_stats
+from irq_convert.core.quantized import QuantizedTensor
+from irq_convert.errors import IrqError
+from irq_convert.jobs.common.streams import BackgroundWriter, prefetched
+from irq_convert.jobs.merge.delta import Delta
+from irq_convert.jobs.merge.options import MergeOptions
+from irq_convert.jobs.merge.outcome import Outcome, measure, sum_of_squares
+from irq_convert.jobs.merge.plan import MergedTensor
+from irq_convert.jobs.merge.tau import move_tau
+from irq_convert.progress import Progress
+
+
+@dataclass(frozen=True)
+class MergeSettings:
+    """What tiles are changed with: the adapter and the options."""
+
+    adapter: StoredAdapter
+    options: MergeOptions
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Rows from `start` on, quantized or dense; or plain bytes from byte `start` on."""
+
+    tensor: MergedTensor
+    start: int
+    data: QuantizedTensor | torch.Tensor | bytes
+    last: bool
+
+
+def merge_shard(
+    shard: PlannedShard[MergedTensor], folder: Path, settings: MergeSettings, progress: Progress
+) -> dict[str, Outcome]:
+    """Write `shard` into `folder`, whole or not at all; returns what became of quantized tensors.
+
+    Raises `IrqError`, naming the tensor, when something cannot be read or written, or when a
+    merged number is not finite in the dtype asked for.
+    """
+    outcomes: dict[str, Outcome] = {}
+    delta: Delta | None = None
+    turned: TransposedWriter | None = None
+    with (
+        ShardWriter(folder / shard.name, shard.outputs) as writer,
+        BackgroundWriter() as background,
+        TileReader() as reader,
+        prefetched(_pieces(shard, reader, settings.options)) as pieces,
+    ):
+        for piece in pieces:
+            tensor = piece.tensor
+            if piece.start == 0:
+                delta = read_delta(reader, settings.adapter, tensor)
+            if isinstance(piece.data, QuantizedTensor) and isinstance(tensor.target, ModuleFormat):
+                tile, seen = _requantized(piece.data, tensor, piece.start, delta, settings)
+                outcomes[tensor.name] = outcomes[tensor.name] + seen if piece.start else seen
+                background.submit(
+                    write_quantized, writer, tensor.name, tensor.blocks, piece.start, tile
+                )
+                size = sum(part.nbytes for part in tile.parts().values())
+            elif isinstance(piece.data, QuantizedTensor) and tensor.transposed:
+                if piece.start == 0:
+                    assert isinstance(tensor.target, str)
+                    turned = TransposedWriter.of(writer, tensor.name, tensor.shape, tensor.target)
+                assert turned is not None
+                rows = _dense_rows(piece, delta)
+                background.submit(turned.add, rows)
+                size = rows.nbytes
+            else:
+                data, at = _dense(piece, delta)
+                background.submit(writer.write, tensor.name, data, at)
+                size = len(data)
+            progress.advance(size, finished=piece.last)
+    return outcomes
+
+
+def read_delta(reader: TileReader, adapter: StoredAdapter, tensor: MergedTensor) -> Delta | None:
+    """What the adapter adds to the tensor of `tensor`; None for one that it leaves alone."""
+    found = tensor.adapted
+    if found is None:
+        return None
+    values = read_layer(reader, adapter.config, found.layer)
+    return Delta.fold(values, found.layer.scaling, found.cols, found.block_size)
+
+
+def _pieces(
+    shard: PlannedShard[MergedTensor], reader: TileReader, options: MergeOptions
+) -> Iterator[_Piece]:
+    for tensor in shard.tensors:
+        base = tensor.base
+        if isinstance(base, StoredTensor):
+            step = base.shape.tile_rows(options.tile_weights)
+            for start in range(0, base.shape.rows, step):
+                stop = min(base.shape.rows, start + step)
+                tile = read_quantized(reader, base, start, stop)
+                yield _Piece(tensor, start, tile, last=stop == base.shape.rows)
+        elif tensor.adapted is not None:
+            rows, cols = tensor.shape
+            step = max(1, options.tile_weights // max(1, cols))
+            for start in range(0, rows, step):
+                stop = min(rows, start + step)
+                yield _Piece(tensor, start, reader.read_rows(base, start, stop), last=stop == rows)
+        else:
+            for start, data, last in copied(reader, tensor.saved or base):
+                yield _Piece(tensor, start, data, last)
+
+
+def _dense(piece: _Piece, delta: Delta | None) -> tuple[memoryview | bytes, int]:
+    """Bytes to write for `piece` and where: changed in float64 and rounded once to the dtype."""
+    if isinstance(piece.data, bytes):
+        return _cast(piece, piece.data)
+    result = _dense_rows(piece, delta)
+    return tensor_bytes(result), piece.start * result.shape[1] * result.element_size()
+
+
+def _dense_rows(piece: _Piece, delta: Delta | None) -> torch.Tensor:
+    """Rows of a result: changed in float64 and rounded once to the dtype."""
+    tensor, data = piece.tensor, piece.data
+    assert isinstance(tensor.target, str)
+    assert not isinstance(data, bytes)
+    if isinstance(data, QuantizedTensor):
+        data = dequantize_tensor(data)
+    stop = piece.start + data.shape[0]
+    exact = data if delta is None else delta.rows(piece.start, stop).add_(data)
+    return narrow(exact, tensor.target, tensor.name)
+
+
+def _cast(piece: _Piece, data: bytes) -> tuple[memoryview | bytes, int]:
+    """Copied bytes as they are, or in another floating dtype."""
+    tensor = piece.tensor
+    source = tensor.saved or tensor.base
+    assert isinstance(source, TensorInfo)
+    assert isinstance(tensor.target, str)
+    if data and tensor.saved is not None and source.dtype in FLOATS:
+        values = torch.frombuffer(bytearray(data), dtype=torch_dtype(source.dtype))
+        if not bool(values.isfinite().all()):
+            raise IrqError(
+                f"{source.shard.name}: {source.name} holds NaN or infinite numbers: training has "
+                "failed; take an earlier checkpoint of the adapter"
+            )
+    return cast_bytes(data, piece.start, source.dtype, tensor.target, tensor.name)
+
+
+def _requantized(
+    q: QuantizedTensor,
+    tensor: MergedTensor,
+    start: int,
+    delta: Delta | None,
+    settings: MergeSettings,
+) -> tuple[QuantizedTensor, Outcome]:
+    """The tile in the result's format, and what that did to it."""
+    assert isinstance(tensor.target, ModuleFormat)
+    assert isinstance(tensor.base, StoredTensor)
+    base = dequantize_tensor(q)
+    if delta is None or (delta.is_zero and tensor.target == tensor.base.format):
+        return q, Outcome(sum_of_squares(base))
+    stop = start + base.shape[0]
+    if delta.block_size is not None:
+        tile, costs = move_tau(q, delta, start, settings.options.tau, tensor.name)
+        seen = measure(base, delta.rows(start, stop), dequantize_tensor(tile))
+        return tile, replace(seen, tau=costs)
+    assert tensor.again is not None
+    change = delta.rows(start, stop)
+    wanted = (change + base).to(torch.float32)
+    tile, stats = quantize_with_stats(
+        wanted, tensor.again, threads=settings.options.threads, name=f"{tensor.name} (merged)"
+    )
+    return tile, replace(measure(base, change, dequantize_tensor(tile)), stats=stats)

@@ -1,0 +1,200 @@
+"""The plan of a merge, from headers alone: what becomes of every tensor, and every output byte."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from irq_convert.artifact.config import ModuleFormat, QuantizationConfig, module_name
+from irq_convert.artifact.contents import Artifact
+from irq_convert.artifact.dense import dense_config, dense_dtype
+from irq_convert.artifact.manifest import MANIFEST_NAME, manifest_room
+from irq_convert.artifact.results import MERGE_NAME
+from irq_convert.artifact.structure import StoredTensor, part_specs
+from irq_convert.checkpoint.header import TensorInfo
+from irq_convert.checkpoint.planned_folder import PlannedFolder, plan_folder
+from irq_convert.checkpoint.writer import TensorSpec
+from irq_convert.core.blocks import BlockShape
+from irq_convert.core.codebook import get_codebook
+from irq_convert.core.spec import MAX_REFINE, OBJECTIVES, QuantSpec
+from irq_convert.jobs.merge.match import Adapted, Match
+from irq_convert.jobs.merge.options import MergeOptions, MergeTo
+from irq_convert.version import PRODUCER
+
+
+@dataclass(frozen=True)
+class MergedTensor:
+    """One tensor of the source: where it comes from, what changes it, how it is written.
+
+    `base` is the artifact's, quantized or copied; `saved` takes its place, `adapted` is added to
+    it. `target` is the format of a quantized result, or the dtype of a dense one; `again` says how
+    it is quantized again, None where it is not.
+    """
+
+    name: str
+    base: StoredTensor | TensorInfo
+    adapted: Adapted | None
+    saved: TensorInfo | None
+    target: ModuleFormat | str
+    again: QuantSpec | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As the source has it."""
+        base = self.base
+        return base.source_shape if isinstance(base, StoredTensor) else base.shape
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the artifact stores the transpose of what a dense file has."""
+        return isinstance(self.base, StoredTensor) and self.base.format.transposed
+
+    @property
+    def blocks(self) -> BlockShape:
+        """Geometry of a quantized tensor as the artifact has it."""
+        assert isinstance(self.base, StoredTensor)
+        return self.base.shape
+
+    @cached_property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """What is stored for it."""
+        if isinstance(self.target, ModuleFormat):
+            return tuple(part_specs(self.name, self.shape, self.target).values())
+        return (TensorSpec(self.name, self.target, self.shape),)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the result."""
+        return sum(spec.nbytes for spec in self.outputs)
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """Everything that is known before any weight is read. `config` is None for a dense result.
+
+    `folder` holds all files but manifest or note.
+    """
+
+    artifact: Artifact
+    folder: PlannedFolder[MergedTensor]
+    config: QuantizationConfig | None
+    options: MergeOptions
+
+    @property
+    def tensors(self) -> list[MergedTensor]:
+        return self.folder.tensors
+
+    @property
+    def rounded(self) -> set[str]:
+        """Dtypes of dense tensors of the result whose numbers are not those of the artifact."""
+        return {
+            tensor.target
+            for tensor in self.tensors
+            if isinstance(tensor.target, str)
+            and (
+                tensor.adapted
+                or tensor.saved
+                or tensor.target != getattr(tensor.base, "dtype", None)
+            )
+        }
+
+    @property
+    def bytes_needed(self) -> int:
+        """Room to ask for: all files, and a manifest at its longest."""
+        names = (tensor.name for tensor in self.tensors)
+        files = len(self.folder.shards) + len(self.folder.carried)
+        return self.folder.bytes_out + manifest_room(names, files)
+
+
+def plan_merge(artifact: Artifact, match: Match, options: MergeOptions) -> MergePlan:
+    """Decide what becomes of every tensor of `artifact`."""
+    tensors = [_tensor(artifact, base, match, options) for base in artifact.in_file_order()]
+    config = _config(artifact.config, tensors) if options.to == MergeTo.IRQ else None
+    folder = plan_folder(
+        tensors,
+        options.max_shard_bytes,
+        artifact.checkpoint,
+        _config_json(artifact, config, options),
+        replaced=(MANIFEST_NAME, MERGE_NAME),
+    )
+    return MergePlan(artifact, folder, config, options)
+
+
+def _config_json(
+    artifact: Artifact, config: QuantizationConfig | None, options: MergeOptions
+) -> dict[str, Any]:
+    """config.json of the result."""
+    if config is None:
+        return dense_config(artifact, options.dtype)
+    return {**(artifact.checkpoint.config or {}), "quantization_config": config.to_dict()}
+
+
+def _tensor(
+    artifact: Artifact, base: StoredTensor | TensorInfo, match: Match, options: MergeOptions
+) -> MergedTensor:
+    adapted, saved = match.layers.get(base.name), match.saved.get(base.name)
+    again = None
+    if options.to == MergeTo.IRQ:
+        again = _again(base, adapted, requantize_settings(artifact, options))
+    target = _target(artifact, base, adapted, again, options)
+    return MergedTensor(base.name, base, adapted, saved, target, again)
+
+
+def _target(
+    artifact: Artifact,
+    base: StoredTensor | TensorInfo,
+    adapted: Adapted | None,
+    again: QuantSpec | None,
+    options: MergeOptions,
+) -> ModuleFormat | str:
+    if options.to == MergeTo.DENSE:
+        return dense_dtype(artifact, base, options.dtype)
+    if isinstance(base, StoredTensor):
+        if adapted is None:
+            return base.format
+        if adapted.block_size is not None:
+            return replace(base.format, tau_dtype=options.tau.value)
+        assert again is not None
+        return replace(base.format, scale_dtype="uint8", tau_dtype=again.tau_dtype)
+    return base.dtype
+
+
+def requantize_settings(artifact: Artifact, options: MergeOptions) -> dict[str, Any]:
+    """What tensors are quantized again with: as the artifact was, unless told otherwise.
+
+    Zero points that were integers stay integers, so that the result exports as its base does.
+    """
+    noted = (artifact.manifest or {"options": {}})["options"]
+    objective, refine = noted.get("objective"), noted.get("refine")
+    whole = type(refine) is int and 0 <= refine <= MAX_REFINE and options.objective is None
+    return {
+        "objective": options.objective or (objective if objective in OBJECTIVES else "auto"),
+        "refine": refine if whole else 0,
+        "zero_point": "integer" if noted.get("zero_point") == "integer" else "float",
+    }
+
+
+def _again(
+    base: StoredTensor | TensorInfo, adapted: Adapted | None, means: Mapping[str, Any]
+) -> QuantSpec | None:
+    if not isinstance(base, StoredTensor) or adapted is None or adapted.block_size is not None:
+        return None
+    uniform = get_codebook(base.format.codebook).kind == "int"
+    own = {} if uniform else {"zero_point": "float"}
+    return QuantSpec(base.format.codebook, base.format.block_size, **{**means, **own})
+
+
+def _config(base: QuantizationConfig, tensors: list[MergedTensor]) -> QuantizationConfig:
+    """The configuration that is true of the result: a common tau dtype becomes the default's."""
+    formats = {
+        module_name(tensor.name): tensor.target
+        for tensor in tensors
+        if isinstance(tensor.target, ModuleFormat)
+    }
+    taus = {fmt.tau_dtype for fmt in formats.values()}
+    default = replace(base.default, tau_dtype=taus.pop()) if len(taus) == 1 else base.default
+    overrides = {name: fmt for name, fmt in formats.items() if fmt != default}
+    meta = {**base.meta, "producer": PRODUCER}
+    return QuantizationConfig(default, base.modules_to_not_convert, overrides, meta)

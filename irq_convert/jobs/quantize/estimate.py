@@ -1,0 +1,142 @@
+"""What a conversion would write and cost, without writing anything."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from irq_convert.checkpoint.locate import Fetch, open_source
+from irq_convert.checkpoint.planned_folder import PlannedShard
+from irq_convert.checkpoint.system import free_bytes
+from irq_convert.core.quantize import quantize_tensor
+from irq_convert.jobs.common.kernels import load_kernels
+from irq_convert.jobs.common.options import chosen
+from irq_convert.jobs.common.ranks import Ranks
+from irq_convert.jobs.common.resume import FinishedShards
+from irq_convert.jobs.common.shard_job import scan_finished
+from irq_convert.jobs.quantize.job import quantize_job
+from irq_convert.jobs.quantize.options import QuantizeOptions
+from irq_convert.jobs.quantize.plan import QuantizePlan, TensorPlan, plan_quantize
+from irq_convert.jobs.quantize.quantize import check_output_folder, default_output, for_process
+from irq_convert.progress import Progress
+
+_SAMPLE = (256, 4096)
+
+
+@dataclass(frozen=True)
+class QuantizeEstimate:
+    """`bytes_out` is exact, without the manifest; `seconds` comes from `rate`, measured here.
+
+    `rate` is in weights a second, for the search alone; reading and writing overlap with it.
+    `kept` counts the numbers that would be copied, by the reason. `finished` of the `shards` are
+    there already and would be used; `disk_needed` is for the others. `fetched` is the most that the
+    source's files take in `fetched_to` when they come from the Hub, beside `disk_needed`.
+    """
+
+    model: str
+    out: str
+    decided_by: str
+    bytes_in: int
+    bytes_out: int
+    disk_needed: int
+    disk_free: int
+    shards: int
+    tensors: int
+    quantized_tensors: int
+    weights: int
+    quantized_weights: int
+    bits_per_weight: float
+    rate: float
+    seconds: float
+    kept: Mapping[str, int] = field(default_factory=dict)
+    finished: int = 0
+    fetched: int = 0
+    fetched_to: str | None = None
+
+    @property
+    def share(self) -> float:
+        """Part of the source's numbers that would be quantized."""
+        return self.quantized_weights / self.weights
+
+    def to_dict(self) -> dict[str, object]:
+        """All fields, for JSON."""
+        return {**asdict(self), "share": self.share}
+
+
+def estimate_quantize(
+    model: str | Path,
+    out: Path | str | None = None,
+    options: QuantizeOptions | None = None,
+    *,
+    revision: str | None = None,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> QuantizeEstimate:
+    """What `quantize` with the same arguments would do, planned from headers alone.
+
+    Raises what quantizing would raise before reading any weight, but for a full disk.
+    """
+    progress = progress or Progress()
+    options = chosen(QuantizeOptions.of, options, settings)
+    model, out = str(model), default_output(model, options) if out is None else Path(out)
+    options = for_process(options, Ranks())
+    check_output_folder(model, out, options)
+    checkpoint = open_source(model, revision, Fetch.STREAM if options.stream else Fetch.AS_READ)
+    with ExitStack() as stack:
+        stack.callback(checkpoint.fetcher.close, done=False)  # what a stopped run has left stays
+        progress.stage("planning")
+        plan = plan_quantize(checkpoint, options)
+        sizes = plan.bytes_in, plan.folder.bytes_out, plan.bytes_needed
+        found = scan_finished(quantize_job(plan, model, out, options))
+        tensors = (tensor.info for shard in _missing(plan, found) for tensor in shard.tensors)
+        fetched_to, fetched = checkpoint.fetcher.room(checkpoint.read_order(tensors).names)
+    load_kernels(options.spec, progress, device=options.device, threads=options.threads)
+    progress.stage("measuring")
+    rate = measure_rate(options)
+    return QuantizeEstimate(
+        model=model,
+        out=str(out),
+        decided_by=plan.decided_by,
+        bytes_in=sizes[0],
+        bytes_out=sizes[1],
+        disk_needed=sizes[2] - (found.nbytes if found else 0),
+        disk_free=free_bytes(out),
+        shards=len(plan.folder.shards),
+        tensors=len(plan.folder.tensors),
+        quantized_tensors=len(plan.quantized),
+        weights=plan.weights,
+        quantized_weights=plan.quantized_weights,
+        bits_per_weight=plan.bits_per_weight,
+        rate=rate,
+        seconds=_left(plan, found) / rate,
+        kept=plan.kept,
+        finished=len(found.shards) if found else 0,
+        fetched=fetched,
+        fetched_to=str(fetched_to) if fetched else None,
+    )
+
+
+def _left(plan: QuantizePlan, found: FinishedShards | None) -> int:
+    """Weights to quantize that are not in a finished shard."""
+    missing = _missing(plan, found)
+    return sum(t.info.numel for shard in missing for t in shard.tensors if t.spec is not None)
+
+
+def _missing(plan: QuantizePlan, found: FinishedShards | None) -> list[PlannedShard[TensorPlan]]:
+    there = found.shards if found else {}
+    return [shard for shard in plan.folder.shards if shard.name not in there]
+
+
+def measure_rate(options: QuantizeOptions) -> float:
+    """Weights a second of the search with these options on this machine."""
+    generator = torch.Generator().manual_seed(0)
+    sample = torch.randn(_SAMPLE, generator=generator).to(options.device)
+    begun = time.perf_counter()
+    quantize_tensor(sample, options.spec, threads=options.threads)
+    return sample.numel() / (time.perf_counter() - begun)

@@ -1,0 +1,114 @@
+"""What quantizing is asked to do: one frozen object, checked when it is made."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from irq_convert.core.codebook import CODEBOOKS, WIDTHS
+from irq_convert.core.spec import QuantSpec
+from irq_convert.errors import UsageError
+from irq_convert.jobs.common.options import MAX_SHARD_BYTES, check_sizes, fix_choices
+from irq_convert.jobs.common.resume import Resume
+
+TILE_WEIGHTS = 1 << 21
+
+
+def codebook_name(family: str, bits: int, option: str = "--bits") -> str:
+    """`("nf", 3)` to `"nf3"`; a full name such as `"int4"` has to agree with `bits`.
+
+    Raises `UsageError` for bits that no codebook has, naming the `option` that gave them, and for
+    an unknown family.
+    """
+    if bits not in WIDTHS:
+        known = f"{', '.join(map(str, WIDTHS[:-1]))} or {WIDTHS[-1]}"
+        raise UsageError(f"{option} {bits}: weights are stored in {known} bits")
+    name = family if family in CODEBOOKS else f"{family}{bits}"
+    if name not in CODEBOOKS:
+        raise UsageError(f"--codebook {family}: choose nf (normal-float) or int (uniform levels)")
+    if CODEBOOKS[name].bits != bits:
+        own = CODEBOOKS[name].bits
+        raise UsageError(f"--codebook {family} has {own} bits, not {bits}: add --bits {own}")
+    return name
+
+
+@dataclass(frozen=True)
+class QuantizeOptions:
+    """Options of one run.
+
+    `keep` are regular expressions of tensors to copy, `bits_for` pairs of an expression and a
+    number of bits, the last match winning; both are searched for in the tensor's name. `threads`
+    is for the search, None for all cores. `tile_weights` bounds memory and never changes a byte,
+    `stream` the room that a Hub model takes: its files are deleted when they were read.
+    `include_towers` quantizes the linear layers of vision and audio towers, too. `resume` says
+    whether shards that an earlier run has left are used.
+    """
+
+    spec: QuantSpec = field(default_factory=QuantSpec)
+    keep: tuple[str, ...] = ()
+    bits_for: tuple[tuple[str, int], ...] = ()
+    include_towers: bool = False
+    device: str = "cpu"
+    threads: int | None = None
+    overwrite: bool = False
+    max_shard_bytes: int = MAX_SHARD_BYTES
+    tile_weights: int = TILE_WEIGHTS
+    stream: bool = False
+    resume: Resume = Resume.AUTO
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        bits: int | None = None,
+        codebook: str = "nf",
+        block_size: int = 64,
+        objective: str | None = None,
+        refine: int = 0,
+        zero_point: str = "float",
+        **others: Any,
+    ) -> QuantizeOptions:
+        """Options with their spec in a person's words: `bits=3, codebook="nf"`.
+
+        `codebook` is a family, or a full name, which says the bits itself; 4 bits by default.
+        `objective` None is what is best for the codebook. `others` are the fields of this class.
+        Raises `UsageError` as `codebook_name`, `QuantSpec` and this class do.
+        """
+        if "spec" in others:
+            return cls(**others)
+        if bits is None:
+            bits = CODEBOOKS[codebook].bits if codebook in CODEBOOKS else 4
+        name = codebook_name(codebook, bits)
+        spec = QuantSpec(name, block_size, objective or "auto", refine, zero_point)
+        return cls(spec=spec, **others)
+
+    def __post_init__(self) -> None:
+        fix_choices(self, resume=Resume)
+        for pattern in self.keep:
+            _check_expression("--keep", pattern)
+        for pattern, bits in self.bits_for:
+            _check_expression("--bits-for", pattern)
+            codebook_name(self.spec.book.kind, bits, f"--bits-for {pattern!r} =")
+        check_sizes(self.threads, self.max_shard_bytes, self.tile_weights)
+
+    def to_dict(self) -> dict[str, object]:
+        """What decides the bytes of the artifact, for the manifest."""
+        return {
+            "codebook": self.spec.codebook,
+            "block_size": self.spec.block_size,
+            "objective": self.spec.objective,
+            "refine": self.spec.refine,
+            "zero_point": self.spec.zero_point,
+            "keep": list(self.keep),
+            "bits_for": [list(pair) for pair in self.bits_for],
+            "include_towers": self.include_towers,
+            "max_shard_bytes": self.max_shard_bytes,
+        }
+
+
+def _check_expression(option: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise UsageError(f"{option} {pattern!r} is not a regular expression: {error}") from None

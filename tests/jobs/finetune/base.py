@@ -1,0 +1,42 @@
+"""The demo model quantized, once, and stories to train on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from irq_convert.core.spec import QuantSpec
+from irq_convert.jobs.demo import MODEL_DIR
+from irq_convert.jobs.demo.corpus import corpus
+from irq_convert.jobs.finetune.options import FinetuneOptions, Lora
+from irq_convert.jobs.quantize.options import QuantizeOptions
+from irq_convert.jobs.quantize.quantize import quantize
+
+
+def make_artifact(folder: Path) -> Path:
+    """The demo model, tokenizer and all, at 3 bits."""
+    quantize(str(MODEL_DIR), folder, QuantizeOptions(QuantSpec("nf3", 64)))
+    return folder
+
+
+def write_tales(path: Path, stories: int = 10) -> Path:
+    """Some kilobytes of what the model knows, in capitals, which it does not know."""
+    path.write_text(corpus(11, stories).upper(), encoding="utf-8")
+    return path
+
+
+def quick(lora: Lora = Lora.IEC, **changes: Any) -> FinetuneOptions:
+    """Six small steps on the CPU."""
+    settings: dict[str, Any] = {
+        "lora": lora,
+        "rank": 4,
+        "steps": 6,
+        "batch_size": 4,
+        "micro_batch": 2,
+        "sequence_length": 48,
+        "learning_rate": 1e-3,
+        "save_every": 2,
+        "eval_every": 3,
+        "device": "cpu",
+    }
+    return FinetuneOptions(**{**settings, **changes})
