@@ -42,35 +42,35 @@ if TYPE_CHECKING:
     from irq_convert.progress import Progress
 
 _HOMES = {
-    "EvalOptions": "jobs.evaluate.options",
-    "ExportOptions": "jobs.export.options",
-    "FinetuneOptions": "jobs.finetune.options",
-    "IecLoraConfig": "adapters.config",
-    "IrqError": "errors",
-    "MergeOptions": "jobs.merge.options",
-    "Progress": "progress",
-    "PushOptions": "jobs.push.push",
-    "QuantSpec": "core.spec",
-    "QuantizeOptions": "jobs.quantize.options",
-    "QuantizedTensor": "core.quantized",
-    "UsageError": "errors",
-    "attach": "adapters.attach",
-    "dequantize_tensor": "core.dequantize",
-    "estimate_export": "jobs.export.export",
-    "estimate_finetune": "jobs.finetune.estimate",
-    "estimate_merge": "jobs.merge.estimate",
-    "estimate_quantize": "jobs.quantize.estimate",
-    "evaluate": "jobs.evaluate.evaluate",
-    "export": "jobs.export.export",
-    "finetune": "jobs.finetune.finetune",
-    "inspect": "jobs.inspect",
-    "load": "hf.loading",
-    "merge": "jobs.merge.merge",
-    "prepare_for_training": "adapters.attach",
-    "push": "jobs.push.push",
-    "quantize": "jobs.quantize.quantize",
-    "quantize_tensor": "core.quantize",
-    "verify": "jobs.verify",
+    "EvalOptions": "irq_convert.jobs.evaluate.options",
+    "ExportOptions": "irq_convert.jobs.export.options",
+    "FinetuneOptions": "irq_convert.jobs.finetune.options",
+    "IecLoraConfig": "irq_convert.adapters.config",
+    "IrqError": "irq_convert.errors",
+    "MergeOptions": "irq_convert.jobs.merge.options",
+    "Progress": "irq_convert.progress",
+    "PushOptions": "irq_convert.jobs.push.push",
+    "QuantSpec": "irq_convert.core.spec",
+    "QuantizeOptions": "irq_convert.jobs.quantize.options",
+    "QuantizedTensor": "irq_convert.core.quantized",
+    "UsageError": "irq_convert.errors",
+    "attach": "irq_convert.adapters.attach",
+    "dequantize_tensor": "irq_convert.core.dequantize",
+    "estimate_export": "irq_convert.jobs.export.export",
+    "estimate_finetune": "irq_convert.jobs.finetune.estimate",
+    "estimate_merge": "irq_convert.jobs.merge.estimate",
+    "estimate_quantize": "irq_convert.jobs.quantize.estimate",
+    "evaluate": "irq_convert.jobs.evaluate.evaluate",
+    "export": "irq_convert.jobs.export.export",
+    "finetune": "irq_convert.jobs.finetune.finetune",
+    "inspect": "irq_convert.jobs.inspect",
+    "load": "irq_convert.hf.loading",
+    "merge": "irq_convert.jobs.merge.merge",
+    "prepare_for_training": "irq_convert.adapters.attach",
+    "push": "irq_convert.jobs.push.push",
+    "quantize": "irq_convert.jobs.quantize.quantize",
+    "quantize_tensor": "irq_convert.core.quantize",
+    "verify": "irq_convert.jobs.verify",
 }
 """Every name of the face, and the module that it comes from."""
 
@@ -111,7 +111,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"irq_convert.{_HOMES[name]}"), name)
+    value = getattr(import_module(_HOMES[name]), name)
     globals()[name] = value
     return value
 

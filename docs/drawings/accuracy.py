@@ -29,7 +29,7 @@ def draw() -> Canvas:
     c.text(1010, 40, words, size=11.5, color=MUTED, anchor="end")
     for n, (name, size) in enumerate(MODELS.items()):
         sizes, series = found["bits_per_weight"][name], found["kl"][name]
-        _panel(c, 90 + n * 490, f"{name}, {size}", sizes, series)
+        _panel(c, 90 + n * 510, f"{name}, {size}", sizes, series)
     x = 90.0
     for color, shape, words in SERIES.values():
         c.dot(x + 6, 471, color, 5, shape)
@@ -40,7 +40,7 @@ def draw() -> Canvas:
 
 
 def _panel(c: Canvas, left: float, title: str, sizes: list[float], series: dict[str, Any]) -> None:
-    axes = Axes(left, 92, 430, 300, (2.0, 4.6), (0.05, 8.0), log=True)
+    axes = Axes(left, 92, 410, 300, (2.0, 4.6), (0.05, 8.0), log=True)
     ticks = {size: f"{size:.2f}" for size in sizes}
     axes.frame(c, ticks, TICKS, "bits per quantized weight", "KL divergence, nats")
     c.text(left, 76, title, bold=True)

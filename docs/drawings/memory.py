@@ -25,7 +25,7 @@ def draw() -> Canvas:
 
 
 def _beside_source(c: Canvas, found: dict[str, Any]) -> None:
-    axes = Axes(90, 92, 430, 280, (0, 22), (0, 8))
+    axes = Axes(90, 92, 410, 280, (0, 22), (0, 8))
     axes.frame(c, LAYERS, {n: str(n) for n in range(0, 9, 2)}, "layers", "GB")
     c.text(90, 76, "beside the weight files that are read", bold=True)
     places = [(axes.x(n), axes.y(size)) for n, size in found["source_gb"]["points"]]
@@ -39,9 +39,9 @@ def _beside_source(c: Canvas, found: dict[str, Any]) -> None:
 
 
 def _close(c: Canvas, found: dict[str, Any]) -> None:
-    axes = Axes(590, 92, 420, 280, (0, 22), (0, 1000))
+    axes = Axes(600, 92, 410, 280, (0, 22), (0, 1000))
     axes.frame(c, LAYERS, {n: str(n) for n in range(0, 1001, 200)}, "layers", "MB")
-    c.text(590, 76, "the same runs, closer", bold=True)
+    c.text(600, 76, "the same runs, closer", bold=True)
     for run in found["runs"]:
         _run(c, axes, run, 1)
     for n, (name, (color, shape)) in enumerate(COLORS.items()):

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from peft import LoraConfig
 
 from irq_convert.adapters.peft_type import iec_lora
+from irq_convert.artifact.adapter_kinds import Connection
 from irq_convert.core.spec import BLOCK_SIZES
 from irq_convert.errors import UsageError
 
-CONNECTIONS = ("both", "input", "output", "none")
 POOLS = (None, "block")
 
 
@@ -45,9 +45,9 @@ class IecLoraConfig(LoraConfig):
         self._check()
 
     def _check(self) -> None:
-        if self.connection not in CONNECTIONS:
+        if self.connection not in set(Connection):
             raise UsageError(
-                f"connection {self.connection!r}: choose one of {', '.join(CONNECTIONS)}"
+                f"connection {self.connection!r}: choose one of {', '.join(Connection)}"
             )
         if self.pool not in POOLS:
             raise UsageError(f"pool {self.pool!r}: choose 'block' or None")

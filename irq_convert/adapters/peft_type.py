@@ -12,7 +12,7 @@ from typing import Any
 
 from peft import PeftType
 
-IEC_LORA = "IEC_LORA"
+from irq_convert.artifact.adapter_kinds import IEC_LORA
 
 
 def iec_lora() -> Any:

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING
 
 from irq_convert.artifact.adapter_config import (
     CONFIG_FILE,
-    IEC_LORA,
     WEIGHTS_FILE,
     StoredConfig,
     read_config,
 )
+from irq_convert.artifact.adapter_kinds import IEC_LORA
 from irq_convert.checkpoint.files import sha256_file
 from irq_convert.checkpoint.float_dtypes import FLOATS
 from irq_convert.checkpoint.header import TensorInfo, read_header

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from irq_convert.artifact.adapter_kinds import IEC_LORA, LORA, AdapterKind, Connection, kind_of
 from irq_convert.checkpoint.source import read_json_object
 from irq_convert.core.spec import BLOCK_SIZES
 from irq_convert.errors import IrqError, UsageError
@@ -16,8 +17,6 @@ from irq_convert.errors import IrqError, UsageError
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 NOTE_FILE = "irq_adapter.json"
-LORA, IEC_LORA = "LORA", "IEC_LORA"
-CONNECTIONS = ("both", "input", "output", "none")
 OWN_KEYS = ("connection", "pool", "block_size", "base_sha256")
 """What an IEC_LORA configuration has beyond a LORA one."""
 # Those that leave the base weight alone; the others write to it before training.
@@ -78,11 +77,9 @@ class StoredConfig:
     modules_to_save: tuple[str, ...]
 
     @property
-    def kind(self) -> str:
-        """ "plain", "iec" or "block", as `finetune --lora` names them."""
-        if self.pooled:
-            return "block"
-        return "plain" if self.connection == "none" else "iec"
+    def kind(self) -> AdapterKind:
+        """As `finetune --lora` names it."""
+        return kind_of(self.raw)
 
     def rank_of(self, module: str) -> int:
         """The rank of `module` after `rank_pattern`."""
@@ -238,8 +235,8 @@ def _base_hash(folder: Path, raw: Mapping[str, Any]) -> str | None:
 
 
 def _check(path: Path, config: StoredConfig) -> None:
-    if config.connection not in CONNECTIONS:
-        known = ", ".join(CONNECTIONS)
+    if config.connection not in set(Connection):
+        known = ", ".join(Connection)
         raise IrqError(f"{path}: connection {config.connection!r} must be one of {known}")
     if config.raw.get("pool") not in (None, "block"):
         raise IrqError(f"{path}: pool {config.raw['pool']!r} must be 'block' or null")

@@ -37,10 +37,10 @@ from irq_convert.checkpoint.layout import (
     HEADERS_ONLY_NAME,
     is_hidden,
     is_weight_file,
-    select_weights,
     shards_of_index,
 )
 from irq_convert.checkpoint.source import parse_index
+from irq_convert.checkpoint.source_formats import find_format
 from irq_convert.checkpoint.system import os_errors
 from irq_convert.errors import IrqError
 
@@ -140,7 +140,7 @@ def _choose(
     repo_id: str, commit: ResolvedRevision, files: Mapping[str, RepoFile]
 ) -> tuple[tuple[str, ...], str | None]:
     """Return the weight files to download, and the index among them."""
-    selection = select_weights(files, repo_id)
+    _, selection = find_format(files, repo_id)
     index = selection.index
     if index is None:
         return selection.shards, None

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from irq_convert.checkpoint.shards import INDEX_NAME
-from irq_convert.errors import IrqError
 
 SINGLE_NAME = "model.safetensors"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -54,15 +53,14 @@ def is_weight_file(path: str) -> bool:
     return path.lower().endswith(WEIGHT_SUFFIXES) or is_weight_index(path)
 
 
-def select_weights(paths: Collection[str], where: str) -> Selection:
-    """Choose the weight files among the relative posix `paths` of a checkpoint called `where`.
+def select_safetensors(paths: Collection[str]) -> Selection | None:
+    """Choose the safetensors files among the relative posix `paths` of a checkpoint; None for none.
 
     At the top level only, in this order: `model.safetensors.index.json` (see `shards_of_index` for
     the case that `model.safetensors` lies beside it), `model.safetensors`, the only index of
     another name, else every `*.safetensors` that is not an adapter. Copies of the weights under
     other names (`consolidated*.safetensors`, `original/`) are not read when one of the first
     three exists.
-    Raises `IrqError` when there is nothing to read, saying how to convert what there is.
     """
     top = sorted(path for path in paths if "/" not in path)
     indexes = [name for name in top if name.endswith(".safetensors.index.json")]
@@ -75,13 +73,12 @@ def select_weights(paths: Collection[str], where: str) -> Selection:
         return Selection((), indexes[0])
     shards = [name for name in top if name.endswith(".safetensors")]
     base = tuple(name for name in shards if not name.startswith("adapter_"))
-    if not base:
-        raise IrqError(f"{where}: {_why_nothing(paths, adapter=bool(shards))}")
-    return Selection(base)
+    return Selection(base) if base else None
 
 
-def _why_nothing(paths: Collection[str], adapter: bool) -> str:
-    if adapter:
+def why_nothing(paths: Collection[str]) -> str:
+    """In words, why there is nothing to read among `paths`, and the way out."""
+    if any("/" not in path and path.endswith(".safetensors") for path in paths):
         return "holds an adapter but no model; merge the adapter into its base model first"
     names = sorted(paths)
     pickles = [path for path in names if path.lower().endswith(PICKLE_SUFFIXES)]

@@ -16,7 +16,6 @@ from irq_convert.checkpoint.header import (
     DuplicateKeyError,
     ShardHeader,
     TensorInfo,
-    read_header,
     unique_pairs,
 )
 from irq_convert.checkpoint.layout import (
@@ -24,9 +23,9 @@ from irq_convert.checkpoint.layout import (
     Selection,
     is_hidden,
     is_weight_file,
-    select_weights,
     shards_of_index,
 )
+from irq_convert.checkpoint.source_formats import SourceFormat, find_format
 from irq_convert.checkpoint.system import os_errors
 from irq_convert.errors import IrqError, UsageError
 
@@ -75,7 +74,7 @@ def open_checkpoint(
 ) -> Checkpoint:
     """Open the checkpoint in `folder`; `repo_id` and `revision` are only noted in the result.
 
-    Which weight files are read is decided by `layout.select_weights`. A tensor that lies in an
+    Which weight files are read is decided by `source_formats.find_format`. A tensor that lies in an
     indexed shard but is missing from the index is read like any other: transformers would ignore
     it, but dropping data without a word is worse than keeping it.
 
@@ -95,12 +94,12 @@ def open_checkpoint(
         files = _list_files(folder)
     fence = _Fence(folder)
     sizes = _headers_only_sizes(folder)
-    selection = select_weights(files, str(folder))
+    source_format, selection = find_format(files, str(folder))
     weight_map, index_metadata = _read_index(folder, fence, selection)
     names = shards_of_index(selection, weight_map) if weight_map else selection.shards
     if not set(names) <= set(weight_map.values()):  # the index is not the one of these files
         selection, weight_map, index_metadata = Selection(names), {}, {}
-    headers = [_open_shard(folder, fence, name, selection.index, sizes) for name in names]
+    headers = [_open_shard(source_format, fence, name, selection.index, sizes) for name in names]
     tensors = _merge(headers)
     _check_index(weight_map, dict(zip(names, headers, strict=True)), selection)
     other = tuple(fence.check(name) for name in files if not is_weight_file(name))
@@ -213,12 +212,16 @@ def _read_index(
 
 
 def _open_shard(
-    folder: Path, fence: _Fence, name: str, index: str | None, sizes: Mapping[str, int] | None
+    source_format: SourceFormat,
+    fence: _Fence,
+    name: str,
+    index: str | None,
+    sizes: Mapping[str, int] | None,
 ) -> ShardHeader:
-    path = folder / fence.check(name)
+    path = fence.folder / fence.check(name)
     if not path.exists():
         raise IrqError(f"{path}: named by {index} but missing; download or copy it again")
-    return read_header(path, None if sizes is None else sizes.get(name))
+    return source_format.read_header(path, None if sizes is None else sizes.get(name))
 
 
 def _merge(headers: list[ShardHeader]) -> dict[str, TensorInfo]:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from irq_convert.artifact.export_targets import TARGETS
 from irq_convert.cli.shared import AsJson, DryRun, MaxShardSize, Overwrite, Threads, shard_bytes
-from irq_convert.jobs.export.registry import TARGETS
 
 if TYPE_CHECKING:
     from irq_convert.jobs.export.options import ExportOptions

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from irq_convert.artifact.adapter_kinds import AdapterKind, Connection
 from irq_convert.cli.console import quiet_libraries
-from irq_convert.cli.shared import AsJson
+from irq_convert.cli.shared import RESUMING, AsJson
 from irq_convert.errors import IrqError
+from irq_convert.jobs.common.resume import Resume
 from irq_convert.jobs.finetune.options import (
-    Connection,
     FinetuneOptions,
-    Lora,
     Optimizer,
     TrainDtype,
 )
@@ -48,9 +48,9 @@ def finetune_command(
     ],
     out: Annotated[Path, typer.Option(help="Adapter folder to create.", show_default=False)],
     lora: Annotated[
-        Lora,
+        AdapterKind,
         _adapter("plain LoRA, iec (elastic connections) or block (mergeable into the artifact)."),
-    ] = Lora.IEC,
+    ] = AdapterKind.IEC,
     connection: Annotated[
         Connection | None, _adapter("Elastic connections to train.  \\[default: both]")
     ] = None,
@@ -102,7 +102,7 @@ def finetune_command(
         _run("Steps between held-out losses.  \\[default: a tenth of the run]"),
     ] = None,
     save_every: Annotated[int, _run("Steps between saved states of training.")] = 500,
-    resume: Annotated[bool, _run("Continue a stopped run.", "--resume")] = False,
+    resume: Annotated[Resume, _run(RESUMING)] = Resume.AUTO,
     overwrite: Annotated[bool, _run("Replace an adapter in OUT.", "--overwrite")] = False,
     gradient_checkpointing: Annotated[
         bool, _run("Less memory, about a third slower.", "--gradient-checkpointing")
@@ -120,7 +120,7 @@ def finetune_command(
 ) -> None:
     """Train a LoRA, IEC-LoRA or block-pooled adapter on a quantized model.
 
-    Defaults are the paper's recipe. Ctrl-C saves; --resume goes on. Scales with torchrun.
+    Defaults are the paper's recipe. Ctrl-C saves; the same command goes on. Scales with torchrun.
 
     Example: irq-convert finetune ./model-3bit --data alpaca.json --out ./adapter --lora iec
     """
@@ -207,7 +207,7 @@ def _train(
     out: Path,
     options: FinetuneOptions,
     files: dict[str, Any],
-    resume: bool,
+    resume: Resume,
     overwrite: bool,
 ) -> "FinetuneReport":
     from irq_convert.cli.finetune_show import TrainingBar
@@ -226,7 +226,7 @@ def _show(report: "FinetuneReport", as_json: bool) -> None:
     if report.signal:
         typer.echo(
             f"irq-convert: stopped at step {report.step} of {report.recipe.steps}; {report.out} "
-            "holds the adapter so far, continue with --resume",
+            "holds the adapter so far: the same command continues there",
             err=True,
         )
         return

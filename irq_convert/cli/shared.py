@@ -15,10 +15,8 @@ from irq_convert.jobs.common.resume import Resume
 
 Threads = Annotated[int | None, typer.Option(help="CPU threads.  \\[default: all]")]
 MaxShardSize = Annotated[float, typer.Option(help="Largest shard, in GB (10^9 bytes).")]
-Resuming = Annotated[
-    Resume,
-    typer.Option(help="Continue a stopped run: where there is one, else fail, or start anew."),
-]
+RESUMING = "Continue a stopped run: where there is one, else fail, or start anew."
+Resuming = Annotated[Resume, typer.Option(help=RESUMING)]
 PushToHub = Annotated[
     str | None, typer.Option(metavar="ORG/NAME", help="Push the result to the Hub (see `push`).")
 ]

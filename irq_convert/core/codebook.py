@@ -20,8 +20,11 @@ if TYPE_CHECKING:
     import numpy as np
 
 LEAST_BITS, MOST_BITS = 2, 4
-"""Widths of a code that kernels serve: `kernels/lookup.py` looks 16 codes of two to four bits up in
-one register of 16 levels, and in `triton/` eight codes make one word of 32 bits."""
+"""Widths of a code that kernels serve; all but four kernels follow from these two numbers.
+
+More is work in `kernels/lookup.py` and `dequantize.py`, where one register holds the 16 levels, and
+in `triton/emit.py` and `dequantize.py`, where one int32 holds eight codes.
+"""
 MOST_LEVELS = 1 << MOST_BITS
 
 
@@ -95,8 +98,8 @@ def _uniform(bits: int) -> tuple[float, ...]:
 class Codebook:
     """A named, strictly increasing set of `2**bits` levels from -1 to 1.
 
-    `levels` are exact in float32; `kind` is the name of its family. Raises `UsageError` for levels
-    that are not so, and for more of them than kernels can look up.
+    `levels` are rounded to float32; `kind` is the name of its family. Raises `UsageError` for other
+    levels, and for more of them than kernels can look up.
     """
 
     name: str
@@ -107,23 +110,21 @@ class Codebook:
     def __post_init__(self) -> None:
         if not LEAST_BITS <= self.bits <= MOST_BITS:
             raise UsageError(
-                f"codebook {self.name} has codes of {self.bits} bits: kernels look up "
-                f"{LEAST_BITS} to {MOST_BITS} (irq_convert/core/kernels/lookup.py)"
+                f"codebook {self.name} has {self.bits}-bit codes: kernels look up "
+                f"{LEAST_BITS} to {MOST_BITS} bits (irq_convert/core/kernels/lookup.py)"
             )
         if self.kind not in FAMILIES:
             known = ", ".join(FAMILIES)
             raise UsageError(f"codebook {self.name}: no family {self.kind!r}, only {known}")
-        if not self._is_sound():
+        object.__setattr__(self, "levels", tuple(map(_float32, self.levels)))
+        ends = self.levels[:1] + self.levels[-1:]
+        rising = all(low < high for low, high in pairwise(self.levels))
+        if len(self.levels) != 2**self.bits or ends != (-1.0, 1.0) or not rising:
             raise UsageError(
-                f"codebook {self.name} needs {2**self.bits} levels of float32, rising from -1 to 1"
+                f"codebook {self.name} needs {2**self.bits} levels that rise from -1 to 1"
             )
         if self.uniform and self.levels != _uniform(self.bits):
             raise UsageError(f"codebook {self.name} of family {self.kind} needs uniform levels")
-
-    def _is_sound(self) -> bool:
-        rising = all(low < high for low, high in pairwise(self.levels))
-        whole = len(self.levels) == 2**self.bits and self.levels[0] == -1 and self.levels[-1] == 1
-        return rising and whole and all(level == _float32(level) for level in self.levels)
 
     @property
     def family(self) -> Family:

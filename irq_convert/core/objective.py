@@ -1,7 +1,7 @@
 """What a search is for, and what tau may be: names alone, so that help costs no numerics.
 
-A new objective is a member here with its meaning, a branch in `search_plan.plan_search`, and a score in each search:
-`kernels/search.py`, its twin in `portable/` and the one in `triton/`.
+A new objective is a member here with its meaning, a branch in `search_plan.plan_search`, and a
+score in each of the three searches: `kernels/search.py`, `portable/search.py`, `triton/search.py`.
 """
 
 from __future__ import annotations

@@ -13,15 +13,14 @@ from irq_convert.core.blocks import GROUP_SIZE
 from irq_convert.core.statistic_dtypes import STATISTIC_DTYPES, StoredDtype
 from irq_convert.errors import IrqError
 
-_BY_TORCH = {each.torch: each for each in STATISTIC_DTYPES.values()}
-
 
 def statistic_dtype(dtype: torch.dtype) -> StoredDtype:
     """The row of `STATISTIC_DTYPES` for `dtype`; raises `IrqError` where there is none."""
-    if dtype not in _BY_TORCH:
+    found = STATISTIC_DTYPES.get(str(dtype).removeprefix("torch."))
+    if found is None:
         *most, last = STATISTIC_DTYPES
         raise IrqError(f"statistics must be {', '.join(most)} or {last}, not {dtype}")
-    return _BY_TORCH[dtype]
+    return found
 
 
 def check_statistic(stored: torch.Tensor, grid: torch.Tensor | None) -> None:

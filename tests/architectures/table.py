@@ -1,4 +1,4 @@
-"""The table of docs/architectures.md: `python -m tests.architectures.table` prints it.
+"""The table of docs/models.md: `python -m tests.architectures.table` prints it.
 
 Every row is made here and now: a tiny random model is quantized, loaded and compared with the dense
 model of the decoded weights, saved, loaded again, and trained for one step.

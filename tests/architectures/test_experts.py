@@ -23,6 +23,7 @@ from irq_convert.core.quantize import quantize_tensor
 from irq_convert.core.spec import QuantSpec
 from irq_convert.errors import IrqError, UsageError
 from irq_convert.hf.forwards import orientation
+from irq_convert.jobs.export.export import export
 from irq_convert.jobs.merge.merge import merge
 from irq_convert.jobs.merge.options import MergeOptions, MergeTo
 from irq_convert.nn.experts import IrqExperts, cut_rows
@@ -100,7 +101,7 @@ def test_dense_again(name: str, tmp_path: Path) -> None:
     dense.save_pretrained(tmp_path / "dense")
     again = dense_model(kind, tmp_path / "dense")
     assert float((logits(again, kind) - wanted).abs().max()) <= TOLERANCE
-    merge(artifact, None, tmp_path / "expanded", MergeOptions(to=MergeTo.DENSE))
+    export(artifact, tmp_path / "expanded", to="dense")
     expanded = dense_model(kind, tmp_path / "expanded")
     assert float((logits(expanded, kind) - wanted).abs().max()) <= TOLERANCE
     source = stored_bytes(tmp_path / "source")

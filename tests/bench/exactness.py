@@ -16,17 +16,21 @@ import argparse
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import numba
 import numpy as np
 import torch
 from numba import njit, prange
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
 from irq_convert.core.codebook import CODEBOOKS, Codebook
 from irq_convert.core.ideal.oracle import RESOLUTION, breakpoint_search, grid_search, search_window
 from irq_convert.core.ideal.search import icq_search
 from irq_convert.core.search_plan import INT_RADIUS, NF_RADIUS, entropy_shift, entropy_table
 from tests.core.blocks import kinds, make_blocks
+from tests.paths import ABSENT
 
 KINDS = ("gaussian", "student", "real", "repeated", "tails", "constant", "outlier")
 EXTRA = ("gridded", "offset", "mixed")
@@ -260,7 +264,7 @@ def main() -> int:
     print(HEADER)
     for kind in (*KINDS, *(EXTRA if options.extra else ())):
         if kind not in kinds():
-            print(f"{kind:9} skipped: no models in ../shared/models")
+            print(f"{kind:9} skipped: {ABSENT}")
             continue
         for book in CODEBOOKS.values():
             rows.append(measure(kind, book, options.blocks, options.sample))

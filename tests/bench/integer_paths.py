@@ -2,7 +2,7 @@
 
     python -m tests.bench.integer_paths [--max-tokens 6000] [--json FILE]
 
-For the demo's model, and the two of ../shared/models where they are, every linear inside the layers
+For the demo's model, and the two stories models where they are, every linear inside the layers
 is quantized to int4, int3 and int2 and decoded in place: plain min-max, the authors' search over
 101 ranges in our own words (real-valued scales, integer zero points, zero always in the range), and
 each objective of ours with float and with integer zero points, 8-bit scales, as it is stored. KL is
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ from pathlib import Path
 import torch
 from torch.nn import functional
 from transformers.utils import logging
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from irq_convert.core.dequantize import dequantize_tensor
 from irq_convert.core.quantize import quantize_with_stats
@@ -30,8 +33,8 @@ from irq_convert.jobs.demo import MODEL_DIR
 from irq_convert.jobs.demo.corpus import heldout
 from irq_convert.jobs.evaluate.options import EvalOptions
 from irq_convert.jobs.evaluate.windows import evaluate_windows
+from tests.paths import SHARED
 
-SHARED = Path(__file__).parents[3] / "shared"
 BLOCK = 64
 RANGES = torch.cat([torch.ones(1), torch.linspace(1, 1.1, 51)[1:], torch.linspace(1, 0.9, 51)[1:]])
 

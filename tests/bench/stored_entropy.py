@@ -2,7 +2,7 @@
 
     python -m tests.bench.stored_entropy [--rows 1024] [--json FILE]
 
-For Gaussian weights and for real ones (stories15M's linears, where ../shared is present) and every
+For Gaussian weights and for real ones (stories15M's linears, where it is there) and every
 codebook: uncalibrated, the ideal with real-valued (tau, scale), what `quantize_tensor` stores, and
 the ideal pair rounded afterwards, by an affine 8-bit grid or by bitsandbytes' 256-entry dynamic
 map, both for groups of 256 blocks. "codes again" takes codes from the rounded pair, as a reader
@@ -22,6 +22,8 @@ from pathlib import Path
 import numba
 import torch
 from torch.nn import functional
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from irq_convert.core.blocks import GROUP_SIZE
 from irq_convert.core.codebook import CODEBOOKS, Codebook

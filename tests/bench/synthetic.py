@@ -113,15 +113,14 @@ def write_synthetic(
     Equal arguments give equal bytes. Raises `UsageError` for a folder that is not empty and
     `IrqError` when the disk is too small or fails; then nothing is left in it.
     """
-    from irq_convert.checkpoint.disk import discard_output, prepare_output, require_space
+    from irq_convert.checkpoint.disk import output_folder, require_space
     from irq_convert.checkpoint.files import write_json_atomic
     from irq_convert.checkpoint.shards import INDEX_NAME, build_index, plan_shards, shard_name
     from irq_convert.checkpoint.writer import ShardWriter, TensorSpec
 
     specs = {name: TensorSpec(name, "BF16", shape) for name, shape in shapes.tensors()}
     total = sum(spec.nbytes for spec in specs.values())
-    created = prepare_output(out, None, overwrite=False)
-    try:
+    with output_folder(out) as folder:
         require_space(out, total, "write the checkpoint")
         noise = Noise(seed)
         groups = plan_shards([(name, spec.nbytes) for name, spec in specs.items()], shard_bytes)
@@ -129,22 +128,17 @@ def write_synthetic(
         for number, names in enumerate(groups, 1):
             file = shard_name(number, len(groups))
             weight_map |= dict.fromkeys(names, file)
-            with ShardWriter(out / file, [specs[name] for name in names]) as writer:
+            with ShardWriter(folder / file, [specs[name] for name in names]) as writer:
                 for name in names:
                     offset = 0
                     for tile in noise.tiles(specs[name].shape):
                         writer.write(name, tile, offset)
                         offset += len(tile)
         if len(groups) > 1:
-            write_json_atomic(out / INDEX_NAME, build_index(weight_map, total))
-        write_json_atomic(out / "config.json", shapes.config())
+            write_json_atomic(folder / INDEX_NAME, build_index(weight_map, total))
+        write_json_atomic(folder / "config.json", shapes.config())
         generation = {"bos_token_id": 1, "eos_token_id": 2, "_from_model_config": True}
-        write_json_atomic(out / "generation_config.json", generation)
-    except BaseException:
-        for path in out.iterdir():
-            path.unlink()
-        discard_output(out, created)
-        raise
+        write_json_atomic(folder / "generation_config.json", generation)
     return total
 
 

@@ -40,11 +40,12 @@ def same_bytes(before: Path, after: Path) -> bool:
 
 def measure(folder: Path, codebook: str) -> list[str]:
     """One row of the table."""
+    from irq_convert.artifact.adapter_kinds import AdapterKind
     from irq_convert.core.spec import QuantSpec
     from irq_convert.jobs.demo import MODEL_DIR
     from irq_convert.jobs.demo.corpus import HELDOUT_SEED, corpus
     from irq_convert.jobs.finetune.finetune import finetune
-    from irq_convert.jobs.finetune.options import FinetuneOptions, Lora
+    from irq_convert.jobs.finetune.options import FinetuneOptions
     from irq_convert.jobs.merge.merge import merge
     from irq_convert.jobs.merge.options import Dtype, MergeOptions, MergeTo, TauDtype
     from irq_convert.jobs.quantize.options import QuantizeOptions
@@ -53,7 +54,7 @@ def measure(folder: Path, codebook: str) -> list[str]:
     base, adapter, data = folder / codebook, folder / f"{codebook}-adapter", folder / "text.txt"
     data.write_text(corpus(HELDOUT_SEED + 1, 60), encoding="utf-8")
     quantize(str(MODEL_DIR), base, QuantizeOptions(QuantSpec(codebook)))
-    finetune(base, data, adapter, FinetuneOptions(lora=Lora.BLOCK, **RECIPE))
+    finetune(base, data, adapter, FinetuneOptions(lora=AdapterKind.BLOCK, **RECIPE))
     row, same = [codebook], True
     for tau in TauDtype:
         out = folder / f"{codebook}-{tau.value}"

@@ -14,10 +14,8 @@ import pytest
 from irq_convert.checkpoint import disk
 from irq_convert.checkpoint.disk import (
     check_output,
-    discard_output,
     output_folder,
     partial_folder,
-    prepare_output,
     remove_leftovers,
     require_space,
     staging_folder,
@@ -79,7 +77,7 @@ def test_unusable_outputs(tmp_path: Path) -> None:
         (tmp_path / "models", True, "holds the source"),
         (tmp_path / "models" / ".." / "models", True, "holds the source"),
     ):
-        for check in (check_output, prepare_output, _enter):
+        for check in (check_output, _enter):
             with pytest.raises(UsageError) as caught:
                 check(out, source, overwrite)
             assert_one_line(str(caught.value), str(out), word)
@@ -94,17 +92,6 @@ def _enter(out: Path, source: Path, overwrite: bool) -> None:
 def test_mount_point_is_refused() -> None:
     with pytest.raises(UsageError, match="mount point"):
         _enter(Path("/proc"), Path("/nowhere"), True)
-
-
-def test_prepare_and_discard(tmp_path: Path) -> None:
-    out = tmp_path / "a" / "b"
-    assert prepare_output(out, None, False) is True
-    (out / "x").touch()
-    assert prepare_output(out, None, True) is False
-    discard_output(out, False)
-    assert (out / "x").exists()
-    discard_output(out, True)
-    assert not out.exists()
 
 
 @pytest.mark.parametrize("state", ["absent", "empty", "deep"])

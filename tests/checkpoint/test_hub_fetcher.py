@@ -81,7 +81,7 @@ def in_cache() -> list[str]:
 
 
 def read_all(checkpoint: Checkpoint, after: list[list[str]] | None = None) -> dict[str, bytes]:
-    """Every tensor, read in file order through the read_order; `after` collects what lies on the disk."""
+    """Every tensor, read in file order; `after` collects what lies on the disk."""
     found = {}
     infos = list(checkpoint.tensors.values())
     with TileReader(read_order=checkpoint.read_order(infos)) as reader:
@@ -108,7 +108,7 @@ def test_files_come_as_they_are_read_and_stay_in_the_cache(
         assert shards_sent(server) < sum(map(len, files.values()))  # headers, small files whole
         assert in_cache() == []
         read_order = checkpoint.read_order(checkpoint.tensors.values())
-        assert read_order.order == tuple(SHARDS)
+        assert read_order.names == tuple(SHARDS)
         read_order.reach(checkpoint.shards[0])
         checkpoint.fetcher.ensure([SHARDS[1]])
         assert in_cache() == SHARDS[:2]
@@ -437,8 +437,8 @@ def test_room_is_asked_for_where_files_will_lie(
     with checkpoint.fetcher as fetcher:
         read_order = checkpoint.read_order(checkpoint.tensors.values())
         two = len(files[SHARDS[0]]) + len(files[SHARDS[1]])
-        assert fetcher.room(read_order.order) == (checkpoint.folder, two)
-        assert fetcher.room(read_order.order, SHARDS[:1]) == (
+        assert fetcher.room(read_order.names) == (checkpoint.folder, two)
+        assert fetcher.room(read_order.names, SHARDS[:1]) == (
             checkpoint.folder,
             two + len(files[SHARDS[0]]),  # a second process
         )
@@ -470,7 +470,7 @@ class Recorder(Fetcher):
 def test_a_feed_releases_what_is_not_needed_again() -> None:
     fetcher, folder = Recorder(), Path("/f")
     read_order = ReadOrder(fetcher, folder, ["a", "a", "b", "a", "c"])
-    assert read_order.order == ("a", "b", "a", "c")
+    assert read_order.names == ("a", "b", "a", "c")
     for name in "abac":
         read_order.reach(folder / name)
     assert fetcher.calls == [

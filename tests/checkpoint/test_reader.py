@@ -15,6 +15,7 @@ from irq_convert.checkpoint.header import DTYPE_BITS, read_header
 from irq_convert.checkpoint.reader import TileReader, matrix_shape
 from irq_convert.checkpoint.source import open_checkpoint
 from irq_convert.errors import IrqError
+from tests.paths import ABSENT, SHARED
 
 from .helpers import assert_one_line, entry, raw_file, run_python
 
@@ -158,15 +159,15 @@ def test_threads_share_a_reader(tmp_path: Path) -> None:
     assert errors == []
 
 
-SHARED = Path(__file__).resolve().parents[3] / "shared" / "models"
+MODELS = SHARED / "models"
 
 
 @pytest.mark.parametrize("name", ["stories15M", "stories260K"])
 def test_real_model_agrees_with_the_reference(name: str) -> None:
-    if not (SHARED / name).is_dir():
-        pytest.skip("the shared models are not here")
-    opened = open_checkpoint(SHARED / name)
-    want = load_file(SHARED / name / "model.safetensors")
+    if not (MODELS / name).is_dir():
+        pytest.skip(ABSENT)
+    opened = open_checkpoint(MODELS / name)
+    want = load_file(MODELS / name / "model.safetensors")
     assert set(opened.tensors) == set(want)
     with TileReader() as reader:
         for key, info in opened.tensors.items():

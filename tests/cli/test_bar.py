@@ -91,11 +91,11 @@ def test_it_begins_at_what_is_done() -> None:
         task = bar._bar.tasks[0]
         bar.phase("quantizing", 8, 1000)
         bar.resumed(3, 400)
-        assert (task.completed, task.total, task.fields["tensors"]) == (400, 1000, "3/8 tensors")
+        assert (task.completed, task.total, task.fields["things"]) == (400, 1000, "3/8 tensors")
         assert task.speed is None
         bar.advance(100, True)
         bar.advance(200, 3)  # what other processes have done
-        assert (task.completed, task.fields["tensors"]) == (700, "7/8 tensors")
+        assert (task.completed, task.fields["things"]) == (700, "7/8 tensors")
 
 
 def test_the_widest_line_fits() -> None:
@@ -114,7 +114,7 @@ def test_the_widest_line_fits() -> None:
         description="quantizing",
         total=10**13,
         completed=10**9,
-        tensors="12345/23456 tensors",
+        things="12345/23456 tensors",
         memory="123.45 GB",
     )
     console.print(bar._bar.make_tasks_table(bar._bar.tasks))

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from tests.jobs.export.compare import decoded
-from tests.jobs.export.make import DEMO, put_on_grid, quantized, save_model
+from tests.jobs.export.make import put_on_grid, quantized, save_model
 from tests.jobs.merge.make import write_adapter
+from tests.paths import DEMO
 
 from .process import Commands, fresh, listing, nothing_left
 

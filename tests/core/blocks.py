@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
-MODELS = Path(__file__).resolve().parents[3] / "shared" / "models"
+from tests.paths import SHARED
+
+MODELS = SHARED / "models"
 
 Maker = Callable[[int, int, torch.Generator], torch.Tensor]
 
@@ -86,7 +87,7 @@ MAKERS: dict[str, Maker] = {
 
 
 def real_matrices(model: str = "stories15M") -> list[torch.Tensor]:
-    """The linear weights of a model, float32; empty where ../shared is absent."""
+    """The linear weights of a model, float32; empty where it is not there."""
     path = MODELS / model / "model.safetensors"
     if not path.exists():
         return []
@@ -110,7 +111,7 @@ def _real(n: int, size: int, rng: torch.Generator) -> tuple[torch.Tensor, torch.
 
 
 def kinds() -> list[str]:
-    """Names that `make_blocks` knows; "real" where ../shared is present."""
+    """Names that `make_blocks` knows; "real" where there are models."""
     return [*MAKERS, *(["real"] if real_matrices() else [])]
 
 

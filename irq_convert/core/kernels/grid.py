@@ -2,7 +2,7 @@
 
 A grid is `(step, offset)` with an integer-valued offset, and stands for the 256 values
 `step * (code + offset)`: one rounding, so every implementation decodes the same bits, and zero is
-on the grid whenever the range holds it. `irq_convert.core.grid` is the same in torch.
+on the grid whenever the range holds it. `core.portable.grid` is the same in torch.
 """
 
 from __future__ import annotations

@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 
+from irq_convert.artifact.adapter_kinds import AdapterKind
 from irq_convert.hf.causal_lm import load_causal_lm
 from irq_convert.jobs.demo.corpus import HELDOUT_SEED, corpus
 from irq_convert.jobs.evaluate.adapter import check_adapter, put_on
 from irq_convert.jobs.evaluate.options import EvalOptions
 from irq_convert.jobs.evaluate.windows import evaluate_windows
 from irq_convert.jobs.finetune.finetune import finetune
-from irq_convert.jobs.finetune.options import FinetuneOptions, Lora
+from irq_convert.jobs.finetune.options import FinetuneOptions
 from irq_convert.jobs.merge.merge import merge
 from irq_convert.jobs.merge.options import MergeOptions, MergeTo
 
@@ -33,11 +34,11 @@ RECIPE: dict[str, Any] = {
     "device": "cpu",
 }
 MERGES = (
-    (Lora.PLAIN, MergeTo.DENSE),
-    (Lora.IEC, MergeTo.DENSE),
-    (Lora.IEC, MergeTo.ADAPTER),
-    (Lora.BLOCK, MergeTo.DENSE),
-    (Lora.BLOCK, MergeTo.IRQ),
+    (AdapterKind.PLAIN, MergeTo.DENSE),
+    (AdapterKind.IEC, MergeTo.DENSE),
+    (AdapterKind.IEC, MergeTo.ADAPTER),
+    (AdapterKind.BLOCK, MergeTo.DENSE),
+    (AdapterKind.BLOCK, MergeTo.IRQ),
 )
 
 
@@ -74,7 +75,7 @@ def run_journey(
 
     yield measured("2 bit, ICQ", artifact, None, None)
     adapters = {}
-    for kind in Lora:
+    for kind in AdapterKind:
         note(f"finetuning, {kind.value}")
         adapters[kind] = folder / f"adapter-{kind.value}"
         begun = time.perf_counter()

@@ -16,7 +16,8 @@ from irq_convert.artifact.identity import artifact_identity
 from irq_convert.artifact.results import describe_base
 from irq_convert.checkpoint.locate import locate
 from irq_convert.errors import IrqError, UsageError
-from irq_convert.jobs.common.options import chosen
+from irq_convert.jobs.common.options import as_choice, chosen
+from irq_convert.jobs.common.resume import Resume
 from irq_convert.jobs.finetune.folder import RUN, RunFolder, check_folder, run_folder
 from irq_convert.jobs.finetune.options import FinetuneOptions
 from irq_convert.jobs.finetune.prepare import Preparation, prepare
@@ -37,7 +38,7 @@ def finetune(
     *,
     eval_data: str | Path | None = None,
     tokenizer: str | Path | None = None,
-    resume: bool = False,
+    resume: Resume | str = Resume.AUTO,
     overwrite: bool = False,
     progress: TrainingProgress | None = None,
     **settings: Any,
@@ -46,8 +47,9 @@ def finetune(
 
     `options`, or single `settings` of `FinetuneOptions` (`lora="block", steps=500`).
 
-    SIGINT, SIGTERM and SIGHUP end the run after the step at hand; adapter and state are kept, and
-    the report says `interrupted`. Works in each process of torchrun; the first one writes.
+    SIGINT, SIGTERM and SIGHUP end the run after the step at hand; adapter and state are kept, the
+    report says `interrupted`, and the same call continues, as `resume` says. Works in each process
+    of torchrun; the first one writes.
 
     Raises:
         UsageError: the request cannot be served.
@@ -55,6 +57,7 @@ def finetune(
             infinite (then `out` holds the last good adapter).
     """
     begun = time.perf_counter()
+    resume = as_choice(Resume, resume, "resume")
     options, out = chosen(FinetuneOptions, options, settings), Path(out)
     progress = progress or TrainingProgress()
     processes = Processes.from_environment()
@@ -70,7 +73,7 @@ def finetune(
         if not processes.first:
             return _run(plan, base, out, progress, begun).work(None)
         with run_folder(out, plan.folder, resume=resume, overwrite=overwrite) as folder:
-            _open(folder, plan, base, out, progress, resume)
+            _open(folder, plan, base, out, progress)
             return _run(plan, base, out, progress, begun).work(folder)
     except torch.OutOfMemoryError as error:
         raise IrqError(
@@ -100,7 +103,6 @@ def _open(
     base: dict[str, Any],
     out: Path,
     progress: TrainingProgress,
-    resume: bool,
 ) -> None:
     """Record which run this is, or check that it is the one to be continued."""
     settings = {
@@ -111,15 +113,14 @@ def _open(
     }
     old = folder.read(RUN) if folder.resuming else None
     if old is None:
-        if resume:
-            progress.note(f"{out}: no run to continue, starting a new one")
         folder.write(RUN, settings)
         return
+    progress.note(f"continuing the run in {out}")
     what = {"base": "the base model", "data": "the data file", "eval_data": "the held-out file"}
     changed = [f"{what[key]} is another one" for key in what if old.get(key) != settings[key]]
     changed += differences(old.get("recipe") or {}, settings["recipe"])
     if changed:
         raise UsageError(
-            f"{out}: cannot be continued: {'; '.join(changed)}; run as before, or start "
-            "again with --overwrite"
+            f"{out}: holds an unfinished run of another kind: {'; '.join(changed)}; ask for the "
+            "same again, or start anew with --resume never"
         )

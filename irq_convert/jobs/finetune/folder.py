@@ -25,6 +25,7 @@ from irq_convert.checkpoint.files import fsync_folder, write_json_atomic
 from irq_convert.checkpoint.source import read_json_object
 from irq_convert.checkpoint.system import os_errors
 from irq_convert.errors import UsageError
+from irq_convert.jobs.common.resume import Resume
 
 STATE = ".training"
 RUN = "run.json"
@@ -101,32 +102,29 @@ def newest_checkpoint(path: Path) -> Path | None:
     return found[max(found)] if found else None
 
 
-def check_folder(out: Path, base: Path, *, resume: bool, overwrite: bool) -> bool:
+def check_folder(out: Path, base: Path, *, resume: Resume, overwrite: bool) -> bool:
     """Whether `out` holds an unfinished run to be continued; touches nothing.
 
-    Raises:
-        UsageError: `out` may not be used: a file, the artifact or a folder in it, a finished
-            adapter or an unfinished run without a flag that says what to do, or something else.
+    Raises `UsageError` when `out` may not be used: a file, the artifact or a folder in it, a
+    finished adapter without `overwrite`, something else, or no run where one is required.
     """
-    if resume and overwrite:
-        raise UsageError("--resume and --overwrite contradict each other: give one of them")
+    if resume == Resume.REQUIRED and overwrite:
+        raise UsageError(
+            "--resume required and --overwrite contradict each other: give one of them"
+        )
     real = check_output(out, base, overwrite=True)
     unfinished = (real / STATE / RUN).is_file()
-    if resume and unfinished:
-        return True
-    names = {path.name for path in real.iterdir()} if real.is_dir() else set()
-    if not unfinished and names <= {STATE}:
-        return False
-    if unfinished and not overwrite:
-        found = newest_checkpoint(real)
-        at = f" at step {found.name.rpartition('-')[2]}" if found else ""
+    if unfinished:
+        return resume != Resume.NEVER and not overwrite
+    if resume == Resume.REQUIRED:
+        found = "a finished adapter" if (real / CONFIG_FILE).is_file() else "no unfinished run"
         raise UsageError(
-            f"{out}: holds an unfinished run{at}; continue it with --resume or start again with "
-            "--overwrite"
+            f"{out}: holds {found}, so there is nothing to resume; leave out --resume required"
         )
-    if unfinished or (real / CONFIG_FILE).is_file():
-        if resume:
-            raise UsageError(f"{out}: holds a finished adapter, there is nothing to continue")
+    names = {path.name for path in real.iterdir()} if real.is_dir() else set()
+    if names <= {STATE}:
+        return False
+    if (real / CONFIG_FILE).is_file():
         if not overwrite:
             raise UsageError(f"{out}: not empty; choose another folder, or --overwrite the adapter")
         return False
@@ -134,7 +132,7 @@ def check_folder(out: Path, base: Path, *, resume: bool, overwrite: bool) -> boo
 
 
 @contextmanager
-def run_folder(out: Path, base: Path, *, resume: bool, overwrite: bool) -> Iterator[RunFolder]:
+def run_folder(out: Path, base: Path, *, resume: Resume, overwrite: bool) -> Iterator[RunFolder]:
     """Yield `out`, made and locked, for a run. When the block raises and no checkpoint or adapter
     is there, all that was made is removed again; else the state stays to be resumed.
 

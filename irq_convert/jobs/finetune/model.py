@@ -9,38 +9,28 @@ from typing import Any
 import torch
 from torch import nn
 
+from irq_convert.adapters.kinds import adapter_config
+from irq_convert.artifact.adapter_kinds import AdapterKind
 from irq_convert.artifact.config import QuantizationConfig
 from irq_convert.errors import IrqError, UsageError, one_line
 from irq_convert.hf.empty_model import NoModel, empty_causal_lm
 from irq_convert.hf.loading import load
-from irq_convert.jobs.finetune.options import Lora
 from irq_convert.jobs.finetune.recipe import Recipe
 from irq_convert.nn.linear import IrqLinear
 
 
-def adapter_config(recipe: Recipe, block_size: int | None = None) -> Any:
-    """PEFT's configuration of the adapter: `LoraConfig`, or ours for the other two kinds.
-
-    `block_size` is for pooled adapters on linears that are not quantized.
-    """
-    from peft import LoraConfig
-
-    from irq_convert.adapters.config import IecLoraConfig
-
-    common: dict[str, Any] = {
-        "r": recipe.rank,
-        "lora_alpha": int(recipe.alpha) if recipe.alpha.is_integer() else recipe.alpha,
-        "lora_dropout": recipe.dropout,
-        "use_rslora": recipe.rslora,
-        "target_modules": list(recipe.target_modules) if recipe.target_modules else "all-linear",
-        "task_type": "CAUSAL_LM",
-    }
-    if recipe.lora == Lora.PLAIN:
-        return LoraConfig(**common)
-    if recipe.lora == Lora.IEC:
-        return IecLoraConfig(**common, connection=recipe.connection or "both")
-    return IecLoraConfig(
-        **common, connection=recipe.connection or "both", pool="block", block_size=block_size
+def recipe_config(recipe: Recipe, block_size: int | None = None) -> Any:
+    """PEFT's configuration of the adapter; `block_size` as `adapter_config` has it."""
+    return adapter_config(
+        AdapterKind(recipe.lora),
+        connection=recipe.connection,
+        block_size=block_size,
+        r=recipe.rank,
+        lora_alpha=int(recipe.alpha) if recipe.alpha.is_integer() else recipe.alpha,
+        lora_dropout=recipe.dropout,
+        use_rslora=recipe.rslora,
+        target_modules=list(recipe.target_modules) if recipe.target_modules else "all-linear",
+        task_type="CAUSAL_LM",
     )
 
 
@@ -62,7 +52,7 @@ def attach_adapter(model: Any, recipe: Recipe) -> Any:
 
     check_targets(recipe.target_modules, (name for name, _ in model.named_modules()))
     sizes = {m.fmt.block_size for m in model.modules() if isinstance(m, IrqLinear)}
-    config = adapter_config(recipe, sizes.pop() if len(sizes) == 1 else None)
+    config = recipe_config(recipe, sizes.pop() if len(sizes) == 1 else None)
     try:
         return attach(model, config, gradient_checkpointing=recipe.gradient_checkpointing)
     except ValueError as error:
@@ -122,7 +112,7 @@ def predict_trainable(
         if not _targeted(name, recipe.target_modules):
             continue
         inputs = module.in_features
-        if recipe.lora == Lora.BLOCK:
+        if AdapterKind(recipe.lora).pooled:
             inputs = -(-inputs // quantization.module(name).block_size)
         total += recipe.rank * (inputs + module.out_features)
         total += 2 if recipe.connection not in (None, "none") else 0

@@ -9,27 +9,11 @@ from dataclasses import dataclass
 from enum import StrEnum
 from math import isfinite
 
+from irq_convert.artifact.adapter_kinds import AdapterKind, Connection
 from irq_convert.errors import UsageError
 from irq_convert.jobs.common.options import fix_choices, option_name
 
 MOST_LEARNING_RATE = 1e35  # Adam's first steps scale it by up to 10
-
-
-class Lora(StrEnum):
-    """Kind of adapter."""
-
-    PLAIN = "plain"
-    IEC = "iec"
-    BLOCK = "block"
-
-
-class Connection(StrEnum):
-    """Which of IEC's two elastic connections are trained."""
-
-    BOTH = "both"
-    INPUT = "input"
-    OUTPUT = "output"
-    NONE = "none"
 
 
 class TrainDtype(StrEnum):
@@ -80,7 +64,7 @@ class FinetuneOptions:
         UsageError: a value is out of its range, or two of them contradict each other.
     """
 
-    lora: Lora = Lora.IEC
+    lora: AdapterKind = AdapterKind.IEC
     connection: Connection | None = None
     rank: int = 64
     alpha: float = 16.0
@@ -106,7 +90,9 @@ class FinetuneOptions:
     gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        fix_choices(self, lora=Lora, connection=Connection, dtype=TrainDtype, optimizer=Optimizer)
+        fix_choices(
+            self, lora=AdapterKind, connection=Connection, dtype=TrainDtype, optimizer=Optimizer
+        )
         for name in ("rank", "batch_size", "micro_batch", "steps", "eval_every", "save_every"):
             _at_least(name, getattr(self, name), 1)
         _at_least("sequence_length", self.sequence_length, 2)
@@ -130,7 +116,7 @@ class FinetuneOptions:
     def _check_together(self) -> None:
         if self.steps is not None and self.epochs is not None:
             raise UsageError("--steps and --epochs both say how long to train: give one of them")
-        if self.lora == Lora.PLAIN and self.connection is not None:
+        if not self.lora.connected and self.connection is not None:
             raise UsageError("--connection: a plain LoRA has no elastic connections; leave it out")
         if self.target_modules is not None and not all(self.target_modules):
             raise UsageError("--target-modules: an empty name; write q_proj,v_proj")

@@ -7,12 +7,11 @@ from importlib.util import find_spec
 from math import ceil
 from typing import Any
 
+from irq_convert.artifact.adapter_kinds import Connection
 from irq_convert.errors import UsageError
 from irq_convert.jobs.common.options import option_name
 from irq_convert.jobs.finetune.options import (
-    Connection,
     FinetuneOptions,
-    Lora,
     Optimizer,
     TrainDtype,
 )
@@ -121,9 +120,7 @@ def decide(
     steps = _steps(options, examples, micro, accumulation, processes)
     return Recipe(
         lora=str(options.lora),
-        connection=None
-        if options.lora == Lora.PLAIN
-        else str(options.connection or Connection.BOTH),
+        connection=str(options.connection or Connection.BOTH) if options.lora.connected else None,
         rank=options.rank,
         alpha=float(options.alpha),
         rslora=options.rslora,

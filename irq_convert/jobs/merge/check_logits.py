@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from irq_convert.artifact.adapter import StoredAdapter
-from irq_convert.artifact.adapter_config import IEC_LORA
+from irq_convert.artifact.adapter_kinds import IEC_LORA
 from irq_convert.artifact.contents import Artifact
 from irq_convert.errors import IrqError, one_line
 from irq_convert.jobs.merge.check_layers import ROUNDING

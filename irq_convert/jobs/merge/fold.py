@@ -23,7 +23,8 @@ from irq_convert.artifact.adapter import (
     open_adapter,
     read_layer,
 )
-from irq_convert.artifact.adapter_config import CONFIG_FILE, LORA, NOTE_FILE, OWN_KEYS, WEIGHTS_FILE
+from irq_convert.artifact.adapter_config import CONFIG_FILE, NOTE_FILE, OWN_KEYS, WEIGHTS_FILE
+from irq_convert.artifact.adapter_kinds import LORA, AdapterKind
 from irq_convert.checkpoint.buffers import tensor_bytes, torch_dtype
 from irq_convert.checkpoint.files import copy_file_atomic, write_bytes_atomic, write_json_atomic
 from irq_convert.checkpoint.header import TensorInfo
@@ -153,7 +154,7 @@ def _note(adapter: StoredAdapter, base: Mapping[str, Any]) -> dict[str, Any]:
         "format_version": 1,
         "producer": PRODUCER,
         "base": dict(base),
-        "lora": "plain",
+        "lora": AdapterKind.PLAIN.value,
         "folded_from": describe_adapter(adapter),
         **({"training": old["training"]} if "training" in old else {}),
     }

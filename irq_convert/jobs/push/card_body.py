@@ -6,8 +6,10 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from irq_convert.artifact.adapter_config import IEC_LORA
+from irq_convert.artifact.adapter_kinds import IEC_LORA
+from irq_convert.artifact.export_targets import TARGETS
 from irq_convert.checkpoint.system import format_bytes
+from irq_convert.core.codebook import get_codebook
 from irq_convert.jobs.push.pushed_folder import FolderKind, PushedFolder
 
 WORST = 10
@@ -58,15 +60,13 @@ def _intro(subject: PushedFolder, base_model: str | None) -> str:
         return f"{name}{at}, quantized, with the adapter `{adapter}` merged in by `{producer}`."
     if subject.kind == FolderKind.EXPORT:
         return f"{name}{at}, quantized and exported to {subject.target} by `{producer}`."
-    how = {"plain": "LoRA", "iec": "IEC-LoRA", "block": "block-pooled IEC-LoRA"}
-    kind = how.get(subject.lora, "LoRA")
+    kind = subject.adapter_kind.called
     made = f", made by `{subject.note['producer']}`" if subject.note.get("producer") else ""
     return f"A{'n' * kind.startswith('IEC')} {kind} adapter for {name}{made}."
 
 
 def _bits(subject: PushedFolder) -> str:
-    books = {str(tensor["codebook"]) for tensor in subject.note["tensors"].values()}
-    return " and ".join(sorted({book[-1] for book in books}))
+    return " and ".join(map(str, subject.widths))
 
 
 def _adapters(subject: PushedFolder) -> str:
@@ -78,12 +78,10 @@ def _load(subject: PushedFolder, repo_id: str, base_model: str | None, revision:
     this = f'"{repo_id}"' + (f', revision="{revision}"' if revision else "")
     if subject.kind == FolderKind.ADAPTER:
         return _load_adapter(subject, this, base_model)
-    if subject.target == "mlx":
-        lines = ["from mlx_lm import load  # pip install mlx-lm", ""]
-        return python(*lines, f"model, tokenizer = load({this})")
-    if subject.target == "gguf":
-        name = next((name for name in subject.files if name.endswith(".gguf")), "model.gguf")
-        return f"```\nllama-cli --hf-repo {repo_id} --hf-file {name}\n```"
+    target = TARGETS.get(subject.target or "")
+    loaded = None if target is None else target.load(this, repo_id, subject.files)
+    if loaded is not None:
+        return loaded
     own = subject.kind in (FolderKind.ARTIFACT, FolderKind.MERGED)
     causal = any("ForCausalLM" in str(n) for n in subject.settings.get("architectures") or ())
     tokenizer = any(name.startswith("tokenizer") for name in subject.files)
@@ -95,8 +93,8 @@ def _load(subject: PushedFolder, repo_id: str, base_model: str | None, revision:
     if tokenizer:
         lines.append(f"tokenizer = AutoTokenizer.from_pretrained({this})")
     first = ["import irq_convert  # pip install irq-convert", imports] if own else [imports]
-    if subject.target == "compressed-tensors":
-        first = [f"{imports}  # pip install compressed-tensors"]
+    if target is not None and target.install:
+        first = [f"{imports}  # pip install {target.install}"]
     return python(*first, "", *lines)
 
 
@@ -146,8 +144,8 @@ def quantize_command(subject: PushedFolder) -> str:
     words = ["irq-convert", "quantize", str(subject.source.get("model"))]
     if subject.source.get("revision"):
         words += ["--revision", str(subject.source["revision"])]
-    book = str(options.pop("codebook", ""))
-    words += ["--bits", book[-1:], "--codebook", book[:-1]]
+    book = get_codebook(str(options.pop("codebook", "")))
+    words += ["--bits", str(book.bits), "--codebook", book.kind]
     size = options.pop("max_shard_bytes", None)
     for pattern, bits in options.pop("bits_for", ()):
         words += ["--bits-for", f"{pattern}={bits}"]

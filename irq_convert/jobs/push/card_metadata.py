@@ -8,6 +8,7 @@ from typing import Any
 from huggingface_hub.repocard import REGEX_YAML_BLOCK, RepoCard
 from huggingface_hub.repocard_data import CardData
 
+from irq_convert.artifact.export_targets import TARGETS
 from irq_convert.errors import IrqError
 from irq_convert.jobs.push.pushed_folder import FolderKind, PushedFolder
 
@@ -57,19 +58,18 @@ def own_metadata(subject: PushedFolder, base_model: str | None) -> dict[str, Any
 def _library(subject: PushedFolder) -> str:
     if subject.kind == FolderKind.ADAPTER:
         return "peft"
-    return subject.target if subject.target in ("mlx", "gguf") else "transformers"
+    target = TARGETS.get(subject.target or "")
+    return "transformers" if target is None else target.library
 
 
 def _tags(subject: PushedFolder) -> list[str]:
     if subject.kind == FolderKind.ADAPTER:
-        return ["lora"] if subject.lora == "plain" else ["lora", "iec-lora"]
+        return ["lora", "iec-lora"] if subject.adapter_kind.connected else ["lora"]
     if subject.kind == FolderKind.DENSE:
         return []
     if subject.target is not None:
-        return [] if subject.target == "dense" else [subject.target]
-    books = sorted({str(t["codebook"]) for t in subject.note["tensors"].values()})
-    bits = sorted({int(book[-1]) for book in books if book[-1:].isdigit()})
-    return ["irq", "icq", *(f"{number}-bit" for number in bits), *books]
+        return list(TARGETS[subject.target].tags) if subject.target in TARGETS else []
+    return ["irq", "icq", *(f"{number}-bit" for number in subject.widths), *subject.codebooks]
 
 
 def merge_metadata(

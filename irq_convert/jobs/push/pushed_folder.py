@@ -10,13 +10,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from irq_convert.artifact.adapter_config import CONFIG_FILE, IEC_LORA, NOTE_FILE, WEIGHTS_FILE
+from irq_convert.artifact.adapter_config import CONFIG_FILE, NOTE_FILE, WEIGHTS_FILE
+from irq_convert.artifact.adapter_kinds import AdapterKind, kind_of
 from irq_convert.artifact.checksums import list_files
 from irq_convert.artifact.manifest import MANIFEST_NAME, read_manifest
 from irq_convert.artifact.results import EXPORT_NAME, MERGE_NAME
 from irq_convert.checkpoint.layout import LOCK_NAME, PICKLE_SUFFIXES
 from irq_convert.checkpoint.source import read_json_object
 from irq_convert.checkpoint.system import os_errors
+from irq_convert.core.codebook import CODEBOOKS
 from irq_convert.errors import UsageError
 
 CARD = "README.md"
@@ -98,15 +100,20 @@ class PushedFolder:
         return name if isinstance(name, str) and _ID.fullmatch(name) else None
 
     @property
-    def lora(self) -> str:
-        """Of an adapter: "plain", "iec" or "block", by its settings where nobody has noted it."""
-        if self.note.get("lora"):
-            return str(self.note["lora"])
-        if self.settings.get("peft_type") != IEC_LORA:
-            return "plain"
-        if self.settings.get("pool") == "block":
-            return "block"
-        return "plain" if self.settings.get("connection") == "none" else "iec"
+    def adapter_kind(self) -> AdapterKind:
+        """Of an adapter: as it was noted, else by its settings."""
+        noted = self.note.get("lora")
+        return AdapterKind(noted) if noted in set(AdapterKind) else kind_of(self.settings)
+
+    @property
+    def codebooks(self) -> list[str]:
+        """Of an artifact: names of the codebooks that its tensors have."""
+        return sorted({str(tensor["codebook"]) for tensor in self.note["tensors"].values()})
+
+    @property
+    def widths(self) -> list[int]:
+        """Of an artifact: the bits of its codes."""
+        return sorted({CODEBOOKS[book].bits for book in self.codebooks if book in CODEBOOKS})
 
     @property
     def base_sha256(self) -> str | None:

@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from irq_convert.jobs.demo import MODEL_DIR
 from irq_convert.jobs.demo.corpus import heldout
 from irq_convert.jobs.demo.train import perplexity
+from tests.paths import DEMO
 
 LEVELS = {
     2: [-1.0, -0.2526, 0.2526, 1.0],
@@ -22,23 +22,23 @@ LEVELS = {
 
 @pytest.fixture(scope="module")
 def model() -> LlamaForCausalLM:
-    return AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float32)
+    return AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")
 def ids() -> list[int]:
-    return AutoTokenizer.from_pretrained(MODEL_DIR)(heldout()).input_ids
+    return AutoTokenizer.from_pretrained(DEMO)(heldout()).input_ids
 
 
 def card_perplexity() -> float:
-    card = (MODEL_DIR / "README.md").read_text(encoding="utf-8")
+    card = (DEMO / "README.md").read_text(encoding="utf-8")
     found = re.search(r"^\| held-out perplexity \| ([\d.]+) \|$", card, re.MULTILINE)
     assert found
     return float(found[1])
 
 
 def test_folder_is_ordinary_and_small() -> None:
-    files = [path for path in MODEL_DIR.rglob("*") if path.is_file()]
+    files = [path for path in DEMO.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 1_900_000
     assert {path.name for path in files} >= {
         "README.md",
@@ -48,11 +48,11 @@ def test_folder_is_ordinary_and_small() -> None:
         "tokenizer.json",
         "tokenizer_config.json",
     }
-    assert "license: apache-2.0" in (MODEL_DIR / "README.md").read_text(encoding="utf-8")
+    assert "license: apache-2.0" in (DEMO / "README.md").read_text(encoding="utf-8")
 
 
 def test_config_has_tails_and_grouped_queries() -> None:
-    config = json.loads((MODEL_DIR / "config.json").read_text(encoding="utf-8"))
+    config = json.loads((DEMO / "config.json").read_text(encoding="utf-8"))
     assert config["architectures"] == ["LlamaForCausalLM"]
     assert config["intermediate_size"] % 64
     assert config["num_key_value_heads"] < config["num_attention_heads"]
@@ -68,7 +68,7 @@ def test_perplexity_is_what_the_card_says(model: LlamaForCausalLM, ids: list[int
 
 
 def test_a_story_is_told_to_its_end(model: LlamaForCausalLM) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
+    tokenizer = AutoTokenizer.from_pretrained(DEMO)
     prompt = "One day in spring, Mia met Tom at the bridge."
     given = tokenizer(prompt, return_tensors="pt")
     out = model.generate(**given, do_sample=False)

@@ -18,10 +18,10 @@ from irq_convert.jobs.common.text import cut_windows, encode_stream
 from irq_convert.jobs.evaluate.evaluate import choose_context, evaluate
 from irq_convert.jobs.evaluate.options import EvalOptions
 from irq_convert.jobs.evaluate.windows import evaluate_windows
+from tests.paths import ABSENT, SHARED
 
 from .conftest import NOISE, POSITIONS, make_model, make_tokenizer, save, story
 
-SHARED = Path(__file__).resolve().parents[3] / "shared"
 STORIES = SHARED / "models" / "stories15M"
 TEXT = SHARED / "text" / "tinystories.txt"
 
@@ -190,7 +190,7 @@ def test_importing_the_command_imports_nothing_heavy() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (STORIES.is_dir() and TEXT.is_file()), reason="../shared is not here")
+@pytest.mark.skipif(not (STORIES.is_dir() and TEXT.is_file()), reason=ABSENT)
 def test_stories15m_on_the_last_tenth_of_tinystories() -> None:
     """Against the losses transformers returns on windows that are cut here by plain slices."""
     options = EvalOptions(from_fraction=0.9, context=256)

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from irq_convert import hf
 from irq_convert.errors import IrqError, UsageError
+from irq_convert.hf import causal_lm
 from irq_convert.hf.causal_lm import check_device, load_causal_lm, load_tokenizer
 
 from .conftest import make_model, save
@@ -55,7 +55,7 @@ def test_the_quantized_loader_is_used_for_our_artifacts(
         calls.append((path, kwargs))
         return make_model(3).train()
 
-    monkeypatch.setattr(hf, "load", loader, raising=False)
+    monkeypatch.setattr(causal_lm, "load", loader)
     model = load_causal_lm(copy, torch.bfloat16, "cpu")
     assert calls == [(copy, {"dtype": torch.bfloat16, "device_map": "cpu"})]
     assert torch.equal(model.lm_head.weight, make_model(3).lm_head.weight)

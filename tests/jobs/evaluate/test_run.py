@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from typing import ClassVar
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from transformers import LlamaForCausalLM
 from irq_convert.errors import IrqError, UsageError
 from irq_convert.jobs.common.text import cut_windows
 from irq_convert.jobs.evaluate.windows import EvalOptions, evaluate_windows
+from irq_convert.progress import Progress
 
 from .conftest import NOISE, make_model
 
@@ -103,17 +105,21 @@ def test_batches_hold_as_many_windows_as_asked(windows: list[torch.Tensor]) -> N
         caches.add(bool(kwargs["use_cache"]))
 
     hook = model.model.register_forward_pre_hook(note, with_kwargs=True)
-    calls: list[tuple[int, int]] = []
-    evaluate_windows(
-        model,
-        windows,
-        EvalOptions(batch_size=4),
-        progress=lambda done, total: calls.append((done, total)),
-    )
+
+    class Listener(Progress):
+        calls: ClassVar[list[tuple[int, int]]] = []
+
+        def phase(self, text: str, things: int, size: int) -> None:
+            self.calls.append((things, size))
+
+        def advance(self, size: int, finished: int) -> None:
+            self.calls.append((finished, size))
+
+    evaluate_windows(model, windows, EvalOptions(batch_size=4), progress=Listener())
     hook.remove()
     assert caches == {False}  # keys and values of one pass serve nobody
     assert seen == [(4, 16), (4, 16), (1, 16), (1, 5)]
-    assert calls == [(0, 10), (4, 10), (8, 10), (9, 10), (10, 10)]
+    assert Listener.calls == [(10, 10), (4, 4), (4, 4), (1, 1), (1, 1)]
 
 
 def test_dropout_is_off_and_the_mode_comes_back(windows: list[torch.Tensor]) -> None:
@@ -197,7 +203,7 @@ def test_no_windows() -> None:
         ({"from_fraction": 1.0}, "from fraction is 1.0"),
         ({"from_fraction": -0.1}, "from fraction is -0.1"),
         ({"from_fraction": math.nan}, "from fraction is nan"),
-        ({"dtype": "int8"}, "dtype is 'int8'"),
+        ({"dtype": "int8"}, "--dtype int8: choose one of float32"),
     ],
 )
 def test_options_out_of_range(values: dict[str, object], says: str) -> None:

@@ -15,7 +15,6 @@ from irq_convert.core.spec import QuantSpec
 from irq_convert.jobs.quantize.options import QuantizeOptions
 from irq_convert.jobs.quantize.quantize import quantize
 
-DEMO = Path(__file__).parents[2] / "irq_convert" / "demo" / "model"
 SIZES = {
     "hidden_size": 128,
     "intermediate_size": 352,

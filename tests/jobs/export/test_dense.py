@@ -17,9 +17,9 @@ from irq_convert.jobs.export.options import ExportOptions
 from irq_convert.jobs.export.report import ExportReport
 from irq_convert.jobs.quantize.options import QuantizeOptions
 from irq_convert.jobs.quantize.quantize import quantize
+from tests.paths import DEMO
 
 from .compare import decoded, load_all
-from .make import DEMO
 
 
 def export_dense(artifact: Path, out: Path, dtype: str = "auto", **more: int) -> ExportReport:

@@ -18,9 +18,10 @@ from irq_convert.jobs.export.options import ExportOptions
 from irq_convert.jobs.export.report import ExportReport
 from irq_convert.jobs.quantize.options import QuantizeOptions
 from irq_convert.jobs.quantize.quantize import quantize
+from tests.paths import DEMO
 
 from .compare import decoded, load_all, our_logits, tokens
-from .make import DEMO, quantized, save_model
+from .make import quantized, save_model
 
 mx = pytest.importorskip("mlx.core", reason="mlx is not installed")
 pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")

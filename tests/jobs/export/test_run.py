@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from irq_convert.artifact.contents import Artifact
+from irq_convert.artifact.export_targets import TargetPage
 from irq_convert.artifact.identity import artifact_identity
 from irq_convert.errors import IrqError, UsageError
 from irq_convert.jobs.export import registry
@@ -158,13 +159,12 @@ def test_a_damaged_file_leaves_nothing(int4: Path, tmp_path: Path) -> None:
 def merged(on_grid: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A block-pooled adapter merged into taus; those are float32, and off every grid."""
     from irq_convert.jobs.merge.merge import merge
-    from irq_convert.jobs.merge.options import Check, MergeOptions
-    from irq_convert.jobs.merge.options import Target as To
+    from irq_convert.jobs.merge.options import Check, MergeOptions, MergeTo
     from tests.jobs.merge.make import write_adapter
 
     folder = tmp_path_factory.mktemp("merged")
     adapter = write_adapter(folder / "adapter", on_grid, kind="block")
-    options = MergeOptions(to=To.IRQ, check=Check.NONE)
+    options = MergeOptions(to=MergeTo.IRQ, check=Check.NONE)
     merge(on_grid, adapter, folder / "irq", options)
     return folder / "irq"
 
@@ -220,7 +220,7 @@ def test_a_fifth_target_is_a_module_and_a_line(
     module = types.ModuleType("a_fifth_target")
     module.TARGET = Nothing()  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "a_fifth_target", module)
-    monkeypatch.setitem(registry.TARGETS, "names", "a_fifth_target")
+    monkeypatch.setitem(registry.TARGETS, "names", TargetPage(module="a_fifth_target"))
     report = export(int4, tmp_path / "out", ExportOptions("names"))
     assert report.relative_error == 1
     assert report.notes == ("done",)
@@ -238,6 +238,6 @@ def test_a_missing_package_is_named(
     module = types.ModuleType("a_needy_target")
     module.TARGET = Needy()  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "a_needy_target", module)
-    monkeypatch.setitem(registry.TARGETS, "needy", "a_needy_target")
+    monkeypatch.setitem(registry.TARGETS, "needy", TargetPage(module="a_needy_target"))
     with pytest.raises(UsageError, match="needs the package no_such_package_anywhere"):
         export(int4, tmp_path / "out", ExportOptions("needy"))

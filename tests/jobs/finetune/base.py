@@ -5,17 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from irq_convert.artifact.adapter_kinds import AdapterKind
 from irq_convert.core.spec import QuantSpec
-from irq_convert.jobs.demo import MODEL_DIR
 from irq_convert.jobs.demo.corpus import corpus
-from irq_convert.jobs.finetune.options import FinetuneOptions, Lora
+from irq_convert.jobs.finetune.options import FinetuneOptions
 from irq_convert.jobs.quantize.options import QuantizeOptions
 from irq_convert.jobs.quantize.quantize import quantize
+from tests.paths import DEMO
 
 
 def make_artifact(folder: Path) -> Path:
     """The demo model, tokenizer and all, at 3 bits."""
-    quantize(str(MODEL_DIR), folder, QuantizeOptions(QuantSpec("nf3", 64)))
+    quantize(str(DEMO), folder, QuantizeOptions(QuantSpec("nf3", 64)))
     return folder
 
 
@@ -25,7 +26,7 @@ def write_tales(path: Path, stories: int = 10) -> Path:
     return path
 
 
-def quick(lora: Lora = Lora.IEC, **changes: Any) -> FinetuneOptions:
+def quick(lora: AdapterKind = AdapterKind.IEC, **changes: Any) -> FinetuneOptions:
     """Six small steps on the CPU."""
     settings: dict[str, Any] = {
         "lora": lora,

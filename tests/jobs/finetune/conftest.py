@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from irq_convert.jobs.demo import MODEL_DIR
+from tests.paths import DEMO
 
 from .base import make_artifact, write_tales
 
@@ -27,7 +27,7 @@ def tales(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tokenizer() -> Any:
-    return AutoTokenizer.from_pretrained(MODEL_DIR)
+    return AutoTokenizer.from_pretrained(DEMO)
 
 
 @pytest.fixture(autouse=True)

@@ -12,8 +12,9 @@ import torch
 from irq_convert.errors import IrqError, UsageError
 from irq_convert.jobs.finetune.data import Data, load_data
 from irq_convert.jobs.finetune.encode import IGNORED
+from tests.paths import ABSENT, SHARED
 
-ALPACA = Path(__file__).resolve().parents[3] / "shared" / "text" / "alpaca_sample.json"
+ALPACA = SHARED / "text" / "alpaca_sample.json"
 
 
 def load(path: Path, tokenizer: Any, eval_path: Path | None = None, **changes: Any) -> Data:
@@ -125,7 +126,7 @@ def test_ids_beyond_the_vocabulary(tmp_path: Path, tales: Path, tokenizer: Any) 
         load(path, tokenizer, tales, holdout=0.0, vocabulary=50)
 
 
-@pytest.mark.skipif(not ALPACA.is_file(), reason="../shared is not here")
+@pytest.mark.skipif(not ALPACA.is_file(), reason=ABSENT)
 def test_real_instructions(tokenizer: Any) -> None:
     data = load(ALPACA, tokenizer, length=4096, holdout=0.05)
     assert data.heldout is not None

@@ -78,7 +78,7 @@ def test_an_interrupted_pair_saves(artifact: Path, tales: Path, tmp_path: Path) 
     assert err.count("holds the adapter so far, continue with --resume") == 1
     assert (out / "adapter_config.json").exists()
     assert len(list(out.glob(".training/checkpoint-*"))) == 1
-    code, _, err = run(1, *args, "--resume", steps=None)
+    code, _, err = run(1, *args, steps=None)
     assert code == 2
     assert "the number of processes was 2 and is 1 now" in err
 

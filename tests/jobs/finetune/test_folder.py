@@ -9,6 +9,7 @@ import pytest
 
 from irq_convert.artifact.adapter_config import CONFIG_FILE, NOTE_FILE, WEIGHTS_FILE
 from irq_convert.errors import UsageError
+from irq_convert.jobs.common.resume import Resume
 from irq_convert.jobs.finetune.folder import (
     RUN,
     STATE,
@@ -25,7 +26,9 @@ def base(tmp_path: Path) -> Path:
     return folder
 
 
-def opened(out: Path, base: Path, resume: bool = False, overwrite: bool = False) -> RunFolder:
+def opened(
+    out: Path, base: Path, resume: Resume = Resume.AUTO, overwrite: bool = False
+) -> RunFolder:
     with run_folder(out, base, resume=resume, overwrite=overwrite) as folder:
         return folder
 
@@ -46,7 +49,7 @@ def write_adapter(folder: RunFolder, text: str) -> None:
 
 def test_a_finished_run_leaves_the_adapter_alone(tmp_path: Path, base: Path) -> None:
     out = tmp_path / "new" / "adapter"
-    with run_folder(out, base, resume=False, overwrite=False) as folder:
+    with run_folder(out, base, resume=Resume.AUTO, overwrite=False) as folder:
         folder.write(RUN, {})
         write_checkpoint(folder, 3)
         folder.accept_checkpoint(3)
@@ -60,7 +63,7 @@ def test_old_settings_never_stand_beside_new_weights(
 ) -> None:
     """Killed anywhere in publishing, the folder holds one adapter, or none that anything loads."""
     out, seen = tmp_path / "adapter", []
-    with run_folder(out, base, resume=False, overwrite=False) as folder:
+    with run_folder(out, base, resume=Resume.AUTO, overwrite=False) as folder:
         write_adapter(folder, "old")
         folder.finish()
     replace = Path.replace
@@ -72,7 +75,7 @@ def test_old_settings_never_stand_beside_new_weights(
         seen.append(texts)
         return result
 
-    with run_folder(out, base, resume=False, overwrite=True) as folder:
+    with run_folder(out, base, resume=Resume.AUTO, overwrite=True) as folder:
         monkeypatch.setattr(Path, "replace", watched)
         write_adapter(folder, "new")
     assert len(seen) >= 2
@@ -81,7 +84,7 @@ def test_old_settings_never_stand_beside_new_weights(
 
 
 def fail(out: Path, base: Path, do: Callable[[RunFolder], None]) -> None:
-    with run_folder(out, base, resume=False, overwrite=False) as folder:
+    with run_folder(out, base, resume=Resume.AUTO, overwrite=False) as folder:
         folder.write(RUN, {"a": 1})
         do(folder)
         raise InterruptedError
@@ -107,39 +110,58 @@ def test_checkpoints_count_when_they_are_whole(tmp_path: Path, base: Path) -> No
 
     with pytest.raises(InterruptedError):
         fail(out, base, save)
-    with run_folder(out, base, resume=True, overwrite=False) as folder:
+    with run_folder(out, base, resume=Resume.REQUIRED, overwrite=False) as folder:
         assert folder.resuming
         assert folder.read(RUN) == {"a": 1}
         assert newest_checkpoint(out) == folder.state / "checkpoint-10"
         assert not folder.writing.exists()
 
 
-def test_an_unfinished_run_needs_a_word(tmp_path: Path, base: Path) -> None:
+def test_an_unfinished_run_is_continued_or_begun_anew(tmp_path: Path, base: Path) -> None:
     out = tmp_path / "out"
     folder = opened(out, base)
     folder.write(RUN, {})
     write_checkpoint(folder, 7)
     folder.accept_checkpoint(7)
-    with pytest.raises(UsageError, match="unfinished run at step 7; continue it with --resume"):
-        opened(out, base)
+    for resume in (Resume.AUTO, Resume.REQUIRED):
+        same = opened(out, base, resume=resume)
+        assert same.resuming
+        assert same.checkpoint() == same.state / "checkpoint-7"
     with pytest.raises(UsageError, match="contradict"):
-        opened(out, base, resume=True, overwrite=True)
-    again = opened(out, base, overwrite=True)
+        opened(out, base, resume=Resume.REQUIRED, overwrite=True)
+    again = opened(out, base, resume=Resume.NEVER)
     assert not again.resuming
     assert again.checkpoint() is None
     assert again.read(RUN) is None
 
 
+def test_overwriting_begins_anew(tmp_path: Path, base: Path) -> None:
+    out = tmp_path / "out"
+    folder = opened(out, base)
+    folder.write(RUN, {})
+    write_checkpoint(folder, 7)
+    folder.accept_checkpoint(7)
+    again = opened(out, base, overwrite=True)
+    assert not again.resuming
+    assert again.checkpoint() is None
+
+
+def test_nothing_to_resume(tmp_path: Path, base: Path) -> None:
+    with pytest.raises(UsageError, match="no unfinished run, so there is nothing to resume"):
+        opened(tmp_path / "out", base, resume=Resume.REQUIRED)
+    assert list(tmp_path.iterdir()) == [base]
+
+
 def test_a_finished_adapter_is_only_overwritten_when_asked(tmp_path: Path, base: Path) -> None:
     out = tmp_path / "out"
-    with run_folder(out, base, resume=False, overwrite=False) as folder:
+    with run_folder(out, base, resume=Resume.AUTO, overwrite=False) as folder:
         write_adapter(folder, "old")
         folder.finish()
     with pytest.raises(UsageError, match="not empty; choose another folder, or --overwrite"):
         opened(out, base)
-    with pytest.raises(UsageError, match="finished adapter, there is nothing to continue"):
-        opened(out, base, resume=True)
-    with run_folder(out, base, resume=False, overwrite=True) as folder:
+    with pytest.raises(UsageError, match="finished adapter, so there is nothing to resume"):
+        opened(out, base, resume=Resume.REQUIRED)
+    with run_folder(out, base, resume=Resume.AUTO, overwrite=True) as folder:
         assert (out / WEIGHTS_FILE).read_text() == "old"  # until there is a new one
         write_adapter(folder, "new")
         folder.finish()
@@ -165,10 +187,10 @@ def test_folders_that_are_no_adapters(tmp_path: Path, base: Path, overwrite: boo
 
 def test_two_runs_at_once(tmp_path: Path, base: Path) -> None:
     out = tmp_path / "out"
-    with run_folder(out, base, resume=False, overwrite=False) as folder:
+    with run_folder(out, base, resume=Resume.AUTO, overwrite=False) as folder:
         folder.write(RUN, {})
         with pytest.raises(UsageError, match="in use by a run"):
-            opened(out, base, resume=True)
+            opened(out, base, resume=Resume.REQUIRED)
     assert (out / STATE / RUN).exists()
 
 

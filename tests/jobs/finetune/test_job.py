@@ -14,15 +14,15 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 import irq_convert
+from irq_convert.artifact.adapter_kinds import AdapterKind
 from irq_convert.artifact.identity import artifact_identity
-from irq_convert.errors import IrqError
+from irq_convert.errors import IrqError, UsageError
 from irq_convert.jobs.common.text import read_text
 from irq_convert.jobs.finetune.data import load_data
 from irq_convert.jobs.finetune.estimate import estimate_finetune
 from irq_convert.jobs.finetune.finetune import finetune
 from irq_convert.jobs.finetune.folder import STATE
-from irq_convert.jobs.finetune.options import Connection, Lora
-from irq_convert.jobs.finetune.prepare import prepare
+from irq_convert.jobs.finetune.options import Connection
 from irq_convert.jobs.finetune.progress import TrainingProgress
 
 from .base import quick, write_tales
@@ -55,9 +55,9 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "adapter_model.safetensors")
 
 
-@pytest.mark.parametrize("lora", list(Lora))
+@pytest.mark.parametrize("lora", list(AdapterKind))
 def test_each_kind_trains_and_is_whole(
-    artifact: Path, tales: Path, tokenizer: Any, tmp_path: Path, lora: Lora
+    artifact: Path, tales: Path, tokenizer: Any, tmp_path: Path, lora: AdapterKind
 ) -> None:
     out = tmp_path / "out"
     report = finetune(artifact, tales, out, quick(lora))
@@ -67,10 +67,10 @@ def test_each_kind_trains_and_is_whole(
     assert report.after.mean < report.before.mean
     assert sorted(path.name for path in out.iterdir() if not path.name.startswith("loss")) == FILES
     config = json.loads((out / FILES[0]).read_text())
-    assert config["peft_type"] == ("LORA" if lora == Lora.PLAIN else "IEC_LORA")
+    assert config["peft_type"] == ("LORA" if lora == AdapterKind.PLAIN else "IEC_LORA")
     assert config["base_model_name_or_path"] == str(artifact)
     keys = {key.rpartition(".")[2] for key in weights(out)}
-    assert keys == ({"weight"} if lora == Lora.PLAIN else {"weight", "lora_iec_beta"})
+    assert keys == ({"weight"} if lora == AdapterKind.PLAIN else {"weight", "lora_iec_beta"})
     # What was measured is what the saved adapter gives, loaded by PEFT alone.
     model = PeftModel.from_pretrained(irq_convert.load(artifact, dtype=torch.float32), str(out))
     held = load_data(tales, None, tokenizer, length=48, holdout=0.05, vocabulary=None).heldout
@@ -85,7 +85,7 @@ def test_each_kind_trains_and_is_whole(
 
 def test_what_is_recorded(artifact: Path, tales: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    report = finetune(str(artifact), tales, out, quick(Lora.PLAIN))
+    report = finetune(str(artifact), tales, out, quick(AdapterKind.PLAIN))
     note = json.loads((out / "irq_adapter.json").read_text())
     manifest = json.loads((artifact / "irq_manifest.json").read_text())
     assert (note["format"], note["format_version"], note["lora"]) == ("irq-adapter", 1, "plain")
@@ -110,7 +110,7 @@ def test_what_is_recorded(artifact: Path, tales: Path, tmp_path: Path) -> None:
     ("options", "trained"),
     [
         (quick(steps=1), None),
-        (quick(Lora.BLOCK, steps=1), None),
+        (quick(AdapterKind.BLOCK, steps=1), None),
         (
             quick(connection=Connection.NONE, steps=1, target_modules=("q_proj", "down_proj")),
             {"q_proj", "down_proj"},
@@ -120,7 +120,7 @@ def test_what_is_recorded(artifact: Path, tales: Path, tmp_path: Path) -> None:
 def test_the_dry_run_counts_what_is_trained(
     artifact: Path, tales: Path, tmp_path: Path, options: Any, trained: set[str] | None
 ) -> None:
-    found = estimate_finetune(prepare(artifact, tales, options))
+    found = estimate_finetune(artifact, tales, options)
     assert not list(tmp_path.iterdir())
     report = finetune(artifact, tales, tmp_path / "out", options)
     assert found.trainable == report.trainable
@@ -146,7 +146,7 @@ def test_an_interrupted_run_ends_like_one_that_was_not(
     )
     early = weights(parts)
     listener = Listener()
-    resumed = finetune(artifact, tales, parts, options, resume=True, progress=listener)
+    resumed = finetune(artifact, tales, parts, options, resume="required", progress=listener)
     assert resumed.resumed_from == at + 1
     assert listener.steps == list(range(at + 2, steps + 1))
     assert not (parts / STATE).exists()
@@ -165,18 +165,15 @@ def test_a_second_epoch_is_resumed_where_it_stood(artifact: Path, tmp_path: Path
     for at in (report.recipe.steps // 2 - 1, report.recipe.steps // 2):  # its border, and inside
         parts = tmp_path / f"parts-{at}"
         finetune(artifact, few, parts, options, progress=stop_at(at))
-        finetune(artifact, few, parts, options, resume=True)
+        finetune(artifact, few, parts, options)
         found, expected = weights(parts), weights(tmp_path / "whole")
         assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_resume_with_nothing_there_starts(artifact: Path, tales: Path, tmp_path: Path) -> None:
-    listener = Listener()
-    report = finetune(
-        artifact, tales, tmp_path / "out", quick(steps=1), resume=True, progress=listener
-    )
-    assert report.end == "finished"
-    assert listener.notes == [f"{tmp_path / 'out'}: no run to continue, starting a new one"]
+def test_nothing_there_to_resume(artifact: Path, tales: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="nothing to resume"):
+        finetune(artifact, tales, tmp_path / "out", quick(steps=1), resume="required")
+    assert not (tmp_path / "out").exists()
 
 
 def test_divergence_keeps_the_last_good_adapter(

@@ -9,11 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from irq_convert.artifact.adapter_kinds import AdapterKind, Connection
 from irq_convert.errors import UsageError
 from irq_convert.jobs.finetune.options import (
-    Connection,
     FinetuneOptions,
-    Lora,
     Optimizer,
     TrainDtype,
 )
@@ -135,7 +134,7 @@ def test_holdout() -> None:
         ({"warmup": -1}, "--warmup -1"),
         ({"save_every": 0}, "--save-every 0"),
         ({"steps": 5, "epochs": 1.0}, "--steps and --epochs"),
-        ({"lora": Lora.PLAIN, "connection": Connection.BOTH}, "plain LoRA has no elastic"),
+        ({"lora": AdapterKind.PLAIN, "connection": Connection.BOTH}, "plain LoRA has no elastic"),
         ({"target_modules": ("q_proj", "")}, "an empty name"),
     ],
 )

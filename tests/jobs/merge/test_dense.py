@@ -12,6 +12,7 @@ import torch
 
 from irq_convert.artifact.contents import open_artifact
 from irq_convert.errors import IrqError, UsageError
+from irq_convert.jobs.export.export import export
 from irq_convert.jobs.merge.merge import merge
 from irq_convert.jobs.merge.options import Check, Dtype, MergeOptions, MergeTo
 from tests.jobs.quantize.models import load_all, numpy_reader, snapshot
@@ -80,12 +81,11 @@ def test_within_one_rounding(artifact: Path, tmp_path: Path, kind: str, dtype: D
 @pytest.mark.parametrize("codebook", CODEBOOKS)
 def test_every_codebook_and_no_adapter(tmp_path: Path, codebook: str) -> None:
     artifact = make_artifact(tmp_path / "art", codebook)
-    report = merge(artifact, None, tmp_path / "out")
-    merged, exact = load_all(tmp_path / "out"), exact_weights(artifact, None)
+    report = export(artifact, tmp_path / "out", to="dense")
+    dense, exact = load_all(tmp_path / "out"), exact_weights(artifact, None)
     for name, value in exact.items():
-        assert torch.equal(merged[name].double(), value)
-    assert report.layers == ()
-    assert report.adapter_sha256 is None
+        assert torch.equal(dense[name].double(), value)
+    assert report.largest == 0
 
 
 def test_auto_keeps_what_the_source_had(half: Path, tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_without_a_manifest_config_json_decides(half: Path, tmp_path: Path) -> N
     artifact = tmp_path / "art"
     shutil.copytree(half, artifact)
     (artifact / "irq_manifest.json").unlink()
-    merge(artifact, None, tmp_path / "out")
+    export(artifact, tmp_path / "out", to="dense")
     assert {t.dtype for t in load_all(tmp_path / "out").values()} == {torch.bfloat16}
 
 
@@ -199,11 +199,6 @@ def test_the_result_loads_and_computes(artifact: Path, iec: Path, tmp_path: Path
     for name, parameter in model.named_parameters():
         if name in exact:
             assert_one_rounding(parameter.detach(), exact[name])
-
-
-def test_an_adapter_is_needed_but_for_dense(artifact: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="needs an adapter"):
-        merge(artifact, None, tmp_path / "out", MergeOptions(to=MergeTo.IRQ))
 
 
 @pytest.mark.parametrize(

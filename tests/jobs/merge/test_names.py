@@ -12,6 +12,7 @@ from irq_convert.artifact.adapter import open_adapter
 from irq_convert.artifact.contents import open_artifact
 from irq_convert.errors import IrqError
 from irq_convert.hf.model_names import model_names
+from irq_convert.jobs.export.export import export
 from irq_convert.jobs.merge.match import match
 from irq_convert.jobs.merge.merge import merge
 from irq_convert.jobs.merge.options import Check, MergeOptions
@@ -34,7 +35,7 @@ def test_a_checkpoint_whose_names_the_class_changes(tmp_path: Path) -> None:
     found = match(opened, open_adapter(adapter))
     assert found.layers[f"{Q0}.weight"].layer.module == Q0.removeprefix("model.")
     merge(artifact, adapter, tmp_path / "out", LAYERS)
-    merge(artifact, None, tmp_path / "base")
+    export(artifact, tmp_path / "base", to="dense")
     base, merged = load_all(tmp_path / "base"), load_all(tmp_path / "out")
     for module, (_, cols, _) in shortened(artifact).items():
         if module.rsplit(".", 1)[-1] not in ("q_proj", "v_proj", "down_proj", "gate_proj"):

@@ -17,10 +17,11 @@ from safetensors.torch import load_file
 
 from irq_convert.artifact.adapter import open_adapter
 from irq_convert.errors import UsageError
+from irq_convert.jobs.export.export import export
 from irq_convert.jobs.merge.check_logits import relative_difference
 from irq_convert.jobs.merge.estimate import estimate_merge
 from irq_convert.jobs.merge.merge import merge
-from irq_convert.jobs.merge.options import Check, Dtype, MergeOptions, MergeTo
+from irq_convert.jobs.merge.options import Check, MergeOptions, MergeTo
 from tests.jobs.quantize.models import snapshot
 
 from .make import PREFIX, Q0, WEIGHTS, exact_delta, linear_shapes, matches, write_adapter
@@ -58,7 +59,7 @@ class Case:
 
 def dense_with(artifact: Path, adapter: Path, out: Path) -> Path:
     """A dense model with the adapter added by plain float64 arithmetic, in float32."""
-    merge(artifact, None, out, MergeOptions(dtype=Dtype.FLOAT32))
+    export(artifact, out, to="dense", dtype="float32")
     from safetensors.torch import save_file
 
     tensors = load_file(out / "model.safetensors")
@@ -76,7 +77,7 @@ def dense_with(artifact: Path, adapter: Path, out: Path) -> Path:
 def cases(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
     """All cases through one process of stock PEFT."""
     root = tmp_path_factory.mktemp("plain")
-    merge(artifact, None, root / "dense", MergeOptions(dtype=Dtype.FLOAT32))
+    export(artifact, root / "dense", to="dense", dtype="float32")
     lines, folders = [], {}
     for number, (name, more) in enumerate(CASES.items()):
         adapter = write_adapter(root / f"a{number}", artifact, **more)

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from irq_convert.core.spec import QuantSpec
-from irq_convert.jobs.demo import MODEL_DIR
 from irq_convert.jobs.quantize.options import QuantizeOptions
 from irq_convert.jobs.quantize.quantize import quantize
+from tests.paths import DEMO
 
 from .client import Clock, use_hub
 from .server import Hub, serve
@@ -38,7 +38,7 @@ It tells tales.
 
 def base_files() -> dict[str, bytes]:
     """The demo model as a repository, with a card that has something to inherit."""
-    paths = [path for path in MODEL_DIR.iterdir() if path.is_file()]
+    paths = [path for path in DEMO.iterdir() if path.is_file()]
     return {path.name: path.read_bytes() for path in paths} | {"README.md": CARD.encode()}
 
 

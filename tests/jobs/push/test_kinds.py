@@ -11,7 +11,6 @@ from huggingface_hub import RepoCard
 from irq_convert.artifact.manifest import MANIFEST_NAME
 from irq_convert.core.spec import QuantSpec
 from irq_convert.errors import IrqError, UsageError
-from irq_convert.jobs.demo import MODEL_DIR
 from irq_convert.jobs.export.export import export
 from irq_convert.jobs.export.options import ExportOptions
 from irq_convert.jobs.merge.merge import merge
@@ -21,6 +20,7 @@ from irq_convert.jobs.quantize.options import QuantizeOptions
 from irq_convert.jobs.quantize.quantize import quantize
 from irq_convert.progress import Progress
 from tests.jobs.merge.make import change_weights, write_adapter
+from tests.paths import DEMO
 
 from .conftest import BASE, base_files
 from .state import World
@@ -176,7 +176,7 @@ def test_an_export(
     if to == "gguf":
         pytest.importorskip("gguf")
     spec = QuantSpec("int4", 32, "mse", zero_point="integer")
-    quantize(str(MODEL_DIR), tmp_path / "int4", QuantizeOptions(spec, threads=1))
+    quantize(str(DEMO), tmp_path / "int4", QuantizeOptions(spec, threads=1))
     export(tmp_path / "int4", tmp_path / "x", ExportOptions(to, threads=1))
     found, text = pushed(world, tmp_path / "x", base_model=BASE)
     assert (found["base_model"], found["base_model_relation"]) == (BASE, "quantized")

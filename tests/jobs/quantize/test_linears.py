@@ -15,7 +15,7 @@ import transformers as tf
 
 from irq_convert.artifact.config import module_name
 from irq_convert.checkpoint.source import Checkpoint, open_checkpoint
-from irq_convert.hf.linears import find_linears
+from irq_convert.hf.linears import Linears, find_linears
 
 from .models import LINEARS, LLAMA, UNKNOWN, llama_tensors, open_meta, write_source
 
@@ -41,6 +41,10 @@ ATTENTION = [f"self_attn.{x}_proj" for x in "qkvo"]
 MLP = [f"mlp.{x}_proj" for x in ("gate", "up", "down")]
 
 
+def linears_of(checkpoint: Checkpoint) -> Linears:
+    return find_linears(checkpoint.config, checkpoint.tensors)
+
+
 def save(model: Any, folder: Path) -> Checkpoint:
     model.save_pretrained(folder)
     return open_checkpoint(folder)
@@ -52,7 +56,7 @@ def layers(prefix: str, names: list[str], count: int = 2) -> set[str]:
 
 def check_whole(checkpoint: Checkpoint, model: torch.nn.Module) -> None:
     """Each linear module is either quantized or named as kept, in the files' terms."""
-    found = find_linears(checkpoint)
+    found = linears_of(checkpoint)
     linears = [n for n, m in model.named_modules() if type(m) is torch.nn.Linear]
     quantized = {module_name(name) for name in found.tensors}
     assert not quantized & set(found.modules_kept)
@@ -67,7 +71,7 @@ def test_dense_causal_models(tmp_path: Path, kind: str, tied: bool) -> None:
     config = getattr(tf, f"{kind}Config")(**TEXT, tie_word_embeddings=tied)
     model = getattr(tf, f"{kind}ForCausalLM")(config)
     checkpoint = save(model, tmp_path)
-    found = find_linears(checkpoint)
+    found = linears_of(checkpoint)
     assert found.decided_by == f"the class {kind}ForCausalLM"
     assert found.tensors == layers("model.", ATTENTION + MLP)
     assert found.modules_kept == ("lm_head",)  # tied or not: the module is there
@@ -76,7 +80,7 @@ def test_dense_causal_models(tmp_path: Path, kind: str, tied: bool) -> None:
 
 
 def test_a_base_model_without_a_head(tmp_path: Path) -> None:
-    found = find_linears(save(tf.LlamaModel(tf.LlamaConfig(**TEXT)), tmp_path))
+    found = linears_of(save(tf.LlamaModel(tf.LlamaConfig(**TEXT)), tmp_path))
     assert found.tensors == layers("", ATTENTION + MLP)
     assert found.modules_kept == ()
 
@@ -84,7 +88,7 @@ def test_a_base_model_without_a_head(tmp_path: Path) -> None:
 def test_files_of_a_base_model_under_the_config_of_the_whole(tmp_path: Path) -> None:
     tensors = {n.removeprefix("model."): t for n, t in llama_tensors().items() if "head" not in n}
     checkpoint = open_checkpoint(write_source(tmp_path / "m", tensors))
-    found = find_linears(checkpoint)
+    found = linears_of(checkpoint)
     assert found.decided_by == "the class LlamaForCausalLM"
     assert found.tensors == layers("", list(LINEARS))
     assert found.modules_kept == ("lm_head",)
@@ -96,7 +100,7 @@ def test_mixture_of_experts_keeps_routers(tmp_path: Path) -> None:
     )
     model = tf.Qwen2MoeForCausalLM(config)
     checkpoint = save(model, tmp_path)
-    found = find_linears(checkpoint)
+    found = linears_of(checkpoint)
     shared = [f"mlp.shared_expert.{x}_proj" for x in ("gate", "up", "down")]
     own = [f"mlp.experts.{n}.{x}_proj" for n in range(4) for x in ("gate", "up", "down")]
     assert found.tensors == layers("model.", ATTENTION + shared + own)
@@ -110,7 +114,7 @@ def test_convolutions_in_disguise_are_linears_the_other_way_round(tmp_path: Path
     config = tf.GPT2Config(
         n_embd=64, n_layer=2, n_head=4, vocab_size=50, bos_token_id=0, eos_token_id=0
     )
-    found = find_linears(save(tf.GPT2LMHeadModel(config), tmp_path))
+    found = linears_of(save(tf.GPT2LMHeadModel(config), tmp_path))
     names = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
     assert found.tensors == {f"transformer.h.{n}.{x}.weight" for n in range(2) for x in names}
     assert found.transposed == found.tensors
@@ -123,7 +127,7 @@ def test_towers_are_kept_and_renamed_modules_found(tmp_path: Path) -> None:
     )
     model = tf.LlavaForConditionalGeneration(config)
     checkpoint = save(model, tmp_path)
-    found = find_linears(checkpoint)
+    found = linears_of(checkpoint)
     # The files say language_model.model, the class model.language_model.
     assert found.tensors == layers("language_model.model.", ATTENTION + MLP)
     kept = set(found.modules_kept)
@@ -138,7 +142,7 @@ def test_encoder_and_decoder(tmp_path: Path) -> None:
     config = tf.T5Config(d_model=64, d_ff=96, num_layers=1, num_heads=4, vocab_size=50, d_kv=16)
     model = tf.T5ForConditionalGeneration(config)
     checkpoint = save(model, tmp_path)
-    found = find_linears(checkpoint)
+    found = linears_of(checkpoint)
     assert "encoder.block.0.layer.0.SelfAttention.q.weight" in found.tensors
     assert "decoder.block.0.layer.1.EncDecAttention.o.weight" in found.tensors
     assert "encoder.block.0.layer.1.DenseReluDense.wi.weight" in found.tensors
@@ -152,7 +156,7 @@ def test_weights_without_elements_are_not_quantized(tmp_path: Path) -> None:
     tensors = llama_tensors()
     name = "model.layers.0.mlp.up_proj.weight"
     tensors[name] = torch.zeros(0, 96)
-    found = find_linears(open_checkpoint(write_source(tmp_path / "m", tensors)))
+    found = linears_of(open_checkpoint(write_source(tmp_path / "m", tensors)))
     assert name not in found.tensors
     assert module_name(name) in found.modules_kept
 
@@ -207,7 +211,7 @@ BY_NAME = {
 def test_unknown_classes_by_names_and_shapes(
     tmp_path: Path, config: dict[str, object], why: str
 ) -> None:
-    found = find_linears(open_meta(tmp_path / "m", UNKNOWN | config, SHAPES))
+    found = linears_of(open_meta(tmp_path / "m", UNKNOWN | config, SHAPES))
     assert found.decided_by.startswith("names and shapes (")
     assert why in found.decided_by
     assert "\n" not in found.decided_by
@@ -218,7 +222,7 @@ def test_unknown_classes_by_names_and_shapes(
 
 def test_a_head_without_a_tensor_is_named_as_kept(tmp_path: Path) -> None:
     shapes = {name: shape for name, shape in SHAPES.items() if "lm_head" not in name}
-    assert "lm_head" in find_linears(open_meta(tmp_path / "m", UNKNOWN, shapes)).modules_kept
+    assert "lm_head" in linears_of(open_meta(tmp_path / "m", UNKNOWN, shapes)).modules_kept
 
 
 def test_transformers_is_quiet_and_as_it_was(
@@ -226,6 +230,6 @@ def test_transformers_is_quiet_and_as_it_was(
 ) -> None:
     before = tf.utils.logging.get_verbosity()
     odd = LLAMA | {"bos_token_id": 99999, "torch_dtype": "float16", "unheard_of": 1}
-    assert find_linears(open_checkpoint(write_source(tmp_path / "m", None, odd))).tensors
+    assert linears_of(open_checkpoint(write_source(tmp_path / "m", None, odd))).tensors
     assert capfd.readouterr() == ("", "")
     assert tf.utils.logging.get_verbosity() == before

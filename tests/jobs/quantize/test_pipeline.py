@@ -10,12 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from irq_convert.checkpoint import planned_folder
 from irq_convert.checkpoint.source import open_checkpoint
 from irq_convert.core.quantize import quantize_tensor, quantize_with_stats
 from irq_convert.core.spec import QuantSpec
 from irq_convert.core.tensor_stats import TensorStats
 from irq_convert.errors import IrqError
-from irq_convert.jobs.quantize import pipeline
 from irq_convert.jobs.quantize.options import QuantizeOptions
 from irq_convert.jobs.quantize.pipeline import quantize_shard
 from irq_convert.jobs.quantize.plan import QuantizePlan, plan_quantize
@@ -70,7 +70,7 @@ def test_bytes_are_those_of_the_whole_tensor(
     options = QuantizeOptions(spec, threads=threads, tile_weights=tile_weights)
     plan = plan_of(tmp_path / "m", tensors, options)
     heard = Heard()
-    stats = quantize_shard(plan.shards[0], tmp_path, options, heard)
+    stats = quantize_shard(plan.folder.shards[0], tmp_path, options, heard)
     stored = load_file(tmp_path / "model.safetensors")
     expected: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():
@@ -109,7 +109,7 @@ def test_weights_that_no_block_holds_name_the_tensor(
     out = tmp_path / "out"
     out.mkdir()
     with pytest.raises(IrqError, match=r"layers\.1\.c\.weight .*--keep"):
-        quantize_shard(plan.shards[0], out, options, Progress())
+        quantize_shard(plan.folder.shards[0], out, options, Progress())
     assert not list(out.iterdir())
     assert not [
         t
@@ -122,17 +122,17 @@ def test_bad_numbers_in_copied_tensors_are_copied(tmp_path: Path) -> None:
     tensors = tensors_of(torch.float32)
     tensors["embed.weight"][0, :3] = torch.tensor([float("nan"), float("inf"), -0.0])
     plan = plan_of(tmp_path / "m", tensors, QuantizeOptions())
-    quantize_shard(plan.shards[0], tmp_path, QuantizeOptions(), Progress())
+    quantize_shard(plan.folder.shards[0], tmp_path, QuantizeOptions(), Progress())
     stored = load_file(tmp_path / "model.safetensors")["embed.weight"]
     assert stored.numpy().tobytes() == tensors["embed.weight"].numpy().tobytes()
 
 
 def test_copies_longer_than_a_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "COPY_CHUNK", 1000)
+    monkeypatch.setattr(planned_folder, "COPY_CHUNK", 1000)
     tensors = tensors_of(torch.float32)
     plan = plan_of(tmp_path / "m", tensors, QuantizeOptions())
     heard = Heard()
-    quantize_shard(plan.shards[0], tmp_path, QuantizeOptions(), heard)
+    quantize_shard(plan.folder.shards[0], tmp_path, QuantizeOptions(), heard)
     stored = load_file(tmp_path / "model.safetensors")["embed.weight"]
     assert torch.equal(stored, tensors["embed.weight"])
     assert heard.finished == len(tensors)
@@ -154,7 +154,7 @@ def test_a_source_that_changes_meanwhile(tmp_path: Path, damage: Callable[[Path]
     out = tmp_path / "out"
     out.mkdir()
     with pytest.raises(IrqError, match=r"model\.safetensors"):
-        quantize_shard(plan.shards[0], out, QuantizeOptions(), Progress())
+        quantize_shard(plan.folder.shards[0], out, QuantizeOptions(), Progress())
     assert not list(out.iterdir())
 
 
@@ -163,8 +163,8 @@ def test_the_tile_of_a_huge_row_is_one_group_of_rows(tmp_path: Path) -> None:
     tensor = torch.randn(300, 80, generator=torch.Generator().manual_seed(0))
     options = QuantizeOptions(QuantSpec("nf4", 16), tile_weights=1)  # 5 blocks a row
     plan = plan_of(tmp_path / "m", {"layers.0.w.weight": tensor}, options)
-    assert plan.tensors[0].shape.tile_rows(1) == 256
-    quantize_shard(plan.shards[0], tmp_path, options, Progress())
+    assert plan.folder.tensors[0].shape.tile_rows(1) == 256
+    quantize_shard(plan.folder.shards[0], tmp_path, options, Progress())
     stored = load_file(tmp_path / "model.safetensors")
     for suffix, part in quantize_tensor(tensor, options.spec).parts().items():
         assert torch.equal(stored[f"layers.0.w.weight{suffix}"], part)

@@ -54,27 +54,27 @@ def test_every_tensor_is_accounted_for_once(tmp_path: Path) -> None:
         "nothing": torch.zeros(0, 4),
     }
     plan = plan_of(write_source(tmp_path / "m", tensors, shards=3), max_shard_bytes=30_000)
-    names = [tensor.info.name for tensor in plan.tensors]
+    names = [tensor.info.name for tensor in plan.folder.tensors]
     assert sorted(names) == sorted(tensors)
     assert {t.info.name for t in plan.quantized} == {name for name in tensors if is_linear(name)}
-    outputs = [spec.name for shard in plan.shards for spec in shard.outputs]
+    outputs = [spec.name for shard in plan.folder.shards for spec in shard.outputs]
     assert len(set(outputs)) == len(outputs)
     assert plan.weights == sum(t.numel() for t in tensors.values())
     assert plan.quantized_weights == sum(t.numel() for n, t in tensors.items() if is_linear(n))
     assert plan.decided_by == "the class LlamaForCausalLM"
-    assert len(plan.shards) > 1
-    index = plan.index_json()
+    assert len(plan.folder.shards) > 1
+    index = plan.folder.index
     assert index is not None
     assert sorted(index["weight_map"]) == sorted(outputs)  # type: ignore[call-overload]
 
 
 def test_parts_stay_together_and_shards_in_order(tmp_path: Path) -> None:
     plan = plan_of(write_source(tmp_path / "m"), max_shard_bytes=1)
-    count = len(plan.tensors)
-    assert len(plan.shards) == count  # a tensor larger than a shard gets its own
-    assert plan.shards[0].name == f"model-00001-of-{count:05d}.safetensors"
+    count = len(plan.folder.tensors)
+    assert len(plan.folder.shards) == count  # a tensor larger than a shard gets its own
+    assert plan.folder.shards[0].name == f"model-00001-of-{count:05d}.safetensors"
     order = list(open_checkpoint(tmp_path / "m").tensors)
-    assert [tensor.info.name for tensor in plan.tensors] == order
+    assert [tensor.info.name for tensor in plan.folder.tensors] == order
 
 
 def test_bits_for_and_keep(tmp_path: Path) -> None:
@@ -85,7 +85,7 @@ def test_bits_for_and_keep(tmp_path: Path) -> None:
         keep=("layers.1.*up_proj",),
         bits_for=(("mlp", 2), ("down_proj", 4), (r"layers\.1\..*q_proj", 3)),
     )
-    chosen = {t.info.name: t.spec.codebook if t.spec else None for t in plan.tensors}
+    chosen = {t.info.name: t.spec.codebook if t.spec else None for t in plan.folder.tensors}
     assert chosen[f"{DOWN}.weight"] == "int4"  # the last match wins
     assert chosen["model.layers.0.mlp.up_proj.weight"] == "int2"
     assert chosen["model.layers.1.mlp.up_proj.weight"] is None
@@ -167,12 +167,12 @@ def test_bytes_of_the_plan_are_those_on_disk(
         report = quantize(str(source), out, options)
         sizes = {p.relative_to(out).as_posix(): p.stat().st_size for p in out.rglob("*.*")}
         sizes |= {"empty": (out / "empty").stat().st_size}
-        for shard in plan.shards:
+        for shard in plan.folder.shards:
             assert sizes[shard.name] == shard.nbytes
         written = sum(v for name, v in sizes.items() if (out / name).is_file())
         manifest = sizes["irq_manifest.json"]
-        assert written == plan.bytes_out + manifest == report.bytes_out
-        assert plan.bytes_out + manifest <= plan.bytes_needed
+        assert written == plan.folder.bytes_out + manifest == report.bytes_out
+        assert plan.folder.bytes_out + manifest <= plan.bytes_needed
         assert report.bytes_in == plan.bytes_in
         assert json.loads((out / "config.json").read_text())["limit"] == [0.0, float("inf")]
 
@@ -180,7 +180,7 @@ def test_bytes_of_the_plan_are_those_on_disk(
 def test_config_keeps_every_key_in_order(tmp_path: Path) -> None:
     config = LLAMA | {"ünï": "ö", "nested": {"a": [1, 2.5, None]}, "eps": 1e-05, "big": 2**70}
     plan = plan_of(write_source(tmp_path / "m", None, config))
-    written = json.loads(plan.documents["config.json"])
+    written = json.loads(plan.folder.documents["config.json"])
     assert list(written) == [*config, "quantization_config"]
     assert {k: v for k, v in written.items() if k != "quantization_config"} == config
 
@@ -189,7 +189,7 @@ def test_a_source_without_config(tmp_path: Path) -> None:
     source = write_source(tmp_path / "m", {"h.0.fc.weight": torch.zeros(32, 64)})
     (source / "config.json").unlink()
     plan = plan_of(source)
-    assert list(json.loads(plan.documents["config.json"])) == ["quantization_config"]
+    assert list(json.loads(plan.folder.documents["config.json"])) == ["quantization_config"]
 
 
 def test_files_are_carried_but_for_those_that_are_written_anew(tmp_path: Path) -> None:
@@ -197,8 +197,8 @@ def test_files_are_carried_but_for_those_that_are_written_anew(tmp_path: Path) -
     files |= {"sub/config.json": "{}", "pytorch_model.bin": "x", ".hidden": "y", ".git/x": "z"}
     plan = plan_of(write_source(tmp_path / "m", files=files, shards=2))
     kept = {*OTHER_FILES, "sub/irq_manifest.json", "sub/config.json", ".hidden"}
-    assert set(plan.carried_files) == kept
-    assert plan.carried_bytes == sum(len(files[name]) for name in kept)
+    assert set(plan.folder.carried) == kept
+    assert sum(plan.folder.carried_sizes.values()) == sum(len(files[name]) for name in kept)
 
 
 @pytest.mark.parametrize(
@@ -216,7 +216,7 @@ def test_quantized_sources_are_refused(tmp_path: Path, config: dict[str, object]
 @pytest.mark.parametrize("config", [{"quantization_config": None}, {"quantization_config": {}}])
 def test_an_empty_quantization_config_is_none(tmp_path: Path, config: dict[str, object]) -> None:
     plan = plan_of(write_source(tmp_path / "m", None, LLAMA | config))
-    assert json.loads(plan.documents["config.json"])["quantization_config"]["bits"] == 4
+    assert json.loads(plan.folder.documents["config.json"])["quantization_config"]["bits"] == 4
 
 
 @pytest.mark.parametrize(

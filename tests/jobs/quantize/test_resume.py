@@ -21,12 +21,11 @@ from irq_convert.checkpoint import disk
 from irq_convert.checkpoint.source import open_checkpoint
 from irq_convert.core.blocks import BlockShape
 from irq_convert.core.spec import QuantSpec
-from irq_convert.core.tensor_stats import TensorStats
+from irq_convert.core.tensor_stats import TensorStats, decode_stats, encode_stats
 from irq_convert.errors import IrqError, UsageError
 from irq_convert.jobs.common.resume import Resume
 from irq_convert.jobs.quantize import job as resume
 from irq_convert.jobs.quantize.estimate import estimate_quantize
-from irq_convert.jobs.quantize.job import decode_stats, encode_stats
 from irq_convert.jobs.quantize.options import QuantizeOptions
 from irq_convert.jobs.quantize.pipeline import quantize_shard
 from irq_convert.jobs.quantize.quantize import quantize
@@ -98,7 +97,7 @@ def stop(
 
     failure = error or KeyboardInterrupt()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(resume, "convert_shard", fail)
+        patch.setattr(resume, "quantize_shard", fail)
         with pytest.raises(type(failure)) as caught:
             convert(source, out, progress, **more)
     stop.error = caught.value  # type: ignore[attr-defined]
@@ -405,7 +404,7 @@ def test_another_version_is_refused(
     stop(source, tmp_path / "out")
     ours = resume.quantize_identity
     monkeypatch.setattr(
-        resume, "conversion_identity", lambda *args: replace(ours(*args), producer="irq-convert 99")
+        resume, "quantize_identity", lambda *args: replace(ours(*args), producer="irq-convert 99")
     )
     with pytest.raises(UsageError, match=r"begun by irq-convert .*, this is irq-convert 99"):
         convert(source, tmp_path / "out")

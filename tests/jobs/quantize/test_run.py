@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors import safe_open
 
+from irq_convert.checkpoint import planned_folder
 from irq_convert.checkpoint.source import open_checkpoint
 from irq_convert.core.dequantize import dequantize_tensor
 from irq_convert.core.quantize import quantize_tensor
@@ -292,8 +293,12 @@ def test_a_failure_anywhere_leaves_nothing(
     if where == "progress":
         monkeypatch.setattr(progress, "advance", fail)
     else:
-        name = {"copy": "copy_file_atomic", "checksum": "sha256_file", "manifest": "build_manifest"}
-        monkeypatch.setattr(run, name[where], fail)
+        room, name = {
+            "copy": (planned_folder, "copy_file_atomic"),
+            "checksum": (planned_folder, "sha256_file"),
+            "manifest": (run, "build_manifest"),
+        }[where]
+        monkeypatch.setattr(room, name, fail)
     with pytest.raises(IrqError, match="the disk fails"):
         quantize(str(source), tmp_path / "new" / "out", progress=progress)
     assert snapshot(tmp_path) == before

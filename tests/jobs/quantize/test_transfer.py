@@ -80,11 +80,11 @@ def test_late_copies_change_no_byte(
     plan = plan_of(tmp_path / "m", tensors_of(torch.float32), options)
     for name in ("plain", "late"):
         (tmp_path / name).mkdir()
-    expected = quantize_shard(plan.shards[0], tmp_path / "plain", options, Progress())
+    expected = quantize_shard(plan.folder.shards[0], tmp_path / "plain", options, Progress())
     engine = LateEngine()
     monkeypatch.setattr(pipeline, "make_engine", lambda device: engine)
-    stats = quantize_shard(plan.shards[0], tmp_path / "late", options, Progress())
-    name = plan.shards[0].name
+    stats = quantize_shard(plan.folder.shards[0], tmp_path / "late", options, Progress())
+    name = plan.folder.shards[0].name
     assert (tmp_path / "late" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
     assert stats.keys() == expected.keys()
     assert 1 <= engine.most <= SLOTS
@@ -162,6 +162,6 @@ def test_a_failing_search_does_not_wait_for_the_reader(
     out = tmp_path / "out"
     out.mkdir()
     with pytest.raises(IrqError, match="gone"):
-        quantize_shard(plan.shards[0], out, options, Progress())
+        quantize_shard(plan.folder.shards[0], out, options, Progress())
     assert not list(out.iterdir())
     assert not [t for t in threading.enumerate() if t.name.startswith(("irq-reader", "irq-writer"))]

@@ -12,16 +12,14 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-import irq_convert
 from irq_convert.artifact.config import ModuleFormat
 from irq_convert.jobs.export.export import export
 from irq_convert.jobs.export.options import ExportOptions
 from tests.hf.artifact import write_artifact
+from tests.paths import DEMO
 
 pytest.importorskip("gguf", reason="the package gguf is not installed")
 
-DEMO = Path(irq_convert.__file__).parent / "demo" / "model"
-MODELS = Path(irq_convert.__file__).parents[2] / "shared" / "models"
 INT4 = ModuleFormat("int4", 32)
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 

@@ -19,8 +19,9 @@ from irq_convert.jobs.export.gguf.pretokenizer import RULES, choose_rule
 from irq_convert.jobs.export.gguf.spm_scores import merge_scores, spm_encoder
 from irq_convert.jobs.export.gguf.tokenizer_samples import ODD, PLAIN, agreement
 from irq_convert.jobs.export.gguf.vocabulary import read_vocabulary
+from tests.paths import ABSENT, DEMO, SHARED
 
-from .make import DEMO, MODELS
+MODELS = SHARED / "models"
 
 CORPUS = [*PLAIN, *ODD] * 3
 
@@ -116,7 +117,7 @@ def test_added_tokens_and_template(tmp_path: Path) -> None:
     assert found.chat_template == "{{ messages[0].content }}"
 
 
-stories = pytest.mark.skipif(not MODELS.is_dir(), reason="the shared models are not here")
+stories = pytest.mark.skipif(not MODELS.is_dir(), reason=ABSENT)
 
 
 @stories

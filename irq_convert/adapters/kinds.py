@@ -1,0 +1,30 @@
+"""PEFT's configuration of each kind of adapter."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from irq_convert.artifact.adapter_kinds import AdapterKind, Connection
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+
+def adapter_config(
+    kind: AdapterKind, *, connection: str | None = None, block_size: int | None = None, **lora: Any
+) -> LoraConfig:
+    """The configuration of an adapter of `kind`; `lora` is what `peft.LoraConfig` takes.
+
+    `connection` None is both; `block_size` is for pooled adapters on linears that are not
+    quantized. Raises `UsageError` as `IecLoraConfig`.
+    """
+    from peft import LoraConfig
+
+    from irq_convert.adapters.config import IecLoraConfig
+
+    if not kind.connected:
+        return LoraConfig(**lora)
+    own: dict[str, Any] = {"connection": str(connection or Connection.BOTH)}
+    if kind.pooled:
+        own |= {"pool": "block", "block_size": block_size}
+    return IecLoraConfig(**lora, **own)
