@@ -22,6 +22,7 @@ class Objective(StrEnum):
 
     @property
     def meaning(self) -> str:
+        """In brackets behind the name, as help prints it."""
         return _MEANINGS[self]
 
 
