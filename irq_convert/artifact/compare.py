@@ -20,6 +20,7 @@ from irq_convert.checkpoint.header import TensorInfo
 from irq_convert.checkpoint.reader import TileReader
 from irq_convert.checkpoint.source import Checkpoint
 from irq_convert.core.spec import QuantSpec
+from irq_convert.core.statistic_dtypes import UINT8
 from irq_convert.errors import UsageError
 from irq_convert.version import PRODUCER
 
@@ -135,7 +136,7 @@ class Comparison:
             spec = QuantSpec(fmt.codebook, fmt.block_size, objective, refine, zero_point)
         except UsageError:
             return None
-        stored = ("uint8", spec.tau_dtype)
+        stored = (UINT8.name, spec.tau_dtype)
         return spec if (fmt.scale_dtype, fmt.tau_dtype) == stored else None
 
 

@@ -19,6 +19,7 @@ from irq_convert.cli.merge import merge_command
 from irq_convert.cli.push import push_command
 from irq_convert.cli.quantize import quantize_command
 from irq_convert.cli.verify import verify_command
+from irq_convert.core.codebook import WIDTHS_IN_WORDS
 from irq_convert.errors import IrqError
 from irq_convert.version import PRODUCER
 
@@ -27,7 +28,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Quantize language models to 2, 3 or 4 bits; check, measure and load the result.",
+    help=f"Quantize language models to {WIDTHS_IN_WORDS} bits; check, measure and load the result.",
 )
 app.command("quantize")(quantize_command)
 app.command("inspect")(inspect_command)

@@ -22,6 +22,12 @@ from irq_convert.cli.shared import (
     Threads,
     shard_bytes,
 )
+from irq_convert.core.codebook import (
+    FAMILIES,
+    FAMILIES_IN_WORDS,
+    WIDTHS_IN_WORDS,
+    in_words,
+)
 from irq_convert.core.objective import Objective, ZeroPoint
 from irq_convert.errors import UsageError
 from irq_convert.jobs.common.resume import Resume
@@ -39,16 +45,14 @@ def quantize_command(
         Path | None,
         typer.Argument(help="Folder to create.  \\[default: NAME-irq-CODEBOOK here]"),
     ] = None,
-    bits: Annotated[int, typer.Option(help="Bits per weight: 2, 3 or 4.")] = 4,
-    codebook: Annotated[
-        str, typer.Option(help="nf (normal-float) or int (uniform levels).")
-    ] = "nf",
+    bits: Annotated[int, typer.Option(help=f"Bits per weight: {WIDTHS_IN_WORDS}.")] = 4,
+    codebook: Annotated[str, typer.Option(help=f"{FAMILIES_IN_WORDS}.")] = "nf",
     block_size: Annotated[int, typer.Option(help="Weights that share a scale and a tau.")] = 64,
     objective: Annotated[
         Objective | None,
         typer.Option(
-            help="entropy (ICQ), mse (tau and scale by squared error) or none (plain).  "
-            "\\[default: entropy for nf, mse for int]"
+            help=f"{in_words(f'{each} ({each.meaning})' for each in Objective)}.  "
+            f"\\[default: {', '.join(f'{f.objective} for {f.name}' for f in FAMILIES.values())}]"
         ),
     ] = None,
     refine: Annotated[

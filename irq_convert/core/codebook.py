@@ -9,6 +9,7 @@ numpy is imported only for arrays, so that help may read the names.
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -162,6 +163,16 @@ CODEBOOKS: dict[str, Codebook] = {
 }
 WIDTHS = tuple(sorted({book.bits for book in CODEBOOKS.values()}))
 """Bits of a code that some codebook has."""
+
+
+def in_words(words: Iterable[object]) -> str:
+    """`(2, 3, 4)` to "2, 3 or 4"."""
+    *first, last = map(str, words)
+    return f"{', '.join(first)} or {last}" if first else last
+
+
+WIDTHS_IN_WORDS = in_words(WIDTHS)
+FAMILIES_IN_WORDS = in_words(f"{each.name} ({each.meaning})" for each in FAMILIES.values())
 
 
 def get_codebook(name: str) -> Codebook:

@@ -10,6 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from irq_convert.artifact.config import PART_SUFFIXES, ModuleFormat
+from irq_convert.core.parts import SUFFIXES
 from irq_convert.nn.experts import Separate, Stacked, pack_experts
 from irq_convert.nn.linear import IrqLinear
 
@@ -80,7 +81,7 @@ class Swaps:
         found = {
             tensor + suffix: key + suffix
             for tensor, key in self.packed()
-            for suffix in ("", *PART_SUFFIXES)
+            for suffix in SUFFIXES
             if tensor + suffix in tensors
         }
         return found | dict(self.dense())

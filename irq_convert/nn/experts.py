@@ -19,6 +19,7 @@ from torch import nn
 
 from irq_convert.artifact.config import ModuleFormat
 from irq_convert.core.dequantize import dequantize_rows
+from irq_convert.core.parts import SUFFIXES
 from irq_convert.core.quantized import QuantizedTensor
 from irq_convert.core.scales import expand_statistic
 from irq_convert.errors import IrqError
@@ -28,7 +29,7 @@ from irq_convert.nn.linear import (
     autocast_input,
     exact_columns,
     keep_dtypes,
-    part_shapes,
+    named_parts,
 )
 from irq_convert.nn.stacks import ExpertStack, Linear
 
@@ -128,7 +129,7 @@ class IrqExperts(nn.Module):
             name + suffix
             for name, layout in self.packed.items()
             if isinstance(layout, Stacked)
-            for suffix in ("", "_scale", "_tau", "_scale_grid", "_tau_grid")
+            for suffix in SUFFIXES
         ]
         found = {name: self._parameters.get(name) for name in names}
         return {name: part for name, part in found.items() if part is not None}
@@ -268,13 +269,8 @@ def _dense_rows(module: nn.Module, child: str, dtype: torch.dtype) -> torch.Tens
 
 def stack_parts(name: str, layout: Stacked) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of the parameters that hold a stack."""
-    rows = layout.experts * layout.rows
     fmt = exact_columns(layout.fmt, layout.cols)
-    found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-    for part, (shape, dtype) in part_shapes(rows, layout.cols, fmt).items():
-        whole = shape if part.endswith("_grid") else (layout.experts, layout.rows, shape[1])
-        found[name + part.removeprefix("weight")] = (whole, dtype)
-    return found
+    return named_parts(name, (layout.experts, layout.rows), layout.cols, fmt)
 
 
 @functools.cache

@@ -101,7 +101,7 @@ class PackedEncoder(Encoder):
         """Codes `[rows, cols]`, zero points and steps `[rows, groups]`."""
         bits = self.tensor.shape.bits
         shape = (dense.shape[0], tile.cols // self.group, self.group)
-        if get_codebook(self.tensor.format.codebook).kind != "int":
+        if not get_codebook(self.tensor.format.codebook).uniform:
             fitted = refit(dense.view(shape), None, None, bits)
             return fitted.codes.view(old.shape), fitted.zero_point, fitted.step
         scale = by_group(expand_statistic(tile.scale, tile.scale_grid), self.tensor, self.group)
@@ -216,7 +216,7 @@ def _check_groups(artifact: Artifact, groups: Mapping[str, int | None]) -> None:
 
 def _check_codebooks(tensors: list[StoredTensor]) -> None:
     for tensor in tensors:
-        if get_codebook(tensor.format.codebook).kind != "int":
+        if not get_codebook(tensor.format.codebook).uniform:
             raise UsageError(
                 f"{tensor.name}: has codebook {tensor.format.codebook}, whose levels are not "
                 "uniform, and compressed-tensors holds uniform ones: export --to dense, quantize "
@@ -245,7 +245,7 @@ def _planned(encoder: Encoder, grids: Mapping[str, GridCheck]) -> PlannedTensor:
     grid = grids[tensor.name]
     if not grid.off:
         return PlannedTensor(tensor.name, stored, exact=True)
-    uniform = get_codebook(tensor.format.codebook).kind == "int"
+    uniform = get_codebook(tensor.format.codebook).uniform
     why = "zero points were no integers" if uniform else "levels were not uniform"
     return PlannedTensor(tensor.name, stored, exact=False, why=f"{why}: fitted anew")
 

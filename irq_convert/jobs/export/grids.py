@@ -46,7 +46,7 @@ def _statistic_bytes(tensor: StoredTensor) -> int:
 
 def _check(reader: TileReader, tensor: StoredTensor, tile_weights: int) -> GridCheck:
     blocks = tensor.shape.blocks
-    if get_codebook(tensor.format.codebook).kind != "int":
+    if not get_codebook(tensor.format.codebook).uniform:
         return GridCheck(blocks, blocks)
     off = 0
     for start, stop in tile_starts(tensor, 1, tile_weights):

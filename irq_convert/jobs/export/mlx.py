@@ -118,7 +118,7 @@ class MlxTarget(Target):
 
 
 def _check_codebook(tensor: StoredTensor) -> None:
-    if get_codebook(tensor.format.codebook).kind != "int":
+    if not get_codebook(tensor.format.codebook).uniform:
         raise UsageError(
             f"{tensor.name}: has codebook {tensor.format.codebook}, whose levels are not uniform, "
             "and MLX holds uniform ones: export --to dense, or quantize with --codebook int"

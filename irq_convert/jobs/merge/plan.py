@@ -19,6 +19,7 @@ from irq_convert.checkpoint.writer import TensorSpec
 from irq_convert.core.blocks import BlockShape
 from irq_convert.core.codebook import get_codebook
 from irq_convert.core.spec import MAX_REFINE, OBJECTIVES, QuantSpec
+from irq_convert.core.statistic_dtypes import UINT8
 from irq_convert.jobs.merge.match import Adapted, Match
 from irq_convert.jobs.merge.options import MergeOptions, MergeTo
 from irq_convert.version import PRODUCER
@@ -157,7 +158,7 @@ def _target(
         if adapted.block_size is not None:
             return replace(base.format, tau_dtype=options.tau.value)
         assert again is not None
-        return replace(base.format, scale_dtype="uint8", tau_dtype=again.tau_dtype)
+        return replace(base.format, scale_dtype=UINT8.name, tau_dtype=again.tau_dtype)
     return base.dtype
 
 
@@ -181,7 +182,7 @@ def _again(
 ) -> QuantSpec | None:
     if not isinstance(base, StoredTensor) or adapted is None or adapted.block_size is not None:
         return None
-    uniform = get_codebook(base.format.codebook).kind == "int"
+    uniform = get_codebook(base.format.codebook).uniform
     own = {} if uniform else {"zero_point": "float"}
     return QuantSpec(base.format.codebook, base.format.block_size, **{**means, **own})
 

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from irq_convert.core.codebook import CODEBOOKS, WIDTHS
+from irq_convert.core.codebook import CODEBOOKS, FAMILIES_IN_WORDS, WIDTHS, WIDTHS_IN_WORDS
 from irq_convert.core.spec import QuantSpec
 from irq_convert.errors import UsageError
 from irq_convert.jobs.common.options import MAX_SHARD_BYTES, check_sizes, fix_choices
@@ -22,11 +22,10 @@ def codebook_name(family: str, bits: int, option: str = "--bits") -> str:
     an unknown family.
     """
     if bits not in WIDTHS:
-        known = f"{', '.join(map(str, WIDTHS[:-1]))} or {WIDTHS[-1]}"
-        raise UsageError(f"{option} {bits}: weights are stored in {known} bits")
+        raise UsageError(f"{option} {bits}: weights are stored in {WIDTHS_IN_WORDS} bits")
     name = family if family in CODEBOOKS else f"{family}{bits}"
     if name not in CODEBOOKS:
-        raise UsageError(f"--codebook {family}: choose nf (normal-float) or int (uniform levels)")
+        raise UsageError(f"--codebook {family}: choose {FAMILIES_IN_WORDS}")
     if CODEBOOKS[name].bits != bits:
         own = CODEBOOKS[name].bits
         raise UsageError(f"--codebook {family} has {own} bits, not {bits}: add --bits {own}")

@@ -48,7 +48,7 @@ def row_nbytes(kind: GgmlType, cols: int) -> int:
 
 def fits_q4_1(codebook: str, block_size: int, cols: int) -> bool:
     """Whether Q4_1 holds the codes unchanged: uniform levels, and blocks made of whole 32s."""
-    return get_codebook(codebook).kind == "int" and block_size % BLOCK == 0 and cols % BLOCK == 0
+    return get_codebook(codebook).uniform and block_size % BLOCK == 0 and cols % BLOCK == 0
 
 
 def encode_q4_1(tile: QuantizedTensor, name: str) -> Encoded:

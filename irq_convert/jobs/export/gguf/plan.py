@@ -145,7 +145,7 @@ def _quantized_kind(tensor: StoredTensor, dtype: str, fallback: str) -> tuple[Gg
     if fits_q4_1(fmt.codebook, fmt.block_size, cols):
         spare = f"{fmt.codebook} takes the 4 bits of a code that Q4_1 has"
         return GgmlType.Q4_1, spare if fmt.bits < 4 else None
-    if get_codebook(fmt.codebook).kind != "int":
+    if not get_codebook(fmt.codebook).uniform:
         why = f"no GGUF type has the levels of {fmt.codebook}"
     elif fmt.block_size % BLOCK:
         why = f"blocks of {fmt.block_size} are smaller than the {BLOCK} of Q4_1"
