@@ -61,7 +61,7 @@ def _register_after(spec: ModuleSpec, register_it: Callable[[ModuleType], None])
         return
 
 
-def register(module: ModuleType) -> None:
+def register_quantizer(module: ModuleType) -> None:
     """Add the quantizer and its configuration to `module`, `transformers.quantizers.auto`.
 
     Doing it again changes nothing. Never raises: whoever imports transformers for something else
@@ -84,7 +84,7 @@ def register(module: ModuleType) -> None:
 
 
 def register_peft(module: ModuleType) -> None:
-    """Add the type "IEC_LORA" to `module`, PEFT. Never raises, as `register`."""
+    """Add the type "IEC_LORA" to `module`, PEFT. Never raises, as `register_quantizer`."""
     try:
         if not _half_imported():
             import_module("irq_convert.adapters.register").register()
@@ -118,14 +118,16 @@ def _half_imported() -> bool:
     return any(module is not None and not hasattr(module, what) for module, what in found)
 
 
-_REGISTER = {TARGET: register, PEFT: register_peft} | dict.fromkeys(_OURS, lambda module: install())
+_REGISTER = {TARGET: register_quantizer, PEFT: register_peft} | dict.fromkeys(
+    _OURS, lambda module: install()
+)
 
 
 def install() -> None:
     """Register now with what is loaded, otherwise once it is; idempotent."""
     module = sys.modules.get(TARGET)
     if module is not None and hasattr(module, "AUTO_QUANTIZER_MAPPING"):
-        register(module)
+        register_quantizer(module)
     peft = sys.modules.get(PEFT)
     if peft is not None and hasattr(peft, "get_peft_model"):
         register_peft(peft)

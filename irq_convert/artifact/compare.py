@@ -14,7 +14,7 @@ from irq_convert.artifact.values import (
     entropy_tolerance,
     error_tolerance,
     first_difference,
-    measure,
+    measure_tensor,
 )
 from irq_convert.checkpoint.header import TensorInfo
 from irq_convert.checkpoint.reader import TileReader
@@ -114,7 +114,7 @@ class Comparison:
         self, reader: TileReader, tensor: StoredTensor, source: TensorInfo
     ) -> Iterator[str]:
         entry = self._listed.get(tensor.name)
-        result = self.results[tensor.name] = measure(reader, tensor, source)
+        result = self.results[tensor.name] = measure_tensor(reader, tensor, source)
         if entry is not None:
             yield from _disagreements(tensor, source, entry, result)
         spec = self._spec(tensor)

@@ -138,7 +138,7 @@ def _bad_statistic(suffix: str, values: torch.Tensor, start: int) -> str | None:
     return f"row {start + row}, block {block} stands for {value:g}, which must be {rule}"
 
 
-def measure(reader: TileReader, tensor: StoredTensor, source: TensorInfo) -> Measured:
+def measure_tensor(reader: TileReader, tensor: StoredTensor, source: TensorInfo) -> Measured:
     """Compare `tensor` with its source, in float64, and count its codes."""
     error = energy = bits = 0.0
     for start, rows in source_tiles(reader, tensor, source):

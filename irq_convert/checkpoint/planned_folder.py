@@ -27,7 +27,7 @@ METADATA = {"format": "pt"}
 """What transformers looks for in the header of a shard."""
 
 
-class PlannedTensor(Protocol):
+class PlannedItem(Protocol):
     """A tensor of the source, by name, and what is stored for it."""
 
     @property
@@ -37,7 +37,7 @@ class PlannedTensor(Protocol):
     def outputs(self) -> Sequence[TensorSpec]: ...
 
 
-T = TypeVar("T", bound=PlannedTensor)
+T = TypeVar("T", bound=PlannedItem)
 
 
 @dataclass(frozen=True)

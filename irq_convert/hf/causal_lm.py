@@ -19,9 +19,8 @@ _AS_IT_LIES: dict[str, Any] = {"local_files_only": True, "trust_remote_code": Fa
 def load_config(source: str | Path) -> Any:
     """Read the transformers configuration of a model folder or Hub id.
 
-    Raises:
-        UsageError: there is no such folder.
-        IrqError: the Hub does not provide it, or its config.json does not describe a model.
+    Raises `UsageError` where there is no such folder; `IrqError` where the Hub does not provide it,
+    or its config.json does not describe a model.
     """
     folder = locate(str(source), headers_only=True).folder
     with _one_line_errors(f"{source}: cannot be loaded as a model"):
@@ -37,9 +36,8 @@ def load_causal_lm(
     everything else through transformers, from safetensors only. `device` is a torch device, or
     `auto` to spread the model over what there is.
 
-    Raises:
-        UsageError: `device` is unknown or absent, or there is no such folder.
-        IrqError: the model is missing, damaged, incomplete or not a causal language model.
+    Raises `UsageError` where `device` is unknown or absent, or there is no such folder; `IrqError`
+    where the model is missing, damaged, incomplete or not a causal language model.
     """
     check_device(device)
     folder = locate(str(source)).folder
@@ -53,8 +51,7 @@ def load_causal_lm(
 def load_tokenizer(source: str | Path) -> Any:
     """Load the tokenizer of a model folder or Hub id.
 
-    Raises:
-        IrqError: there is none, or it cannot be read.
+    Raises `IrqError` where there is none, or it cannot be read.
     """
     folder = locate(str(source), headers_only=True).folder
     with _one_line_errors(f"{source}: has no usable tokenizer, name one with --tokenizer PATH"):

@@ -79,7 +79,7 @@ class InFiles:
 Layout = Callable[[StackedWeight, list[Place], Mapping[str, Shape]], "InFiles | str | None"]
 
 
-def separate(
+def separate_tensors(
     weight: StackedWeight, group: list[Place], shapes: Mapping[str, Shape]
 ) -> InFiles | str | None:
     """A tensor for each expert, or several, which transformers stacks one below another."""
@@ -119,7 +119,7 @@ def _stacks(converter: WeightConverter) -> bool:
     return stacks and kinds[1:] == ([(Concatenate, 1)] if several else [])
 
 
-def whole(
+def whole_tensor(
     weight: StackedWeight, group: list[Place], shapes: Mapping[str, Shape]
 ) -> InFiles | str | None:
     """One tensor for all experts, as the class has it or transposed."""
@@ -144,7 +144,7 @@ def whole(
     return InFiles(weight, whole=tensor, transposed=weight.transposed != flipped)
 
 
-LAYOUTS: tuple[Layout, ...] = (separate, whole)
+LAYOUTS: tuple[Layout, ...] = (separate_tensors, whole_tensor)
 
 
 def lay_out(

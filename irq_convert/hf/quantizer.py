@@ -38,7 +38,7 @@ class IrqQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         """Check the headers of the files and replace dense layers, all on meta."""
         from irq_convert.hf.swap import swap_layers
-        from irq_convert.hf.validate import check_names, plan_swaps, read_headers
+        from irq_convert.hf.validate import check_loaded_names, plan_swaps, read_headers
 
         files = kwargs.get("checkpoint_files")
         if not files:
@@ -46,7 +46,7 @@ class IrqQuantizer(HfQuantizer):
         tensors = read_headers(files)
         swaps = plan_swaps(model, self.quantization_config.parsed, tensors)
         swap_layers(model, swaps)
-        self._adjusted = check_names(model, swaps, tensors)
+        self._adjusted = check_loaded_names(model, swaps, tensors)
         self._pairs = swaps.pairs(tensors)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:

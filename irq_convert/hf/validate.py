@@ -31,7 +31,7 @@ from irq_convert.hf.names import keys_in_model
 from irq_convert.hf.swap import Child, ExpertsSwap, Swap, Swaps, layer_shape
 from irq_convert.hf.tied import tied_keys
 from irq_convert.nn.experts import Separate, Stacked, stack_parts
-from irq_convert.nn.linear import part_shapes
+from irq_convert.nn.linear import layer_parts
 
 if TYPE_CHECKING:
     import torch
@@ -96,7 +96,7 @@ def _linear_swaps(
             fmt = config.module(module_name(tensor))
             _check_turned(tensor, fmt, type(module) is Conv1D)
             rows, cols = layer_shape(module)
-            _check_parts(tensor, part_shapes(rows, cols, fmt), (rows, cols), fmt, tensors)
+            _check_parts(tensor, layer_parts(rows, cols, fmt), (rows, cols), fmt, tensors)
             yield Swap(name, tensor, fmt)
 
 
@@ -123,7 +123,7 @@ def _expert_swaps(
             own = config.module(module_name(part.tensor)) if quantized[part.tensor] else None
             if own is not None:
                 _check_turned(part.tensor, own, False)
-                parts = part_shapes(part.rows, weight.cols, own)
+                parts = layer_parts(part.rows, weight.cols, own)
                 _check_parts(part.tensor, parts, (part.rows, weight.cols), own, tensors)
             swap.children[part.child] = Child(part.tensor, part.rows, weight.cols, own)
         names = tuple(tuple(part.child for part in expert) for expert in found.parts)
@@ -131,7 +131,9 @@ def _expert_swaps(
     return swaps.values()
 
 
-def check_names(model: PreTrainedModel, swaps: Swaps, tensors: dict[str, TensorInfo]) -> Adjusted:
+def check_loaded_names(
+    model: PreTrainedModel, swaps: Swaps, tensors: dict[str, TensorInfo]
+) -> Adjusted:
     """What transformers' rules need so that each part is loaded where the swapped layer has it.
 
     Raises `IrqError` where it would be loaded elsewhere all the same.

@@ -39,7 +39,7 @@ def named_parts(
     return {name + suffix: (part.shape, part.dtype.torch) for suffix, part in found.items()}
 
 
-def part_shapes(
+def layer_parts(
     rows: int, cols: int, fmt: ModuleFormat
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of every stored part of a `[rows, cols]` matrix, by parameter name."""
@@ -80,7 +80,7 @@ class IrqLinear(nn.Linear):
         self.out_features = out_features
         self.fmt = exact_columns(fmt, in_features)
         self.dense_dtype = dtype or torch.get_default_dtype()
-        parts = part_shapes(out_features, in_features, self.fmt)
+        parts = layer_parts(out_features, in_features, self.fmt)
         for name in PARTS:
             if name not in parts:
                 self.register_parameter(name, None)
@@ -120,7 +120,7 @@ class IrqLinear(nn.Linear):
 
     def part_dtypes(self) -> dict[str, torch.dtype]:
         """The dtype that each of `packed_parts` has by its format."""
-        parts = part_shapes(self.out_features, self.in_features, self.fmt)
+        parts = layer_parts(self.out_features, self.in_features, self.fmt)
         return {name: dtype for name, (_, dtype) in parts.items()}
 
     def quantized(self) -> QuantizedTensor:

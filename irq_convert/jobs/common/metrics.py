@@ -39,8 +39,7 @@ def token_scores(logits: Tensor, targets: Tensor, reference: Tensor | None = Non
     Softmax is taken in float64 (float32 on MPS, which has no float64), a few rows at a time: the
     extra memory is a small multiple of `CHUNK_ELEMENTS` and does not grow with T or V.
 
-    Raises:
-        ValueError: the shapes of `logits`, `targets` and `reference` do not fit together.
+    Raises `ValueError` where the shapes of `logits`, `targets` and `reference` do not fit together.
     """
     if logits.ndim != 2 or targets.shape != logits.shape[:1]:
         raise ValueError(f"logits {tuple(logits.shape)} do not fit targets {tuple(targets.shape)}")

@@ -14,9 +14,8 @@ from irq_convert.errors import IrqError, UsageError
 def read_text(path: str | Path) -> str:
     """Read a whole UTF-8 file, line ends untouched; a leading byte order mark is dropped.
 
-    Raises:
-        UsageError: the file does not exist or is a folder.
-        IrqError: it cannot be read, is empty, or is not UTF-8.
+    Raises `UsageError` where the file does not exist or is a folder; `IrqError` where it cannot be
+    read, is empty, or is not UTF-8.
     """
     path = Path(path)
     with os_errors("read it", path):
@@ -69,8 +68,7 @@ def cut_windows(ids: Tensor, context: int) -> list[Tensor]:
     Each window predicts all its tokens but the first. A last, shorter window is kept if it holds
     at least 2 tokens, that is, if it predicts one.
 
-    Raises:
-        UsageError: the stream is shorter than one window.
+    Raises `UsageError` where the stream is shorter than one window.
     """
     if len(ids) < context:
         raise UsageError(

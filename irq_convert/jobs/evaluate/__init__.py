@@ -1,5 +1,6 @@
 """Evaluation: perplexity of a model on a text and its distance from another model.
 
-`options` says what to measure, `text` makes windows, `load` models, `run` drives them, `metrics`
-is the mathematics, `result` the answer and `job` all of it from names of files.
+`options` says what to measure, `windows` drives one model or two, `report` is what came out,
+`adapter` puts an adapter on and `evaluate` is all of it from names of files. Text, metrics and
+loading lie below: `jobs/common` and `hf/causal_lm`.
 """

@@ -48,9 +48,8 @@ class CheckedAdapter:
 def check_adapter(folder: str | Path, model: str | Path, any_base: bool = False) -> CheckedAdapter:
     """Open the adapter in `folder` and compare the base it records with `model`; loads nothing.
 
-    Raises:
-        UsageError: it is no adapter, or was trained on another artifact and not `any_base`.
-        IrqError: it is damaged.
+    Raises `UsageError` where it is no adapter, or was trained on another artifact and not
+    `any_base`; `IrqError` where it is damaged.
     """
     stored = open_adapter(Path(folder))
     recorded = stored.config.base_sha256
@@ -69,8 +68,7 @@ def check_adapter(folder: str | Path, model: str | Path, any_base: bool = False)
 def put_on(model: Any, adapter: CheckedAdapter) -> Any:
     """`model` with the adapter active, in evaluation mode; every tensor of the file is used.
 
-    Raises:
-        IrqError: a tensor has no place in the model, has another shape, or is missing.
+    Raises `IrqError` where a tensor has no place in the model, has another shape, or is missing.
     """
     from peft import PeftModel
     from peft.utils import get_peft_model_state_dict

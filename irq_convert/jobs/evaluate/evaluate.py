@@ -38,9 +38,8 @@ def evaluate(
     Everything cheap is checked before weights are loaded. Without `tokenizer` each model must
     bring one, and the two must have the same vocabulary; with it, it serves both models.
 
-    Raises:
-        UsageError: options, text and models do not fit together.
-        IrqError: a file or model cannot be read, or a model gives NaN or infinite logits.
+    Raises `UsageError` where options, text and models do not fit together; `IrqError` where a file
+    or model cannot be read, or a model gives NaN or infinite logits.
     """
     options = chosen(EvalOptions, options, settings)
     check_device(options.device)
@@ -63,8 +62,7 @@ def evaluate(
 def choose_context(configs: list[Any], asked: int | None) -> int:
     """Window length: the one asked for, else what every model can take, at most 2048.
 
-    Raises:
-        UsageError: more is asked for than a model has positions.
+    Raises `UsageError` where more is asked for than a model has positions.
     """
     positions = [getattr(c.get_text_config(), "max_position_embeddings", None) for c in configs]
     most = min((p for p in positions if p is not None and p > 0), default=None)

@@ -31,8 +31,7 @@ class EvalOptions:
         dtype: floating-point type of both models.
         device: a torch device (`cpu`, `cuda`, `cuda:1`, `mps`), or `auto` to spread over devices.
 
-    Raises:
-        UsageError: a value is out of its range.
+    Raises `UsageError` where a value is out of its range.
     """
 
     context: int | None = None

@@ -86,7 +86,7 @@ class EvalReport:
         }
 
 
-def summarize(sums: Sequence[WindowSums], context: int) -> EvalReport:
+def summarize_windows(sums: Sequence[WindowSums], context: int) -> EvalReport:
     """Turn the totals of all windows (at least one) into means with standard errors."""
     counts = torch.tensor([row.tokens for row in sums])
     nll_sums = _column(sums, "nll")

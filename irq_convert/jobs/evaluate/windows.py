@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from irq_convert.errors import IrqError, UsageError
 from irq_convert.jobs.common.metrics import token_scores
 from irq_convert.jobs.evaluate.options import EvalOptions
-from irq_convert.jobs.evaluate.report import EvalReport, WindowSums, summarize
+from irq_convert.jobs.evaluate.report import EvalReport, WindowSums, summarize_windows
 from irq_convert.progress import Progress
 
 
@@ -29,10 +29,9 @@ def evaluate_windows(
     only `batch_size` matters here: dtype and device are those of the models, the rest is in the
     windows. `progress` is told windows, as things and as size.
 
-    Raises:
-        UsageError: an id lies outside a model's vocabulary, or the vocabularies of the two
-            models differ in size.
-        IrqError: a NaN or infinite logit (the window is named), or the device is out of memory.
+    Raises `UsageError` where an id lies outside a model's vocabulary, or the vocabularies of the
+    two models differ in size; `IrqError` on a NaN or infinite logit (the window is named), or
+    when the device is out of memory.
     """
     if not windows:
         raise UsageError("there are no windows to evaluate: give more text")
@@ -45,7 +44,7 @@ def evaluate_windows(
         for batch in _batches(windows, options.batch_size):
             sums += _score_batch(models, torch.stack(batch), len(sums), len(windows))
             progress.advance(len(batch), len(batch))
-    return summarize(sums, context=len(windows[0]))
+    return summarize_windows(sums, context=len(windows[0]))
 
 
 def _score_batch(

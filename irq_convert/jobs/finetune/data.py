@@ -11,9 +11,9 @@ from typing import Any
 from irq_convert.checkpoint.files import sha256_file
 from irq_convert.errors import IrqError, UsageError
 from irq_convert.jobs.common.text import encode_stream, read_text, split_text
-from irq_convert.jobs.finetune.encode import Example, encode
+from irq_convert.jobs.finetune.encode import Example, encode_script
 from irq_convert.jobs.finetune.prompts import script
-from irq_convert.jobs.finetune.rows import Row, holds_rows, read_rows
+from irq_convert.jobs.finetune.rows import DataRow, holds_rows, read_rows
 
 SPLIT_SEED = 0
 
@@ -97,11 +97,9 @@ def load_data(
     Of a text the last part is held out, of rows a random choice that is the same for every seed
     and tokenizer.
 
-    Raises:
-        UsageError: a file does not exist, there is too little to hold out from, or a token id is
-            not below `vocabulary`.
-        IrqError: a file cannot be read, is empty, not UTF-8, not JSON, lacks the fields, or nothing
-            in it can be learned.
+    Raises `UsageError` where a file does not exist, there is too little to hold out from, or a
+    token id is not below `vocabulary`; `IrqError` where a file cannot be read, is empty, not UTF-8,
+    not JSON, lacks the fields, or nothing in it can be learned.
     """
     if holds_rows(path):
         rows = read_rows(path)
@@ -127,7 +125,9 @@ def _whole_file(path: Path, tokenizer: Any, length: int) -> Split:
     return _encode_text(path, read_text(path), tokenizer, length)
 
 
-def _split_rows(path: Path, rows: list[Row], holdout: float) -> tuple[list[Row], list[Row]]:
+def _split_rows(
+    path: Path, rows: list[DataRow], holdout: float
+) -> tuple[list[DataRow], list[DataRow]]:
     """Rows to train on and rows held out, both in the order of the file."""
     if not holdout:
         return rows, []
@@ -143,11 +143,11 @@ def _split_rows(path: Path, rows: list[Row], holdout: float) -> tuple[list[Row],
     )
 
 
-def _encode_rows(path: Path, rows: Sequence[Row], tokenizer: Any, length: int) -> Split:
+def _encode_rows(path: Path, rows: Sequence[DataRow], tokenizer: Any, length: int) -> Split:
     examples, truncated, dropped = [], 0, 0
     for row in rows:
         parts = script(row, tokenizer)
-        whole = encode(parts, tokenizer)
+        whole = encode_script(parts, tokenizer)
         example = Example(whole.ids[:length], whole.labels[:length])
         answered = any(piece.learned and piece.text.strip() for piece in parts.pieces)
         if not (answered and example.learned):

@@ -28,7 +28,7 @@ class Example:
         return int((self.labels[1:] != IGNORED).sum())
 
 
-def encode(script: Script, tokenizer: Any) -> Example:
+def encode_script(script: Script, tokenizer: Any) -> Example:
     """Tokenize the pieces of a script one after the other.
 
     The tokens before an answer are those that the prompt alone would give, as at inference. Where

@@ -23,7 +23,7 @@ from irq_convert.jobs.finetune.options import FinetuneOptions
 from irq_convert.jobs.finetune.prepare import Preparation, prepare
 from irq_convert.jobs.finetune.processes import Processes
 from irq_convert.jobs.finetune.progress import TrainingProgress
-from irq_convert.jobs.finetune.recipe import differences
+from irq_convert.jobs.finetune.recipe import recipe_differences
 from irq_convert.jobs.finetune.report import FinetuneReport
 
 if TYPE_CHECKING:
@@ -51,10 +51,9 @@ def finetune(
     report says `interrupted`, and the same call continues, as `resume` says. Works in each process
     of torchrun; the first one writes.
 
-    Raises:
-        UsageError: the request cannot be served.
-        IrqError: something cannot be read or written, memory is short, or the loss became NaN or
-            infinite (then `out` holds the last good adapter).
+    Raises `UsageError` where the request cannot be served; `IrqError` where something cannot be
+    read or written, memory is short, or the loss became NaN or infinite (then `out` holds the last
+    good adapter).
     """
     begun = time.perf_counter()
     resume = as_choice(Resume, resume, "resume")
@@ -118,7 +117,7 @@ def _open(
     progress.note(f"continuing the run in {out}")
     what = {"base": "the base model", "data": "the data file", "eval_data": "the held-out file"}
     changed = [f"{what[key]} is another one" for key in what if old.get(key) != settings[key]]
-    changed += differences(old.get("recipe") or {}, settings["recipe"])
+    changed += recipe_differences(old.get("recipe") or {}, settings["recipe"])
     if changed:
         raise UsageError(
             f"{out}: holds an unfinished run of another kind: {'; '.join(changed)}; ask for the "

@@ -48,7 +48,7 @@ class Loss:
         return found.value, found.se
 
 
-def measure(
+def measure_loss(
     model: Any,
     examples: Sequence[Example],
     collator: Collator,

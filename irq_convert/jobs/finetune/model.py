@@ -45,8 +45,7 @@ def load_base(folder: Path, dtype: torch.dtype, device: str) -> Any:
 def attach_adapter(model: Any, recipe: Recipe) -> Any:
     """Freeze `model` and put a fresh adapter on it, with float32 parameters.
 
-    Raises:
-        UsageError: a target module is not in the model, or the adapter does not fit one.
+    Raises `UsageError` where a target module is not in the model, or the adapter does not fit one.
     """
     from irq_convert.adapters.attach import attach
 

@@ -60,8 +60,7 @@ class FinetuneOptions:
         device: `cpu`, `cuda`, `cuda:1`, or `auto` for a GPU where there is one.
         gradient_checkpointing: compute activations twice to keep fewer of them.
 
-    Raises:
-        UsageError: a value is out of its range, or two of them contradict each other.
+    Raises `UsageError` where a value is out of its range, or two of them contradict each other.
     """
 
     lora: AdapterKind = AdapterKind.IEC

@@ -42,9 +42,8 @@ def prepare(
 ) -> Preparation:
     """Read everything but the weights, and make every choice.
 
-    Raises:
-        UsageError: options, data and model do not fit together.
-        IrqError: the artifact, its tokenizer or the data cannot be read.
+    Raises `UsageError` where options, data and model do not fit together; `IrqError` where the
+    artifact, its tokenizer or the data cannot be read.
     """
     options, progress = options or FinetuneOptions(), progress or TrainingProgress()
     progress.stage("reading data")

@@ -60,8 +60,7 @@ class Processes:
 def choose_device(asked: str, processes: Processes) -> str:
     """The torch device of this process: `cpu`, or a GPU, with torchrun one for each process.
 
-    Raises:
-        UsageError: the device is absent, or one GPU is named for several processes.
+    Raises `UsageError` where the device is absent, or one GPU is named for several processes.
     """
     name = asked
     if asked == "auto":

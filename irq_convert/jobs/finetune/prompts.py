@@ -18,13 +18,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from irq_convert.errors import IrqError
-from irq_convert.jobs.finetune.rows import Row
+from irq_convert.jobs.finetune.rows import DataRow
 
 NEEDED = "instruction and output (perhaps input), prompt and completion, messages, or text"
 
 
 @dataclass(frozen=True)
-class Piece:
+class TextPiece:
     """A stretch of text; `learned` is predicted, `ends` puts the end-of-text token behind it."""
 
     text: str
@@ -36,16 +36,15 @@ class Piece:
 class Script:
     """All pieces of an example; `templated` text holds its special tokens already."""
 
-    pieces: tuple[Piece, ...]
+    pieces: tuple[TextPiece, ...]
     templated: bool = False
 
 
-def script(row: Row, tokenizer: Any) -> Script:
+def script(row: DataRow, tokenizer: Any) -> Script:
     """The pieces of `row`.
 
-    Raises:
-        IrqError: the row has none of the sets of fields, a field is not of its type or no Unicode
-            text, or the chat template does not take the conversation.
+    Raises `IrqError` where the row has none of the sets of fields, a field is not of its type or no
+    Unicode text, or the chat template does not take the conversation.
     """
     found = _script(row, tokenizer)
     for piece in found.pieces:
@@ -60,23 +59,23 @@ def script(row: Row, tokenizer: Any) -> Script:
     return found
 
 
-def _script(row: Row, tokenizer: Any) -> Script:
+def _script(row: DataRow, tokenizer: Any) -> Script:
     fields = row.fields
     if "messages" in fields:
         return _conversation(row, tokenizer)
     if {"prompt", "completion"} <= fields.keys():
         prompt, answer = _text(row, "prompt"), _text(row, "completion")
-        return Script((Piece(prompt, False), Piece(answer, True, ends=True)))
+        return Script((TextPiece(prompt, False), TextPiece(answer, True, ends=True)))
     if {"instruction", "output"} <= fields.keys():
         prompt = _instruction(_text(row, "instruction"), _text(row, "input", optional=True))
-        return Script((Piece(prompt, False), Piece(_text(row, "output"), True, ends=True)))
+        return Script((TextPiece(prompt, False), TextPiece(_text(row, "output"), True, ends=True)))
     if "text" in fields:
-        return Script((Piece(_text(row, "text"), True, ends=True),))
+        return Script((TextPiece(_text(row, "text"), True, ends=True),))
     found = ", ".join(map(repr, fields)) or "none"
     raise IrqError(f"{row.where}: has the fields {found}; needed are {NEEDED}")
 
 
-def _text(row: Row, field: str, optional: bool = False) -> str:
+def _text(row: DataRow, field: str, optional: bool = False) -> str:
     value = row.fields.get(field)
     if value is None and optional:
         return ""
@@ -99,21 +98,21 @@ def _instruction(instruction: str, given: str) -> str:
     return f"{_part('Instruction', instruction)}{middle}### Response:\n"
 
 
-def _conversation(row: Row, tokenizer: Any) -> Script:
+def _conversation(row: DataRow, tokenizer: Any) -> Script:
     messages = _messages(row)
     if getattr(tokenizer, "chat_template", None):
         return Script(tuple(_render(row, messages, tokenizer)), templated=True)
-    pieces: list[Piece] = []
+    pieces: list[TextPiece] = []
     for message in messages:
         role, content = message["role"], message["content"]
         if role == "assistant":
-            pieces += [Piece("### Assistant:\n", False), Piece(content, True, ends=True)]
+            pieces += [TextPiece("### Assistant:\n", False), TextPiece(content, True, ends=True)]
         else:
-            pieces.append(Piece(_part(role.capitalize(), content), False))
+            pieces.append(TextPiece(_part(role.capitalize(), content), False))
     return Script(tuple(pieces))
 
 
-def _messages(row: Row) -> list[dict[str, str]]:
+def _messages(row: DataRow) -> list[dict[str, str]]:
     """The conversation, checked: objects with `role` and `content`, one at least the model's."""
     raw = row.fields["messages"]
     if not isinstance(raw, list) or not raw:
@@ -131,7 +130,7 @@ def _messages(row: Row) -> list[dict[str, str]]:
     return raw
 
 
-def _render(row: Row, messages: Sequence[dict[str, str]], tokenizer: Any) -> list[Piece]:
+def _render(row: DataRow, messages: Sequence[dict[str, str]], tokenizer: Any) -> list[TextPiece]:
     """Pieces cut out of the rendered conversation: what each answer adds to what came before it.
 
     A template whose beginning changes with what follows (some drop earlier thoughts) can only be
@@ -153,13 +152,16 @@ def _render(row: Row, messages: Sequence[dict[str, str]], tokenizer: Any) -> lis
                 f"{row.where}: the chat template changes what precedes an answer, so that the "
                 "answer cannot be told from it; give rows with prompt and completion"
             )
-        pieces += [Piece(whole[at : len(start)], False), Piece(whole[len(start) : len(end)], True)]
+        pieces += [
+            TextPiece(whole[at : len(start)], False),
+            TextPiece(whole[len(start) : len(end)], True),
+        ]
         at = len(end)
     return [piece for piece in pieces if piece.text]
 
 
 def _apply(
-    row: Row, messages: Sequence[dict[str, str]], tokenizer: Any, prompt: bool = False
+    row: DataRow, messages: Sequence[dict[str, str]], tokenizer: Any, prompt: bool = False
 ) -> str:
     if not messages:
         return ""

@@ -111,9 +111,8 @@ def decide(
     `examples` are those trained on, `device` the torch device of this process and `bfloat16`
     whether it is good at that type.
 
-    Raises:
-        UsageError: the batch does not divide over processes and passes, the sequence is longer
-            than the model allows, or the optimizer does not exist here.
+    Raises `UsageError` where the batch does not divide over processes and passes, the sequence is
+    longer than the model allows, or the optimizer does not exist here.
     """
     small = base.weights <= SMALL
     micro, accumulation = _split_batch(options, processes)
@@ -147,7 +146,7 @@ def decide(
     )
 
 
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+def recipe_differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """What keeps a run with the settings `new` from continuing one with `old`, in words."""
     found = []
     for name in new:

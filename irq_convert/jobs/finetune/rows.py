@@ -14,7 +14,7 @@ JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
 
 
 @dataclass(frozen=True)
-class Row:
+class DataRow:
     """One object of the file; `where` names file and row for messages."""
 
     where: str
@@ -26,13 +26,11 @@ def holds_rows(path: Path) -> bool:
     return path.suffix.lower() in JSON_SUFFIXES
 
 
-def read_rows(path: Path) -> list[Row]:
+def read_rows(path: Path) -> list[DataRow]:
     """The rows of a JSON array or of JSON lines, whichever the file holds; blank lines are skipped.
 
-    Raises:
-        UsageError: there is no such file.
-        IrqError: it cannot be read, is empty, not UTF-8 or not JSON (with the line), or an element
-            is no object (with the row).
+    Raises `UsageError` where there is no such file; `IrqError` where it cannot be read, is empty,
+    not UTF-8 or not JSON (with the line), or an element is no object (with the row).
     """
     text = read_text(path)
     head = text.lstrip()[:1]
@@ -44,7 +42,7 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
-def _array(path: Path, text: str) -> list[Row]:
+def _array(path: Path, text: str) -> list[DataRow]:
     try:
         found = json.loads(text)
     except json.JSONDecodeError as error:
@@ -59,7 +57,7 @@ def _array(path: Path, text: str) -> list[Row]:
     return [_row(f"{path}: row {number}", item) for number, item in enumerate(found, 1)]
 
 
-def _lines(path: Path, text: str) -> list[Row]:
+def _lines(path: Path, text: str) -> list[DataRow]:
     rows = []
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
@@ -79,8 +77,8 @@ def _lines(path: Path, text: str) -> list[Row]:
     return rows
 
 
-def _row(where: str, item: Any) -> Row:
+def _row(where: str, item: Any) -> DataRow:
     if not isinstance(item, dict):
         kind = {list: "an array", str: "a string", bool: "true or false", type(None): "null"}
         raise IrqError(f"{where}: {kind.get(type(item), 'a number')}, not an object with fields")
-    return Row(where, item)
+    return DataRow(where, item)

@@ -19,7 +19,7 @@ from irq_convert.checkpoint.system import explain_os_error
 from irq_convert.errors import IrqError, one_line
 from irq_convert.jobs.finetune.encode import Collator, Example
 from irq_convert.jobs.finetune.folder import RunFolder
-from irq_convert.jobs.finetune.loss import Loss, measure
+from irq_convert.jobs.finetune.loss import Loss, measure_loss
 from irq_convert.jobs.finetune.model import trainable
 from irq_convert.jobs.finetune.options import Optimizer
 from irq_convert.jobs.finetune.processes import Processes
@@ -103,7 +103,7 @@ def training_arguments(recipe: Recipe, writing: str, measured: bool) -> Training
 
 
 class AdapterTrainer(Trainer):
-    """Trainer that measures with `loss.measure` and watches every loss and gradient."""
+    """Trainer that measures with `loss.measure_loss` and watches every loss and gradient."""
 
     def __init__(
         self,
@@ -152,7 +152,7 @@ class AdapterTrainer(Trainer):
             raise IrqError(f"{folder.state}: cannot be written: {one_line(error)}") from error
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """The held-out loss by `measure`, into the log; nothing when the run is to stop."""
+        """The held-out loss by `measure_loss`, into the log; nothing when the run is to stop."""
         self.measure_heldout()
         if self.watch.stop.number and self.watch.processes.count == 1:
             self.control.should_save = self.control.should_training_stop = True
@@ -182,7 +182,7 @@ class AdapterTrainer(Trainer):
             if watch.processes.count == 1:
                 watch.stop.tick(done, total)
 
-        return measure(
+        return measure_loss(
             self.model,
             examples,
             self.data_collator,  # type: ignore[arg-type]

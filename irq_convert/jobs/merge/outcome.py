@@ -54,7 +54,7 @@ def survival(error: float, change: float) -> float:
     return 1 - error / change
 
 
-def measure(base: torch.Tensor, change: torch.Tensor, merged: torch.Tensor) -> Outcome:
+def measure_outcome(base: torch.Tensor, change: torch.Tensor, merged: torch.Tensor) -> Outcome:
     """Compare `merged` (float32) with `base + change` (float64), which is overwritten."""
     change_energy = sum_of_squares(change)
     exact = change.add_(base)

@@ -31,7 +31,7 @@ from irq_convert.errors import IrqError
 from irq_convert.jobs.common.streams import BackgroundWriter, prefetched
 from irq_convert.jobs.merge.delta import Delta
 from irq_convert.jobs.merge.options import MergeOptions
-from irq_convert.jobs.merge.outcome import Outcome, measure, sum_of_squares
+from irq_convert.jobs.merge.outcome import Outcome, measure_outcome, sum_of_squares
 from irq_convert.jobs.merge.plan import MergedTensor
 from irq_convert.jobs.merge.tau import move_tau
 from irq_convert.progress import Progress
@@ -182,7 +182,7 @@ def _requantized(
     stop = start + base.shape[0]
     if delta.block_size is not None:
         tile, costs = move_tau(q, delta, start, settings.options.tau, tensor.name)
-        seen = measure(base, delta.rows(start, stop), dequantize_tensor(tile))
+        seen = measure_outcome(base, delta.rows(start, stop), dequantize_tensor(tile))
         return tile, replace(seen, tau=costs)
     assert tensor.again is not None
     change = delta.rows(start, stop)
@@ -190,4 +190,4 @@ def _requantized(
     tile, stats = quantize_with_stats(
         wanted, tensor.again, threads=settings.options.threads, name=f"{tensor.name} (merged)"
     )
-    return tile, replace(measure(base, change, dequantize_tensor(tile)), stats=stats)
+    return tile, replace(measure_outcome(base, change, dequantize_tensor(tile)), stats=stats)

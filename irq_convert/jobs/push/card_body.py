@@ -124,7 +124,7 @@ def python(*lines: str) -> str:
 
 def _made(subject: PushedFolder) -> list[str]:
     if subject.kind == FolderKind.ARTIFACT:
-        return ["## How it was made", f"```\n{quantize_command(subject)}\n```"]
+        return ["## How it was made", f"```\n{command_again(subject)}\n```"]
     if subject.kind in (FolderKind.MERGED, FolderKind.DENSE):
         return ["## How it was made", f"```\n{_merge_command(subject)}\n```"]
     if subject.kind == FolderKind.EXPORT:
@@ -138,7 +138,7 @@ def _export_command(subject: PushedFolder) -> str:
     return shlex.join([*words, *_flags(options)])
 
 
-def quantize_command(subject: PushedFolder) -> str:
+def command_again(subject: PushedFolder) -> str:
     """The command that makes this artifact again, with all that decides its bytes."""
     options = dict(subject.note["options"])
     words = ["irq-convert", "quantize", str(subject.source.get("model"))]

@@ -18,7 +18,7 @@ ATTENTION_BIASES = frozenset(("q_proj", "k_proj", "v_proj"))
 
 
 @dataclass(frozen=True)
-class Family:
+class ModelFamily:
     """One `model_type` of transformers.
 
     `arch` is llama.cpp's name for it. `interleaved`: rotary pairs are neighbours there, not halves
@@ -39,10 +39,10 @@ _LLAMA_BIASES = ATTENTION_BIASES | {"o_proj", "gate_proj", "up_proj", "down_proj
 FAMILIES = {
     family.model_type: family
     for family in (
-        Family("llama", ("LlamaForCausalLM",), MODEL_ARCH.LLAMA, True, _LLAMA_BIASES),
-        Family("mistral", ("MistralForCausalLM",), MODEL_ARCH.LLAMA, True, _LLAMA_BIASES),
-        Family("qwen2", ("Qwen2ForCausalLM",), MODEL_ARCH.QWEN2, square=True),
-        Family("qwen3", ("Qwen3ForCausalLM",), MODEL_ARCH.QWEN3, head_norms=True),
+        ModelFamily("llama", ("LlamaForCausalLM",), MODEL_ARCH.LLAMA, True, _LLAMA_BIASES),
+        ModelFamily("mistral", ("MistralForCausalLM",), MODEL_ARCH.LLAMA, True, _LLAMA_BIASES),
+        ModelFamily("qwen2", ("Qwen2ForCausalLM",), MODEL_ARCH.QWEN2, square=True),
+        ModelFamily("qwen3", ("Qwen3ForCausalLM",), MODEL_ARCH.QWEN3, head_norms=True),
     )
 }
 
@@ -52,7 +52,7 @@ class Model:
     """A checked configuration. Lengths in numbers, `context` in tokens; `rope` as transformers
     spells it, with `rope_type` and `rope_theta`; `notes` for a person."""
 
-    family: Family
+    family: ModelFamily
     config: PreTrainedConfig
     layers: int
     hidden: int
@@ -99,7 +99,7 @@ def read_model(raw: Mapping[str, Any] | None) -> Model:
     return model
 
 
-def _family(raw: Mapping[str, Any]) -> Family:
+def _family(raw: Mapping[str, Any]) -> ModelFamily:
     model_type, classes = raw.get("model_type"), raw.get("architectures") or [None]
     family = FAMILIES.get(str(model_type))
     if family is None:

@@ -36,7 +36,7 @@ class TensorHead:
     nbytes: int
 
 
-def build_header(
+def build_gguf_header(
     model: Model, vocabulary: Vocabulary, name: str, kind: GgmlType, tensors: Sequence[TensorHead]
 ) -> bytes:
     """Everything before the data, padded to `ALIGNMENT`; data follows in the order of `tensors`.

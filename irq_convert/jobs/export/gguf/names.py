@@ -24,7 +24,7 @@ BUFFERS = (".rotary_emb.inv_freq",)
 
 
 @dataclass(frozen=True)
-class Place:
+class GgufPlace:
     """Where a tensor goes: its name in the file, the shape it must have, and `heads` of rows whose
     halves interleave (0: rows stay)."""
 
@@ -33,7 +33,7 @@ class Place:
     heads: int = 0
 
 
-def find_places(model: Model, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Place]:
+def find_places(model: Model, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, GgufPlace]:
     """The place of each tensor of `shapes` that goes into the file, by the checkpoint's name.
 
     Left out are buffers, and a head that is tied to the embeddings. Raises `UsageError` for a
@@ -55,7 +55,7 @@ def find_places(model: Model, shapes: Mapping[str, tuple[int, ...]]) -> dict[str
             )
         to = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert to is not None, name
-        found[name] = Place(to, shape, expected[name].heads)
+        found[name] = GgufPlace(to, shape, expected[name].heads)
     missing = [name for name in wanted if name not in found]
     if missing:
         more = f" and {len(missing) - 1} more" if missing[1:] else ""
@@ -72,21 +72,21 @@ def _unknown(name: str, model: Model) -> str:
     )
 
 
-def _layout(model: Model) -> tuple[dict[str, Place], dict[str, Place]]:
+def _layout(model: Model) -> tuple[dict[str, GgufPlace], dict[str, GgufPlace]]:
     """Every tensor by the checkpoint's name: those that must be there and those that may be."""
     hidden, embedding = model.hidden, (model.vocab, model.hidden)
-    wanted = {EMBEDDING: Place("", embedding), "model.norm.weight": Place("", (hidden,))}
+    wanted = {EMBEDDING: GgufPlace("", embedding), "model.norm.weight": GgufPlace("", (hidden,))}
     if not model.tied:
-        wanted[HEAD] = Place("", embedding)
-    optional: dict[str, Place] = {}
+        wanted[HEAD] = GgufPlace("", embedding)
+    optional: dict[str, GgufPlace] = {}
     for layer in range(model.layers):
         prefix = f"model.layers.{layer}."
         for name, shape in _norms(model):
-            wanted[f"{prefix}{name}.weight"] = Place("", shape)
+            wanted[f"{prefix}{name}.weight"] = GgufPlace("", shape)
         for room, name, rows, cols, heads in _linears(model):
-            wanted[f"{prefix}{room}.{name}.weight"] = Place("", (rows, cols), heads)
+            wanted[f"{prefix}{room}.{name}.weight"] = GgufPlace("", (rows, cols), heads)
             if name in model.family.biases:
-                optional[f"{prefix}{room}.{name}.bias"] = Place("", (rows,), heads)
+                optional[f"{prefix}{room}.{name}.bias"] = GgufPlace("", (rows,), heads)
     return wanted, optional
 
 

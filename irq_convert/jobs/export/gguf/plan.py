@@ -18,8 +18,13 @@ from irq_convert.core.codebook import get_codebook
 from irq_convert.errors import UsageError
 from irq_convert.jobs.export.gguf.encode import BLOCK, fits_q4_1, row_nbytes
 from irq_convert.jobs.export.gguf.family import Model, read_model
-from irq_convert.jobs.export.gguf.metadata import ALIGNMENT, TensorHead, build_header, rope_divisors
-from irq_convert.jobs.export.gguf.names import Place, find_places
+from irq_convert.jobs.export.gguf.metadata import (
+    ALIGNMENT,
+    TensorHead,
+    build_gguf_header,
+    rope_divisors,
+)
+from irq_convert.jobs.export.gguf.names import GgufPlace, find_places
 from irq_convert.jobs.export.gguf.vocabulary import read_vocabulary
 from irq_convert.jobs.export.options import ExportOptions
 from irq_convert.jobs.export.target import ExportPlan, PlannedTensor
@@ -49,7 +54,7 @@ class GgufTensor:
     from the file's beginning; `dtype` is the checkpoint's."""
 
     source: StoredTensor | TensorInfo | None
-    place: Place
+    place: GgufPlace
     kind: GgmlType
     dtype: str
     offset: int = 0
@@ -88,7 +93,7 @@ def plan_gguf(artifact: Artifact, options: ExportOptions, progress: Progress) ->
     vocabulary = read_vocabulary(artifact.folder, model.vocab)
     main = _main_kind(tensors)
     name = _model_name(artifact)
-    header = build_header(model, vocabulary, name, main, [tensor.head for tensor in tensors])
+    header = build_gguf_header(model, vocabulary, name, main, [tensor.head for tensor in tensors])
     ends = accumulate((_padded(tensor.nbytes) for tensor in tensors), initial=len(header))
     placed = tuple(replace(t, offset=at) for t, at in zip(tensors, ends, strict=False))
     slug = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "model"
@@ -124,7 +129,7 @@ def _tensors(artifact: Artifact, model: Model, options: ExportOptions) -> list[G
     found = []
     divisors = rope_divisors(model)
     if divisors is not None:
-        place = Place(ROPE_NAME, tuple(divisors.shape))
+        place = GgufPlace(ROPE_NAME, tuple(divisors.shape))
         found.append(GgufTensor(None, place, GgmlType.F32, "F32", data=divisors))
     for tensor in tensors:
         base, dtype = tensor.base, tensor.dtype
@@ -158,7 +163,7 @@ def _quantized_kind(tensor: StoredTensor, dtype: str, fallback: str) -> tuple[Gg
     return kind, why
 
 
-def _dense_kind(info: TensorInfo, place: Place, dtype: str) -> tuple[GgmlType, str | None]:
+def _dense_kind(info: TensorInfo, place: GgufPlace, dtype: str) -> tuple[GgmlType, str | None]:
     """Vectors in F32, as llama.cpp wants them; matrices as asked for."""
     if info.dtype not in OF_DTYPE:
         raise UsageError(
