@@ -36,6 +36,18 @@ if TYPE_CHECKING:
     from irq_convert.adapters.config import IecLoraConfig
 
 
+class Betas(nn.Module):
+    """The two betas of an adapter, `weight` `[2]`.
+
+    A module, so that the parameter's name holds ".<adapter>." in its middle, as A's and B's do:
+    libraries tell adapters apart by that, and copy one to another by its name.
+    """
+
+    def __init__(self, like: torch.Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(2, dtype=like.dtype, device=like.device))
+
+
 class IecVariant(LoraVariant):
     """What one adapter of a layer computes: its connections and its pooling."""
 
@@ -51,8 +63,7 @@ class IecVariant(LoraVariant):
             blocks = -(-module.in_features // self.block_size)
             module.lora_A[adapter_name] = _pooled_a(weight, blocks)
         if self.input or self.output:
-            zeros = torch.zeros(2, dtype=weight.dtype, device=weight.device)
-            module.lora_iec_beta[adapter_name] = nn.Parameter(zeros)
+            module.lora_iec_beta[adapter_name] = Betas(weight)
 
     def folded(self, module: IecLoraLinear, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
         """`A' = A + beta1 P` and `B' = B + beta2 E`, differentiable, in the dtype of A and B."""
@@ -65,11 +76,13 @@ class IecVariant(LoraVariant):
         columns = None
         if self.block_size is not None:
             columns = block_weights(module.in_features, self.block_size, weight.device)
-        return fold_elastic(weight, module.lora_iec_beta[adapter][0], columns)
+        return fold_elastic(weight, _weight(module.lora_iec_beta, adapter)[0], columns)
 
     def _folded_b(self, module: IecLoraLinear, adapter: str) -> torch.Tensor:
         weight = _weight(module.lora_B, adapter)
-        return fold_elastic(weight, module.lora_iec_beta[adapter][1]) if self.output else weight
+        if not self.output:
+            return weight
+        return fold_elastic(weight, _weight(module.lora_iec_beta, adapter)[1])
 
     def forward(  # type: ignore[override]
         self,
@@ -91,7 +104,7 @@ class IecVariant(LoraVariant):
             )
         # The connection sees what dropout hides, so A and P have different inputs.
         inner = functional.linear(dropout(x), _weight(module.lora_A, active_adapter))
-        beta = module.lora_iec_beta[active_adapter][0]
+        beta = _weight(module.lora_iec_beta, active_adapter)[0]
         inner = (inner + beta * self._pool(module, x, inner)) * scale
         return result + functional.linear(inner, b)
 
@@ -170,7 +183,7 @@ class IecLoraLinear(LoraLinear):
         """Add an adapter; the betas get their place beside A and B."""
         if "lora_iec_beta" not in self.adapter_layer_names:
             self.adapter_layer_names = (*self.adapter_layer_names, "lora_iec_beta")
-            self.lora_iec_beta = nn.ParameterDict({})
+            self.lora_iec_beta = nn.ModuleDict({})
         super().update_layer(adapter_name, *args, **kwargs)
 
     def resolve_lora_variant(self, *, config: Any, **kwargs: Any) -> IecVariant:

@@ -6,6 +6,7 @@ import re
 import warnings
 from typing import Any
 
+import torch
 from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
@@ -15,6 +16,9 @@ from irq_convert.adapters.layer import IecLoraLinear
 from irq_convert.adapters.targets import prepare_targets
 from irq_convert.errors import IrqError, UsageError
 from irq_convert.hf.identity import forget_identity, model_identity
+
+BETA = "lora_iec_beta"
+"""What the betas of a layer are called in an adapter's file."""
 
 
 class IecLoraModel(LoraModel):
@@ -60,6 +64,12 @@ class IecLoraModel(LoraModel):
         return model
 
     @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """The name in the file: betas are there without ".weight"."""
+        stored = super()._remove_adapter_name_from_key(key, adapter_name)
+        return stored.removesuffix(".weight") if stored.endswith(f"{BETA}.weight") else stored
+
+    @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: Any, config: Any, adapter_name: str, state_dict: dict[str, Any]
     ) -> Any:
@@ -71,6 +81,11 @@ class IecLoraModel(LoraModel):
         wanted = {name for name, _ in model.named_parameters() if of_this.search(name)}
         # Besides, PEFT saves whole modules, biases and embeddings, under the model's own names.
         known = wanted | {name for name in model.state_dict() if cls.prefix not in name}
+        remapped = {
+            name: tensor
+            for name, tensor in remapped.items()
+            if name in known or not _is_second_copy(name, tensor, remapped, adapter_name)
+        }
         for what, names in (
             ("lacks", wanted - set(remapped)),
             ("has the unknown", set(remapped) - known),
@@ -81,3 +96,25 @@ class IecLoraModel(LoraModel):
                     f"the adapter {what} {min(names)}{more}: it is damaged or of another model"
                 )
         return remapped
+
+
+def _is_second_copy(
+    name: str, tensor: torch.Tensor, tensors: dict[str, torch.Tensor], adapter_name: str
+) -> bool:
+    """Whether PEFT has saved a module of `modules_to_save` again, as part of the embeddings.
+
+    It does so when the vocabulary was resized. Raises `IrqError` where the two copies differ.
+    """
+    copied = ".modules_to_save."
+    if copied not in name:
+        return False
+    trained = tensors.get(name.replace(copied, f"{copied}{adapter_name}.", 1))
+    if trained is None:
+        return False
+    if not torch.equal(trained.to(tensor.device), tensor):
+        shown = name.replace(copied, ".", 1)
+        raise IrqError(
+            f"the adapter has {name} {list(tensor.shape)} and {shown} {list(trained.shape)}, which "
+            "stand for the same tensor and differ: it is damaged: save it again"
+        )
+    return True

@@ -31,10 +31,11 @@ def is_all_linear(config: LoraConfig) -> bool:
 
 
 def not_linear(model: nn.Module) -> str | None:
-    """An expression for what "all-linear" leaves out: layers of experts, and routers.
+    """An expression for what "all-linear" leaves out: layers of experts, routers, and some more.
 
-    A router is a linear layer whose class computes something else with it. None where there is
-    nothing of the kind.
+    A router is a linear layer whose class computes something else with it. `nn.MultiheadAttention`
+    reads the weight of its `out_proj` and never calls it, so an adapter would learn nothing there.
+    None where there is nothing of the kind.
     """
     patterns: dict[str, None] = {}
     for name, module in model.named_modules():
@@ -42,6 +43,8 @@ def not_linear(model: nn.Module) -> str | None:
             if not any(isinstance(child, nn.Linear) for child in module.modules()):
                 continue
             patterns[f"{_any_number(name)}\\..*"] = None
+        elif isinstance(module, nn.MultiheadAttention):
+            patterns[_any_number(f"{name}.out_proj")] = None
         elif isinstance(module, nn.Linear) and type(module).forward not in _FORWARDS:
             patterns[_any_number(name)] = None
     return "|".join(f"(.*\\.)?{pattern}" for pattern in patterns) or None

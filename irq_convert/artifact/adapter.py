@@ -8,11 +8,12 @@ that this program would not merge is refused by name: an adapter is used whole o
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from irq_convert.artifact.adapter_beside import Beside
 from irq_convert.artifact.adapter_config import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -66,8 +67,10 @@ class StoredLayer:
 class StoredAdapter:
     """An opened adapter.
 
-    `layers` by module name and `saved` (whole tensors of `modules_to_save`, by their name in the
-    model) are together every tensor of the file. `sha256` is its identity (`adapter_identity`).
+    `layers` by module name, and what PEFT saves beside them: `saved` are whole tensors, of
+    `modules_to_save` or of embeddings, by their name in the model; `again` second copies of those;
+    `bases` the tensors under adapted embeddings and heads. `sha256` is its identity
+    (`adapter_identity`).
     """
 
     folder: Path
@@ -75,12 +78,15 @@ class StoredAdapter:
     layers: Mapping[str, StoredLayer]
     saved: Mapping[str, TensorInfo]
     sha256: str
+    again: Mapping[str, TensorInfo] = field(default_factory=dict)
+    bases: Mapping[str, TensorInfo] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors together."""
         parts = [part for each in self.layers.values() for part in (each.a, each.b, each.beta)]
-        return sum(info.nbytes for info in (*parts, *self.saved.values()) if info is not None)
+        whole = (*self.saved.values(), *self.bases.values())
+        return sum(info.nbytes for info in (*parts, *whole) if info is not None)
 
 
 def open_adapter(folder: Path | str) -> StoredAdapter:
@@ -103,10 +109,18 @@ def open_adapter(folder: Path | str) -> StoredAdapter:
         why = "only pickled weights, which are not opened" if pickled else f"no {WEIGHTS_FILE}"
         raise IrqError(f"{folder}: {why}; save the adapter again as safetensors")
     tensors = read_header(folder / WEIGHTS_FILE).tensors
-    layers, saved = _sort(config, tensors)
-    if not layers and not saved:
+    layers, beside = _sort(config, tensors)
+    if not layers and not beside.saved:
         raise IrqError(f"{folder / WEIGHTS_FILE}: holds no tensor: {_DAMAGED}")
-    return StoredAdapter(folder, config, layers, saved, adapter_identity(folder))
+    return StoredAdapter(
+        folder,
+        config,
+        layers,
+        beside.saved,
+        adapter_identity(folder),
+        beside.again,
+        beside.bases,
+    )
 
 
 def adapter_identity(folder: Path) -> str:
@@ -124,10 +138,10 @@ def adapter_identity(folder: Path) -> str:
 
 def _sort(
     config: StoredConfig, tensors: Mapping[str, TensorInfo]
-) -> tuple[dict[str, StoredLayer], dict[str, TensorInfo]]:
-    """Every tensor of the file to its layer or its saved module."""
+) -> tuple[dict[str, StoredLayer], Beside]:
+    """Every tensor of the file to its layer, or to what is saved beside layers."""
     modules: dict[str, dict[str, TensorInfo]] = {}
-    saved: dict[str, TensorInfo] = {}
+    beside = Beside()
     for key, info in tensors.items():
         name = key.removeprefix(PREFIX)
         suffix = next((end for end in (_A, _B, _BETA) if name.endswith(end)), None)
@@ -135,18 +149,11 @@ def _sort(
             raise IrqError(f"{_where(info)}: does not begin with {PREFIX}: not a tensor of PEFT's")
         if suffix is not None:
             modules.setdefault(name.removesuffix(suffix), {})[suffix] = info
-        elif config.is_saved(name):
-            saved[name] = info
-        else:
+        elif not beside.add(config, name, info):
             raise IrqError(f"{_where(info)}: {_unknown(key)}: it cannot be merged")
     layers = {module: _layer(config, module, parts) for module, parts in sorted(modules.items())}
-    for wanted in config.modules_to_save:
-        if not any(config.is_saved(name, wanted) for name in saved):
-            raise IrqError(
-                f"{WEIGHTS_FILE}: modules_to_save names {wanted}, but no tensor of it is in the "
-                f"file: {_DAMAGED}"
-            )
-    return layers, saved
+    beside.check(config, layers)
+    return layers, beside
 
 
 def _where(info: TensorInfo) -> str:
@@ -223,8 +230,3 @@ def _finite(reader: TileReader, info: TensorInfo) -> torch.Tensor:
             "checkpoint of the adapter"
         )
     return values
-
-
-def unused_targets(adapter: StoredAdapter, modules: Iterator[str] | list[str]) -> list[str]:
-    """Those of a model's linear `modules` that the settings target and the file has nothing for."""
-    return [name for name in modules if adapter.config.targets(name) and name not in adapter.layers]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from irq_convert.artifact.adapter_kinds import IEC_LORA, LORA, AdapterKind, Connection, kind_of
-from irq_convert.checkpoint.source import read_json_object
+from irq_convert.checkpoint.json_files import read_json_object
 from irq_convert.core.spec import BLOCK_SIZES
 from irq_convert.errors import IrqError, UsageError
 

@@ -14,8 +14,9 @@ from irq_convert.artifact.manifest import MANIFEST_NAME, read_manifest
 from irq_convert.artifact.structure import WAY_OUT, StoredTensor, sort_tensors
 from irq_convert.checkpoint.buffers import tensor_bytes
 from irq_convert.checkpoint.header import TensorInfo
+from irq_convert.checkpoint.json_files import read_json_object
 from irq_convert.checkpoint.reader import TileReader
-from irq_convert.checkpoint.source import Checkpoint, open_checkpoint, read_json_object
+from irq_convert.checkpoint.source import Checkpoint, open_checkpoint
 from irq_convert.checkpoint.writer import ShardWriter
 from irq_convert.core.blocks import BlockShape
 from irq_convert.core.quantized import QuantizedTensor

@@ -8,6 +8,7 @@ from typing import Any
 
 from irq_convert.artifact.contents import Artifact
 from irq_convert.artifact.dense_dtype import Dtype
+from irq_convert.artifact.head import head_differs
 from irq_convert.artifact.manifest import MANIFEST_NAME
 from irq_convert.artifact.structure import StoredTensor
 from irq_convert.checkpoint.float_dtypes import SAFETENSORS_NAMES, WORDS
@@ -54,9 +55,11 @@ def dense_dtype(artifact: Artifact, base: StoredTensor | TensorInfo, dtype: Dtyp
 
 
 def dense_config(artifact: Artifact, dtype: Dtype) -> dict[str, Any]:
-    """config.json of the dense checkpoint."""
+    """config.json of the dense checkpoint; it never calls two different tensors tied."""
     config = dict(artifact.checkpoint.config or {})
     config.pop("quantization_config", None)
+    if config.get("tie_word_embeddings") is not False and head_differs(artifact):
+        config["tie_word_embeddings"] = False
     if dtype != Dtype.AUTO:
         return _with_dtype(config, dtype.value)
     if not {"dtype", "torch_dtype"} & set(config):

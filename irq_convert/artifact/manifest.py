@@ -11,13 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 from irq_convert.artifact.config import FORMAT_VERSION
 from irq_convert.checkpoint.header import TensorInfo
-from irq_convert.checkpoint.source import Checkpoint, read_json_object
+from irq_convert.checkpoint.json_files import read_json_object
+from irq_convert.checkpoint.source import Checkpoint
 from irq_convert.errors import IrqError
 
 if TYPE_CHECKING:
     from irq_convert.core.tensor_stats import TensorStats
 
 MANIFEST_NAME = "irq_manifest.json"
+SEAL = "manifest_sha256"
+"""The key of a manifest that holds the hash of all others."""
 CARD_NAME = "README.md"
 """The model card: it may be written anew at any time and is no part of what was made."""
 
@@ -39,10 +42,12 @@ def fingerprint(tensors: Iterable[TensorInfo]) -> str:
 
 def describe_source(checkpoint: Checkpoint, model: str) -> dict[str, Any]:
     """The manifest's `source`. A local folder is named without its path."""
+    other = checkpoint.source_format
     return {
         "model": checkpoint.repo_id or Path(model).resolve().name,
         "revision": checkpoint.revision,
         "tensors_sha256": fingerprint(checkpoint.tensors.values()),
+        **({} if other == "safetensors" else {"format": other}),
     }
 
 
@@ -82,8 +87,8 @@ def build_manifest(
     tensors: Mapping[str, Mapping[str, Any]],
     totals: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The whole document, in the specification's order."""
-    return {
+    """The whole document, in the specification's order and sealed."""
+    manifest = {
         "format": "irq",
         "format_version": FORMAT_VERSION,
         "producer": producer,
@@ -93,6 +98,28 @@ def build_manifest(
         "tensors": {name: dict(tensors[name]) for name in sorted(tensors)},
         "totals": dict(totals),
     }
+    return {**manifest, SEAL: manifest_sha256(manifest)}
+
+
+def manifest_sha256(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 over all of a manifest but this very hash (specification, section 7)."""
+    rest = {key: value for key, value in manifest.items() if key != SEAL}
+    # Without escapes a lone surrogate could not be hashed.
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode("ascii")).hexdigest()
+
+
+def broken_seal(manifest: Mapping[str, Any]) -> str | None:
+    """One line where a manifest is not as it was written; None also where it has no seal."""
+    if SEAL not in manifest:
+        return None  # earlier versions wrote none
+    noted, found = manifest[SEAL], manifest_sha256(manifest)
+    if noted == found:
+        return None
+    return (
+        f"{MANIFEST_NAME}: changed since it was written: {SEAL} is {noted!r}, the rest gives "
+        f"{found}: copy it again, or quantize again"
+    )
 
 
 def manifest_room(tensors: Iterable[str], files: int) -> int:

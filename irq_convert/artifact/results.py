@@ -9,8 +9,8 @@ from typing import Any
 from irq_convert.artifact.adapter_config import NOTE_FILE
 from irq_convert.artifact.manifest import MANIFEST_NAME
 from irq_convert.checkpoint.disk import check_output
+from irq_convert.checkpoint.json_files import read_json_object
 from irq_convert.checkpoint.layout import LOCK_NAME
-from irq_convert.checkpoint.source import read_json_object
 from irq_convert.checkpoint.system import existing_parent, os_errors
 from irq_convert.errors import UsageError
 

@@ -11,7 +11,7 @@ from typing import Any
 from irq_convert.artifact.checksums import check_files, files_bytes
 from irq_convert.artifact.compare import Comparison
 from irq_convert.artifact.contents import Artifact, examine_artifact, find_manifest
-from irq_convert.artifact.manifest import MANIFEST_NAME
+from irq_convert.artifact.manifest import MANIFEST_NAME, broken_seal
 from irq_convert.artifact.structure import WAY_OUT, is_number
 from irq_convert.artifact.values import Measured, check_values
 from irq_convert.checkpoint.reader import TileReader
@@ -90,11 +90,17 @@ def verify_artifact(
 
 
 def _manifest(folder: Path, failures: list[str]) -> dict[str, Any] | None:
+    """The manifest where it is there and as it was written; else what is wrong, in `failures`."""
     try:
-        return find_manifest(folder)
+        manifest = find_manifest(folder)
     except IrqError as error:
         failures.append(str(error))
         return None
+    broken = None if manifest is None else broken_seal(manifest)
+    if broken is None:
+        return manifest
+    failures.append(f"{broken}; checksums and losses cannot be checked without it")
+    return None
 
 
 def _artifact(
@@ -116,19 +122,36 @@ def _illegal(artifact: Artifact) -> dict[str, str]:
 
 
 def _totals(artifact: Artifact) -> Iterator[str]:
-    """The manifest's sums against the headers'."""
+    """The manifest's sums against the headers' and against its own entries."""
     if artifact.manifest is None:
         return
     totals: Mapping[str, Any] = artifact.manifest["totals"]
     known = {
-        "weights": artifact.weights,
-        "quantized_weights": artifact.quantized_weights,
-        "bits_per_weight": artifact.bits_per_weight,
+        "weights": (artifact.weights, "the files hold"),
+        "quantized_weights": (artifact.quantized_weights, "the files hold"),
+        "bits_per_weight": (artifact.bits_per_weight, "the files hold"),
     }
-    for key, value in known.items():
+    for key in ("entropy_plain", "entropy"):
+        known[key] = (_mean(artifact, artifact.manifest["tensors"], key), "its tensors come to")
+    for key, (value, how) in known.items():
         noted: Any = totals.get(key)
-        if not is_number(noted) or not math.isclose(noted, value, rel_tol=1e-9):
-            yield f"{MANIFEST_NAME}: totals.{key} is {noted!r}, the files hold {value!r}: {WAY_OUT}"
+        if not is_number(noted) or not math.isclose(noted, value, rel_tol=1e-9, abs_tol=1e-12):
+            yield f"{MANIFEST_NAME}: totals.{key} is {noted!r}, {how} {value!r}: {WAY_OUT}"
+    noted = totals.get("relative_error")
+    errors = [entry["relative_error"] for entry in artifact.manifest["tensors"].values()]
+    # A mean lies between its terms, whatever their weights, up to rounding.
+    low, high = min(errors, default=0.0), max(errors, default=0.0)
+    if not is_number(noted) or not low * (1 - 1e-9) <= noted <= high * (1 + 1e-9):
+        yield (
+            f"{MANIFEST_NAME}: totals.relative_error is {noted!r}, its tensors have {low!r} to "
+            f"{high!r}: {WAY_OUT}"
+        )
+
+
+def _mean(artifact: Artifact, entries: Mapping[str, Any], key: str) -> float:
+    """A figure of the tensors over all quantized weights."""
+    sums = (entries[tensor.name][key] * tensor.weights for tensor in artifact.quantized)
+    return math.fsum(sums) / max(1, artifact.quantized_weights)
 
 
 def _report(

@@ -26,7 +26,7 @@ from irq_convert.checkpoint.swap import put_in_place, restore_replaced
 from irq_convert.checkpoint.system import format_bytes, free_bytes, os_errors
 from irq_convert.errors import IrqError, UsageError
 
-_FILES, _RECORDS = "files", "records"
+_FILES, _RECORDS, _PARTIAL = "files", "records", ".partial"
 _STRAGGLERS = 60.0
 """Seconds that processes of a run that was killed are given to come to their end."""
 
@@ -78,7 +78,7 @@ def partial_folder(out: Path) -> Path:
     """The folder `<out>.partial`, for an `out` that is resolved as a run resolves it."""
     with os_errors("look at it", out):
         real = Path(out).resolve()
-    return real.with_name(real.name + ".partial")
+    return real.with_name(real.name + _PARTIAL)
 
 
 @dataclass
@@ -162,7 +162,7 @@ def staging_folder(
             real.parent.mkdir(parents=True, exist_ok=True)
         take_folder(root, held)
         _await_stragglers(root)
-        restore_replaced(real)
+        restore_replaced(real, staging.files)
         check_output(out, source, overwrite)  # again, now that no other run can interfere
         yield staging
         put_in_place(staging.files, real)
@@ -178,17 +178,21 @@ def staging_folder(
 
 
 def remove_leftovers(out: Path) -> None:
-    """Remove the working folder of a run to `out` that was killed after its files had moved there.
+    """Clear up after a run to `out` that was killed while its files took that name, or after.
 
-    Nothing happens to any other folder, or while a run works in it.
+    Its working folder is removed, and what `out` was before is put back where nothing has replaced
+    it, else deleted. Nothing happens to any other folder, or while a run works in it.
     """
     root = partial_folder(out)
     with contextlib.suppress(OSError):
-        names = {path.name for path in root.iterdir()}
-        if not names:
+        names = {path.name for path in root.iterdir()} if root.is_dir() else set()
+        if root.is_dir() and not names:
             root.rmdir()
         elif LOCK_NAME in names and _FILES not in names and unused(root):
             _remove(root)
+    with contextlib.suppress(OSError, IrqError):
+        if not root.exists() or unused(root):
+            restore_replaced(root.with_name(root.name.removesuffix(_PARTIAL)), root / _FILES)
 
 
 def _missing(folder: Path) -> list[Path]:

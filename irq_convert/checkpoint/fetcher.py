@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from types import TracebackType
 
@@ -39,10 +39,10 @@ class Fetcher:
     def release(self, names: Sequence[str]) -> None:
         """Take note that `names` are not read again: a streamed file is removed from the disk."""
 
-    def room(self, *orders: Sequence[str]) -> tuple[Path, int]:
+    def room(self, *orders: Sequence[Sequence[str]]) -> tuple[Path, int]:
         """The folder that fetching files writes to, and the bytes that they take there at most.
 
-        `orders` are the names that each process on this host reads, in its order.
+        `orders` are the groups of names that each process on this host reads, in its order.
         """
         return Path(), 0
 
@@ -65,19 +65,19 @@ class Fetcher:
 
 
 class ReadOrder:
-    """Drives the fetcher of `folder` along `order`: the file of each tensor, as a run reads them.
+    """Drives the fetcher of `folder` along `order`: the files of each tensor, as a run reads them.
 
-    `reach(path)` comes before the first read of a file: earlier files that are not needed again
-    are released, this one is complete when it returns, and the next one is being fetched.
+    `reach(*paths)` comes before the first read of a tensor's files: earlier files that are not
+    needed again are released, these are complete when it returns, and the next are being fetched.
     Reading out of order costs time and nothing else. See `Checkpoint.read_order`. As a context
     manager it stops its fetcher when the block fails, so that a reader in another thread does not
     wait on.
     """
 
-    def __init__(self, fetcher: Fetcher, folder: Path, order: Iterable[str]) -> None:
+    def __init__(self, fetcher: Fetcher, folder: Path, order: Iterable[Sequence[str]]) -> None:
         self.fetcher = fetcher
         self.folder = folder
-        self.names = tuple(name for name, _ in groupby(order))
+        self.groups = tuple(group for group, _ in groupby(map(tuple, order)))
         self._at = 0
         self._gone: set[str] = set()
         self._lock = threading.Lock()
@@ -94,20 +94,26 @@ class ReadOrder:
         if kind is not None:
             self.fetcher.stop()
 
-    def reach(self, path: Path) -> None:
-        """Prepare for reading the file `path`; raises `IrqError` when it cannot be had."""
-        name = path.relative_to(self.folder).as_posix()
+    @property
+    def widest(self) -> int:
+        """The most files that one tensor lies in."""
+        return max(map(len, self.groups), default=1)
+
+    def reach(self, *paths: Path) -> None:
+        """Prepare for reading the files `paths`; raises `IrqError` when one cannot be had."""
+        group = tuple(path.relative_to(self.folder).as_posix() for path in paths)
         with self._lock:
-            if name in self.names[self._at :]:
-                self._at = self.names.index(name, self._at)
-            left = self.names[self._at :]
-            done = set(self.names[: self._at]) - set(left) - self._gone - {name}
+            if group in self.groups[self._at :]:
+                self._at = self.groups.index(group, self._at)
+            left = list(chain.from_iterable(self.groups[self._at :]))
+            passed = set(chain.from_iterable(self.groups[: self._at]))
+            done = passed - set(left) - self._gone - set(group)
             self._gone |= done
-            self._gone.discard(name)
+            self._gone -= set(group)
             self.fetcher.release(sorted(done))
-            following = next((other for other in left if other != name), None)
-            self.fetcher.ahead([name] if following is None else [name, following])
-            self.fetcher.ensure([name])
+            following = next((other for other in left if other not in group), None)
+            self.fetcher.ahead([*group] if following is None else [*group, following])
+            self.fetcher.ensure([*group])
 
 
 def require_room(out: Path, needed: int, read_orders: Sequence[ReadOrder]) -> None:
@@ -115,7 +121,7 @@ def require_room(out: Path, needed: int, read_orders: Sequence[ReadOrder]) -> No
 
     `read_orders`, at least one, are of the processes on this host, with equal fetchers.
     """
-    folder, fetched = read_orders[0].fetcher.room(*(each.names for each in read_orders))
+    folder, fetched = read_orders[0].fetcher.room(*(each.groups for each in read_orders))
     if fetched and _same_disk(out, folder):
         what = f"write the artifact and fetch the source ({format_bytes(fetched)})"
         require_space(out, needed + fetched, what)

@@ -6,13 +6,16 @@ trust offsets and shapes. Only the header is read, whatever the size of the file
 File layout: 8 bytes, little-endian u64 = N | N bytes of JSON, space padded | data of the tensors.
 """
 
+from __future__ import annotations
+
 import json
 import math
 import os
 import stat
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from irq_convert.checkpoint.system import os_errors
 from irq_convert.errors import IrqError
@@ -50,12 +53,25 @@ _DAMAGED = "the file is damaged: download or save it again"
 _LFS_POINTER = b"version https://git-lfs"
 
 
+class PutTogether(Protocol):
+    """What `checkpoint/lazy.py` makes, in the words that reading needs."""
+
+    def files(self) -> list[Path]: ...
+
+    def moved(self, place: Callable[[Path], Path]) -> PutTogether: ...
+
+    def rows(self, reader: Any, info: TensorInfo, start: int, stop: int) -> Any: ...
+
+    def columns(self, reader: Any, info: TensorInfo, matrix: int, start: int, stop: int) -> Any: ...
+
+
 @dataclass(frozen=True)
 class TensorInfo:
     """One tensor of a checkpoint: where it lies and what it is, without its data.
 
     `dtype` is the safetensors name ("BF16"), `offset` counts bytes from the start of the file
-    `shard`, and `nbytes` is the exact length of its data there.
+    `shard`, and `nbytes` is the exact length of its data there. Where `lazy` is set no file holds
+    the tensor as it is: `lazy` puts it together (`checkpoint/lazy.py`), `shard` is its first file.
     """
 
     name: str
@@ -64,6 +80,17 @@ class TensorInfo:
     shard: Path
     offset: int
     nbytes: int
+    lazy: PutTogether | None = None
+
+    @property
+    def files(self) -> list[Path]:
+        """Every file that is read for it."""
+        return [self.shard] if self.lazy is None else self.lazy.files()
+
+    def moved(self, place: Callable[[Path], Path]) -> TensorInfo:
+        """The same tensor when its files lie where `place` says."""
+        lazy = None if self.lazy is None else self.lazy.moved(place)
+        return replace(self, shard=place(self.shard), lazy=lazy)
 
     @property
     def numel(self) -> int:
@@ -78,6 +105,20 @@ class ShardHeader:
     path: Path
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str] = field(default_factory=dict)
+
+
+def matrix_shape(info: TensorInfo) -> tuple[int, int]:
+    """Return the (rows, cols) that `TileReader.read_rows` sees, in elements.
+
+    Rows are the first dimension and all others are flattened; a vector is one row, a scalar 1 x 1.
+    """
+    if len(info.shape) < 2:
+        return 1, info.numel
+    rows = info.shape[0]
+    cols = 1
+    for dim in info.shape[1:]:
+        cols *= dim
+    return rows, cols
 
 
 def tensor_nbytes(dtype: str, shape: tuple[int, ...]) -> int:
@@ -266,3 +307,20 @@ def _check_cover(path: Path, infos: list[TensorInfo], data_start: int, file_size
         raise IrqError(
             f"{path}: {file_size - cursor} bytes after the last tensor belong to none; {_DAMAGED}"
         )
+
+
+_FIRST_READ = 1 << 20  # most headers fit, so one request a file is enough
+
+
+def fetch_header(fetch: Callable[[int, int], bytes], path: Path, size: int) -> bytes:
+    """The first 8 + N bytes of a safetensors file of `size` bytes, checked.
+
+    `fetch` gives bytes `start` to `stop` of it. Raises `IrqError` as `read_header`.
+    """
+    head = fetch(0, min(_FIRST_READ, size))
+    stop = 8 + header_length(path, head)
+    if stop > len(head):
+        head += fetch(len(head), stop)
+    head = head[:stop]
+    parse_header(path, head[8:], size)
+    return head

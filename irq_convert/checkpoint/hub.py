@@ -31,7 +31,6 @@ from huggingface_hub.utils import (
 
 from irq_convert.checkpoint.disk import output_folder
 from irq_convert.checkpoint.files import copy_file_atomic, write_bytes_atomic, write_json_atomic
-from irq_convert.checkpoint.header import header_length, parse_header
 from irq_convert.checkpoint.hub_errors import hub_errors, retrying
 from irq_convert.checkpoint.layout import (
     HEADERS_ONLY_NAME,
@@ -40,11 +39,9 @@ from irq_convert.checkpoint.layout import (
     shards_of_index,
 )
 from irq_convert.checkpoint.source import parse_index
-from irq_convert.checkpoint.source_formats import find_format
+from irq_convert.checkpoint.source_formats import SourceFormat, find_format
 from irq_convert.checkpoint.system import os_errors
 from irq_convert.errors import IrqError
-
-_FIRST_READ = 1 << 20  # most headers fit, so one request a shard is enough
 
 
 class NoBar(tqdm):
@@ -67,6 +64,7 @@ class RemoteModel:
     files: Mapping[str, RepoFile]
     shards: tuple[str, ...]
     others: tuple[str, ...]
+    source_format: SourceFormat
 
     @property
     def revision(self) -> str:
@@ -110,10 +108,10 @@ def find_model(repo_id: str, revision: str | None) -> RemoteModel | tuple[Path, 
     if files is None:
         folder = Path(snapshot_download(repo_id, revision=commit, local_files_only=True))
         return folder, commit.resolved
-    shards, index = _choose(repo_id, commit, files)
+    source_format, shards, index = _choose(repo_id, commit, files)
     others = [path for path in files if not is_hidden(path) and not is_weight_file(path)]
     others += [index] if index else []
-    return RemoteModel(repo_id, commit, files, shards, tuple(others))
+    return RemoteModel(repo_id, commit, files, shards, tuple(others), source_format)
 
 
 def _repo_files(repo_id: str, commit: ResolvedRevision) -> dict[str, RepoFile] | None:
@@ -138,12 +136,12 @@ def _repo_files(repo_id: str, commit: ResolvedRevision) -> dict[str, RepoFile] |
 
 def _choose(
     repo_id: str, commit: ResolvedRevision, files: Mapping[str, RepoFile]
-) -> tuple[tuple[str, ...], str | None]:
-    """Return the weight files to download, and the index among them."""
-    _, selection = find_format(files, repo_id)
+) -> tuple[SourceFormat, tuple[str, ...], str | None]:
+    """Return the format, the weight files to download, and the index among them."""
+    source_format, selection = find_format(files, repo_id)
     index = selection.index
     if index is None:
-        return selection.shards, None
+        return source_format, selection.shards, None
     path = retrying(lambda: hf_hub_download(repo_id, index, revision=commit))
     shards = shards_of_index(selection, parse_index(Path(path))[0])
     for name in shards:
@@ -152,7 +150,7 @@ def _choose(
                 f"{repo_id}: {index} names {name}, which the repository lacks; "
                 "its upload is incomplete: take another revision or ask its owner"
             )
-    return shards, index
+    return source_format, shards, index
 
 
 def snapshot(model: RemoteModel, names: tuple[str, ...], *, quiet: bool = False) -> Path:
@@ -166,7 +164,7 @@ def snapshot(model: RemoteModel, names: tuple[str, ...], *, quiet: bool = False)
 
 
 def download_headers(model: RemoteModel) -> Path:
-    """Make, or find, a folder with each shard cut off after its header and all other files."""
+    """Make, or find, a folder with the header of each shard, without data, and all other files."""
     root = Path(constants.HF_HOME, "irq-convert", "headers", model.entry)
     folder = root / model.revision
     if (folder / HEADERS_ONLY_NAME).is_file():
@@ -189,21 +187,11 @@ def _write_headers(model: RemoteModel, folder: Path) -> None:
     sizes = {name: model.files[name].size for name in model.shards}
     for name, size in sizes.items():
         url = hf_hub_url(model.repo_id, name, revision=model.revision)
-        head = _fetch_header(url, Path(f"{model.repo_id}/{name}"), size)
+        where = Path(f"{model.repo_id}/{name}")
+        head = model.source_format.fetch_header(partial(_fetch_range, url), where, size)
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         write_bytes_atomic(folder / name, head)
     write_json_atomic(folder / HEADERS_ONLY_NAME, sizes)
-
-
-def _fetch_header(url: str, path: Path, size: int) -> bytes:
-    """Return the first 8 + N bytes of the safetensors file of `size` bytes at `url`, checked."""
-    head = _fetch_range(url, 0, min(_FIRST_READ, size))
-    stop = 8 + header_length(path, head)
-    if stop > len(head):
-        head += _fetch_range(url, len(head), stop)
-    head = head[:stop]
-    parse_header(path, head[8:], size)
-    return head
 
 
 def _fetch_range(url: str, start: int, stop: int) -> bytes:

@@ -139,10 +139,10 @@ class HubFetcher(Fetcher):
         sum_of = sha256_file if len(checksum := self._checksum(name)) == 64 else git_sha1
         if sum_of(path) != checksum:
             return "came with another checksum than the Hub lists"
-        head = (self.heads / name).read_bytes()
-        with path.open("rb") as file:
-            if file.read(len(head)) != head:
-                return "has another header than the one it was planned by"
+        read = self.model.source_format.read_header
+        planned, found = read(self.heads / name, listed.size), read(path, None)
+        if found.tensors != {n: info.moved(lambda _: path) for n, info in planned.tensors.items()}:
+            return "has another header than the one it was planned by"
         return None
 
     def _checksum(self, name: str) -> str:
@@ -169,8 +169,8 @@ class CacheFetcher(HubFetcher):
         if self.model.cached(name) is None:
             self.download(name, None)
 
-    def room(self, *orders: Sequence[str]) -> tuple[Path, int]:
-        names = {name for names in orders for name in names}
+    def room(self, *orders: Sequence[Sequence[str]]) -> tuple[Path, int]:
+        names = {name for groups in orders for names in groups for name in names}
         missing = [name for name in names if self.model.cached(name) is None]
         return Path(constants.HF_HUB_CACHE), sum(map(self.size, missing))
 

@@ -68,13 +68,17 @@ class StreamFetcher(HubFetcher):
             for folder in list(self.folder.parents)[:2]:
                 folder.rmdir()
 
-    def room(self, *orders: Sequence[str]) -> tuple[Path, int]:
+    def room(self, *orders: Sequence[Sequence[str]]) -> tuple[Path, int]:
         return self.folder, sum(map(self._two, orders))
 
-    def _two(self, names: Sequence[str]) -> int:
-        """Bytes of the largest two neighbours among `names`."""
-        sizes = [0 if self.model.cached(name) else self.size(name) for name in names]
-        return max(map(sum, zip(sizes, [*sizes[1:], 0], strict=True)), default=0)
+    def _two(self, groups: Sequence[Sequence[str]]) -> int:
+        """Bytes of the largest two neighbours among `groups`, each file counted once."""
+        pairs = zip(groups, [*groups[1:], ()], strict=True)
+        both = ({*one, *other} for one, other in pairs)
+        return max((sum(map(self._missing, names)) for names in both), default=0)
+
+    def _missing(self, name: str) -> int:
+        return 0 if self.model.cached(name) else self.size(name)
 
     def _delete(self, name: str) -> None:
         with os_errors("delete the streamed file", self.folder / name):

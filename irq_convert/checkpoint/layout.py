@@ -11,6 +11,10 @@ from pathlib import PurePosixPath
 from irq_convert.checkpoint.shards import INDEX_NAME
 
 SINGLE_NAME = "model.safetensors"
+PICKLE_NAME = "pytorch_model.bin"
+PICKLE_INDEX = "pytorch_model.bin.index.json"
+PARAMS_NAME = "params.json"
+"""Of Meta's layout: the sizes of the model."""
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 WEIGHT_SUFFIXES = (
     ".safetensors",
@@ -76,24 +80,66 @@ def select_safetensors(paths: Collection[str]) -> Selection | None:
     return Selection(base) if base else None
 
 
+_NO_MODEL = re.compile(
+    r"(?:training_args|optimizer|scheduler|scaler|rng_state|random_states|adapter_|consolidated)"
+)
+_PART = re.compile(r"(?:original/)?consolidated\.\d\d\.pth")
+
+
+def select_pickles(paths: Collection[str]) -> Selection | None:
+    """Choose files of `torch.save` at the top level; None for none.
+
+    In this order: `pytorch_model.bin.index.json`, `pytorch_model.bin`, the only index of another
+    name, else every `*.bin`, `*.pth` and `*.pt` that is no adapter, training state or part of
+    Meta's layout.
+    """
+    top = sorted(path for path in paths if "/" not in path)
+    indexes = [name for name in top if name.endswith((".bin.index.json", ".pth.index.json"))]
+    if PICKLE_INDEX in indexes:
+        return Selection((), PICKLE_INDEX)
+    if PICKLE_NAME in top:
+        return Selection((PICKLE_NAME,))
+    if len(indexes) == 1:
+        return Selection((), indexes[0])
+    files = [name for name in top if name.endswith((".bin", ".pth", ".pt"))]
+    base = tuple(name for name in files if not _NO_MODEL.match(name))
+    return Selection(base) if base else None
+
+
+def select_meta(paths: Collection[str]) -> Selection | None:
+    """Choose Meta's `consolidated.NN.pth` beside `params.json`, also in `original/`."""
+    for prefix in ("", "original/"):
+        parts = tuple(
+            sorted(path for path in paths if _PART.fullmatch(path) and path.startswith(prefix))
+        )
+        parts = tuple(path for path in parts if path.count("/") == prefix.count("/"))
+        if parts and f"{prefix}{PARAMS_NAME}" in paths:
+            return Selection(parts)
+    return None
+
+
 def why_nothing(paths: Collection[str]) -> str:
     """In words, why there is nothing to read among `paths`, and the way out."""
     if any("/" not in path and path.endswith(".safetensors") for path in paths):
         return "holds an adapter but no model; merge the adapter into its base model first"
     names = sorted(paths)
+    parts = [path for path in names if _PART.fullmatch(path)]
+    if parts:
+        return (
+            f"has {parts[0]} without {PARAMS_NAME}, which says what they are parts of: get it, too"
+        )
     pickles = [path for path in names if path.lower().endswith(PICKLE_SUFFIXES)]
     if pickles:
         return (
-            f"no safetensors, only pickled weights ({pickles[0]}), which are not opened because a "
-            "pickle can run code; load the model with transformers and save it again with "
-            "save_pretrained(folder, safe_serialization=True)"
+            f"no weights of a model at the top level, only {pickles[0]}; give the folder with "
+            "them, or a state dict as *.bin, *.pth or *.pt"
         )
     gguf = [path for path in names if path.lower().endswith((".gguf", ".ggml"))]
     if gguf:
         return (
             f"no safetensors, only {gguf[0]}; take the original checkpoint, or load the file with "
-            "transformers (gguf_file=...) and save it with "
-            "save_pretrained(folder, safe_serialization=True)"
+            "transformers (gguf_file=...), set model.hf_quantizer = None, del "
+            "model.config.quantization_config, and save with save_pretrained(folder)"
         )
     nested = [path for path in names if path.endswith(".safetensors")]
     if nested:

@@ -8,6 +8,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from irq_convert.checkpoint import hub
+from irq_convert.checkpoint.arranged import SourceHints
 from irq_convert.checkpoint.hub_errors import hub_errors
 from irq_convert.checkpoint.hub_fetcher import CacheFetcher, HubFetcher
 from irq_convert.checkpoint.hub_stream import StreamFetcher
@@ -58,24 +59,29 @@ class Fetch(Enum):
     """As they are read, and each is deleted afterwards; those in the cache are not."""
 
 
-def open_source(model: str, revision: str | None = None, fetch: Fetch = Fetch.ALL) -> Checkpoint:
+def open_source(
+    model: str,
+    revision: str | None = None,
+    fetch: Fetch = Fetch.ALL,
+    hints: SourceHints | None = None,
+) -> Checkpoint:
     """The checkpoint that `model`, a local folder or a Hub id, names.
 
-    With `AS_READ` and `STREAM` its `fetcher` has to be closed. Raises as `locate` and
-    `open_checkpoint`.
+    `hints` tell what the files of some formats do not. With `AS_READ` and `STREAM` its `fetcher`
+    has to be closed. Raises as `locate` and `open_checkpoint`.
     """
     if fetch in (Fetch.ALL, Fetch.HEADERS) or find_folder(model, revision) is not None:
         found = locate(model, revision, headers_only=fetch is Fetch.HEADERS)
-        return open_checkpoint(found.folder, found.repo_id, found.revision)
+        return open_checkpoint(found.folder, found.repo_id, found.revision, hints)
     with hub_errors(model, revision):
         remote = hub.find_model(model, revision)
         if not isinstance(remote, hub.RemoteModel):
-            return open_checkpoint(remote[0], model, remote[1])
+            return open_checkpoint(remote[0], model, remote[1], hints)
         if all(map(remote.cached, remote.shards)):
             folder = hub.snapshot(remote, (*remote.shards, *remote.others))
-            return open_checkpoint(folder, model, remote.revision)
+            return open_checkpoint(folder, model, remote.revision, hints)
         heads = hub.download_headers(remote)
-        opened = open_checkpoint(heads, model, remote.revision)
+        opened = open_checkpoint(heads, model, remote.revision, hints)
         if fetch is Fetch.STREAM:
             return _moved(opened, StreamFetcher(remote, heads))
         cache = hub.snapshot(remote, remote.others, quiet=True)
@@ -92,7 +98,7 @@ def _moved(opened: Checkpoint, fetcher: HubFetcher) -> Checkpoint:
         opened,
         folder=fetcher.folder,
         shards=tuple(map(place, opened.shards)),
-        tensors={n: replace(t, shard=place(t.shard)) for n, t in opened.tensors.items()},
+        tensors={name: info.moved(place) for name, info in opened.tensors.items()},
         shard_metadata={place(path): text for path, text in opened.shard_metadata.items()},
         headers_only=False,
         fetcher=fetcher,

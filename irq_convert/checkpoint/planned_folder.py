@@ -68,7 +68,8 @@ class PlannedShard(Generic[T]):
 class PlannedFolder(Generic[T]):
     """All files of a result but its records.
 
-    `carried` are copied unchanged from the folder `source`; `config` becomes config.json. JSON is
+    `carried` are copied unchanged from the folder `source`, `made` are files that it lacks, by
+    name; `config` becomes config.json. JSON is
     written as transformers writes it, in ASCII, and with the Infinity that some configurations
     hold: strict JSON has none, but they mean it.
     """
@@ -77,6 +78,7 @@ class PlannedFolder(Generic[T]):
     source: Path
     carried: tuple[str, ...]
     config: Mapping[str, Any]
+    made: Mapping[str, bytes] = field(default_factory=dict)
 
     @property
     def tensors(self) -> list[T]:
@@ -98,10 +100,11 @@ class PlannedFolder(Generic[T]):
 
     @property
     def documents(self) -> dict[str, bytes]:
-        """config.json and the index, by name."""
+        """config.json, the index and what is made, by name."""
         index = self.index
         found = {CONFIG_NAME: self.config} | ({INDEX_NAME: index} if index else {})
-        return {name: f"{json.dumps(doc, indent=2)}\n".encode() for name, doc in found.items()}
+        texts = {name: f"{json.dumps(doc, indent=2)}\n".encode() for name, doc in found.items()}
+        return {**self.made, **texts}
 
     @property
     def carried_sizes(self) -> dict[str, int]:
@@ -138,11 +141,12 @@ def plan_folder(
     config: Mapping[str, Any],
     *,
     replaced: Collection[str] = (),
+    made: Mapping[str, bytes] | None = None,
     metadata: Mapping[str, str] = METADATA,
 ) -> PlannedFolder[T]:
     """Cut `tensors` into shards of at most `max_shard_bytes`; carry other files of `source` over.
 
-    All but those in `replaced`, its config.json and its index.
+    All but those in `replaced`, its config.json and its index. `made` are files beside them.
     """
     by_name = {tensor.name: tensor for tensor in tensors}
     sizes = [(tensor.name, sum(spec.nbytes for spec in tensor.outputs)) for tensor in tensors]
@@ -153,9 +157,10 @@ def plan_folder(
         )
         for number, names in enumerate(parts, start=1)
     )
-    gone = {CONFIG_NAME, INDEX_NAME, *replaced}
+    made = made or {}
+    gone = {CONFIG_NAME, INDEX_NAME, *replaced, *made}
     carried = tuple(name for name in source.other_files if name not in gone)
-    return PlannedFolder(shards, source.folder, carried, config)
+    return PlannedFolder(shards, source.folder, carried, config, made)
 
 
 def copied(reader: TileReader, info: TensorInfo) -> Iterator[tuple[int, bytes, bool]]:

@@ -15,32 +15,18 @@ import torch
 
 from irq_convert.checkpoint.buffers import tensor_bytes, torch_dtype
 from irq_convert.checkpoint.fetcher import ReadOrder
-from irq_convert.checkpoint.header import DTYPE_BITS, TensorInfo
+from irq_convert.checkpoint.header import DTYPE_BITS, TensorInfo, matrix_shape
 from irq_convert.checkpoint.system import os_errors
 from irq_convert.errors import IrqError
 
 _MAX_READ = 1 << 30  # Linux moves at most 2 GiB a call; stay clear of it
 
 
-def matrix_shape(info: TensorInfo) -> tuple[int, int]:
-    """Return the (rows, cols) that `TileReader.read_rows` sees, in elements.
-
-    Rows are the first dimension and all others are flattened; a vector is one row, a scalar 1 x 1.
-    """
-    if len(info.shape) < 2:
-        return 1, info.numel
-    rows = info.shape[0]
-    cols = 1
-    for dim in info.shape[1:]:
-        cols *= dim
-    return rows, cols
-
-
 class TileReader:
     """Reads tiles of tensors; safe to share between threads; at most `max_open` files stay open.
 
     With a `read_order` (see `Checkpoint.read_order`) each file is asked for before it is opened,
-    and only one stays open: a file that is removed afterwards gives its room back at once.
+    and only those of one tensor stay open: a file that is removed gives its room back at once.
     A context manager; the files are closed at its end. Each method raises `IrqError` naming file
     and tensor when the file ends early or cannot be read.
     """
@@ -48,7 +34,7 @@ class TileReader:
     def __init__(self, max_open: int = 16, read_order: ReadOrder | None = None) -> None:
         if max_open < 1:
             raise ValueError(f"max_open must be at least 1, got {max_open}")
-        self._max_open = max_open if read_order is None else 1
+        self._max_open = max_open if read_order is None else read_order.widest
         self._read_order = read_order
         self._lock = threading.Lock()
         self._files: OrderedDict[Path, _OpenFile] = OrderedDict()
@@ -92,6 +78,12 @@ class TileReader:
                 "fill whole bytes; it can only be copied"
             )
         shape = (stop - start, bits // 8 // dtype.itemsize)
+        if info.lazy is not None:
+            self._prepare(info)
+            if start == stop:
+                return torch.empty(shape, dtype=dtype) if out is None else out
+            found: torch.Tensor = info.lazy.rows(self, info, start, stop)
+            return found if out is None else out.copy_(found)
         if out is None:
             out = torch.empty(shape, dtype=dtype)
         elif tuple(out.shape) != shape or out.dtype != dtype:
@@ -110,6 +102,10 @@ class TileReader:
         dtype = torch_dtype(info.dtype)
         if not 0 <= start <= stop <= cols or not 0 <= matrix * rows * cols < max(1, info.numel):
             raise ValueError(f"tensor {info.name!r} has no columns {start}:{stop} in {matrix}")
+        if info.lazy is not None:
+            self._prepare(info)
+            columns: torch.Tensor = info.lazy.columns(self, info, matrix, start, stop)
+            return columns
         out = torch.empty((rows, stop - start), dtype=dtype)
         view, size = tensor_bytes(out), dtype.itemsize
         first, width = matrix * rows * cols * size, (stop - start) * size
@@ -136,11 +132,31 @@ class TileReader:
         """
         if chunk < 1:
             raise ValueError(f"chunk must be at least 1, got {chunk}")
+        if info.lazy is not None:
+            yield from self._iter_rows(info, chunk)
+            return
         buffer = memoryview(bytearray(min(chunk, info.nbytes)))
         for at in range(0, info.nbytes, chunk):
             piece = buffer[: min(chunk, info.nbytes - at)]
             self._read_into(info, at, piece)
             yield piece
+
+    def _iter_rows(self, info: TensorInfo, chunk: int) -> Iterator[memoryview]:
+        """`iter_bytes` of a tensor that is put together: the same pieces, cut out of its rows."""
+        rows = matrix_shape(info)[0]
+        step = max(1, chunk * rows // max(1, info.nbytes))
+        buffer, filled = memoryview(bytearray(min(chunk, info.nbytes))), 0
+        for start in range(0, rows if info.nbytes else 0, step):
+            data = tensor_bytes(self.read_rows(info, start, min(rows, start + step)))
+            while data:
+                count = min(len(data), len(buffer) - filled)
+                buffer[filled : filled + count] = data[:count]
+                data, filled = data[count:], filled + count
+                if filled == len(buffer):
+                    yield buffer
+                    filled = 0
+        if filled:
+            yield buffer[:filled]
 
     def _read_into(self, info: TensorInfo, at: int, view: memoryview) -> None:
         """Fill `view` from byte `at` of the tensor's data."""
@@ -172,24 +188,34 @@ class TileReader:
         with self._lock:
             if self._closed:
                 raise ValueError("the reader is closed")
-            file = self._files.get(info.shard)
-            if file is None:
-                self._close_down_to(self._max_open - 1)
-                with os_errors(f"read tensor {info.name!r}", info.shard):
-                    file = self._files[info.shard] = _OpenFile(info.shard)
-            self._files.move_to_end(info.shard)
+            file = self._take(info.shard, info.name)
             file.users += 1
             return file
 
+    def _take(self, path: Path, name: str) -> "_OpenFile":
+        """The open file at `path`; called with the lock held."""
+        file = self._files.get(path)
+        if file is None:
+            self._close_down_to(self._max_open - 1)
+            with os_errors(f"read tensor {name!r}", path):
+                file = self._files[path] = _OpenFile(path)
+        self._files.move_to_end(path)
+        return file
+
     def _prepare(self, info: TensorInfo) -> None:
-        """Tell the order, outside of the lock: fetching a file takes minutes."""
+        """Tell the order, outside of the lock: fetching a file takes minutes. Then open them all,
+        so that what a tensor is put together from stays while it is read."""
         if self._read_order is None:
             return
+        paths = info.files
         with self._lock:
-            if info.shard in self._files or self._closed:
+            if self._closed or all(path in self._files for path in paths):
                 return
             self._close_down_to(0)
-        self._read_order.reach(info.shard)
+        self._read_order.reach(*paths)
+        with self._lock:
+            for path in paths if not self._closed else ():
+                self._take(path, info.name)
 
     def _close_down_to(self, count: int) -> None:
         while len(self._files) > count:

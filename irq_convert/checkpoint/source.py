@@ -4,20 +4,17 @@ Everything is learnt from headers and small JSON files; no tensor data is read. 
 completely is refused here, before any work is done.
 """
 
-import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from irq_convert.checkpoint.arranged import SourceHints
+from irq_convert.checkpoint.decoded import decode_source
 from irq_convert.checkpoint.fetcher import Fetcher, ReadOrder
-from irq_convert.checkpoint.header import (
-    DuplicateKeyError,
-    ShardHeader,
-    TensorInfo,
-    unique_pairs,
-)
+from irq_convert.checkpoint.header import ShardHeader, TensorInfo
+from irq_convert.checkpoint.json_files import read_json_object
 from irq_convert.checkpoint.layout import (
     HEADERS_ONLY_NAME,
     Selection,
@@ -39,7 +36,9 @@ class Checkpoint:
     `other_files` are relative posix paths of every file to carry over unchanged. `left_out` are
     weight files that are neither read nor carried over (other formats, second copies, subfolders).
     `headers_only` marks a folder whose tensors have no data (see `locate`). `fetcher` brings the
-    shards to `folder` as they are needed; for a local folder it has nothing to do.
+    shards to `folder` as they are needed; for a local folder it has nothing to do. `source_format`
+    names how the weights are stored, `dropped` tensors that are left out and why, `unknown` what
+    only its user can say of the model before one can be made of it.
     """
 
     folder: Path
@@ -54,25 +53,33 @@ class Checkpoint:
     shard_metadata: dict[Path, dict[str, str]] = field(default_factory=dict)
     headers_only: bool = False
     fetcher: Fetcher = field(default_factory=Fetcher, compare=False)
+    source_format: str = "safetensors"
+    dropped: tuple[tuple[str, str], ...] = ()
+    unknown: str | None = None
 
     @property
     def nbytes(self) -> int:
         """The bytes of all tensors together."""
         return sum(info.nbytes for info in self.tensors.values())
 
-    def file_of(self, info: TensorInfo) -> str:
-        """The file that holds a tensor, relative to `folder`: its name for `fetcher`."""
-        return info.shard.relative_to(self.folder).as_posix()
+    def files_of(self, info: TensorInfo) -> list[str]:
+        """The files that a tensor is read from, relative to `folder`: their names for `fetcher`."""
+        return [path.relative_to(self.folder).as_posix() for path in info.files]
 
     def read_order(self, infos: Iterable[TensorInfo]) -> ReadOrder:
         """What a `TileReader` that reads `infos`, in this order, asks for each file."""
-        return ReadOrder(self.fetcher, self.folder, map(self.file_of, infos))
+        return ReadOrder(self.fetcher, self.folder, map(self.files_of, infos))
 
 
 def open_checkpoint(
-    folder: Path, repo_id: str | None = None, revision: str | None = None
+    folder: Path,
+    repo_id: str | None = None,
+    revision: str | None = None,
+    hints: SourceHints | None = None,
 ) -> Checkpoint:
-    """Open the checkpoint in `folder`; `repo_id` and `revision` are only noted in the result.
+    """Open the checkpoint in `folder`; `repo_id` and `revision` are noted in the result.
+
+    `hints` tell what the files do not, of formats that need it.
 
     Which weight files are read is decided by `source_formats.find_format`. A tensor that lies in an
     indexed shard but is missing from the index is read like any other: transformers would ignore
@@ -100,15 +107,23 @@ def open_checkpoint(
     if not set(names) <= set(weight_map.values()):  # the index is not the one of these files
         selection, weight_map, index_metadata = Selection(names), {}, {}
     headers = [_open_shard(source_format, fence, name, selection.index, sizes) for name in names]
-    tensors = _merge(headers)
+    raw = _read_config(folder) if "config.json" in files else None
+    hints = replace(
+        hints or SourceHints(), called=repo_id or folder.resolve().name, headers_only=bool(sizes)
+    )
+    arranged = decode_source(source_format.arrange(headers, folder, raw, hints), str(folder))
     _check_index(weight_map, dict(zip(names, headers, strict=True)), selection)
-    other = tuple(fence.check(name) for name in files if not is_weight_file(name))
+    other = tuple(
+        fence.check(name)
+        for name in files
+        if not is_weight_file(name) and name not in arranged.gone
+    )
     used = {*names, selection.index}
     return Checkpoint(
         folder=folder,
         shards=tuple(header.path for header in headers),
-        tensors=tensors,
-        config=_read_config(folder) if "config.json" in other else None,
+        tensors=arranged.tensors,
+        config=arranged.config,
         index_metadata=index_metadata,
         other_files=other,
         repo_id=repo_id,
@@ -116,6 +131,9 @@ def open_checkpoint(
         left_out=tuple(name for name in files if is_weight_file(name) and name not in used),
         shard_metadata={header.path: header.metadata for header in headers},
         headers_only=sizes is not None,
+        source_format=source_format.name,
+        dropped=arranged.dropped,
+        unknown=arranged.unknown,
     )
 
 
@@ -166,22 +184,6 @@ def _list_files(folder: Path) -> list[str]:
     return sorted(found)
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
-    """Read a JSON file that must hold an object; `IrqError` names the file otherwise."""
-    with os_errors("read it", path):
-        raw = path.read_bytes()
-    try:
-        value = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=unique_pairs)
-    except DuplicateKeyError as error:
-        raise IrqError(f"{path}: {error} in the file; remove the wrong one") from error
-    except (ValueError, RecursionError) as error:
-        detail = " ".join(str(error).split())
-        raise IrqError(f"{path}: not JSON ({detail}); correct it or download it again") from error
-    if not isinstance(value, dict):
-        raise IrqError(f"{path}: holds a JSON {type(value).__name__}, an object is needed")
-    return value
-
-
 def _read_config(folder: Path) -> dict[str, Any]:
     return read_json_object(folder / "config.json")
 
@@ -197,9 +199,10 @@ def parse_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
     weight_map, metadata = index.get("weight_map"), index.get("metadata")
     if not isinstance(weight_map, dict) or not weight_map:
         raise IrqError(f"{path}: has no weight_map of tensor names to files; download it again")
+    suffix = "." + path.name.split(".")[-3]  # model.safetensors.index.json
     for tensor, name in weight_map.items():
-        if not isinstance(name, str) or not name.endswith(".safetensors"):
-            raise IrqError(f"{path}: tensor {tensor!r} is in {name!r}, not a safetensors file")
+        if not isinstance(name, str) or not name.endswith(suffix):
+            raise IrqError(f"{path}: tensor {tensor!r} is in {name!r}, not a *{suffix} file")
     return weight_map, metadata if isinstance(metadata, dict) else {}
 
 
@@ -222,19 +225,6 @@ def _open_shard(
     if not path.exists():
         raise IrqError(f"{path}: named by {index} but missing; download or copy it again")
     return source_format.read_header(path, None if sizes is None else sizes.get(name))
-
-
-def _merge(headers: list[ShardHeader]) -> dict[str, TensorInfo]:
-    tensors: dict[str, TensorInfo] = {}
-    for header in headers:
-        for name, info in header.tensors.items():
-            if name in tensors:
-                raise IrqError(
-                    f"{header.path}: tensor {name!r} is also in {tensors[name].shard.name}; "
-                    "keep one set of weight files in the folder"
-                )
-            tensors[name] = info
-    return tensors
 
 
 def _check_index(

@@ -30,14 +30,19 @@ _REASONS = {
 }
 
 
+def short_bytes(count: int) -> str:
+    """Return `count` bytes in the unit that reads best, in powers of ten: `1.23 MB`."""
+    # A unit begins where the one below would be rounded to 1000.00.
+    for unit, size, first in (("GB", 1e9, 999.995e6), ("MB", 1e6, 999.995e3), ("kB", 1e3, 1e3)):
+        if count >= first:
+            return f"{count / size:.2f} {unit}"
+    return f"{count} bytes"
+
+
 def format_bytes(count: int) -> str:
-    """Return `count` bytes in words, exact and readable: `1234567 bytes (1.2 MiB)`."""
-    value, unit = float(count), ""
-    for unit in ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"):
-        if value < 1024 or unit == "EiB":
-            break
-        value /= 1024
-    return f"{count} bytes" if unit == "bytes" else f"{count} bytes ({value:.1f} {unit})"
+    """Return `count` bytes in words, exact and readable: `1234567 bytes (1.23 MB)`."""
+    short = short_bytes(count)
+    return short if short.endswith("bytes") else f"{count} bytes ({short})"
 
 
 def existing_parent(path: Path) -> Path:

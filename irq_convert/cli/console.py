@@ -85,15 +85,6 @@ def resume_rows(finished: int, shards: int) -> list[tuple[str, str]]:
     return [("would resume", f"{finished} of {shards} shards are there")] if finished else []
 
 
-def gigabytes(count: int) -> str:
-    """Bytes in the unit that reads best, powers of ten."""
-    # A unit begins where the one below would be rounded to 1000.00.
-    for unit, size, first in (("GB", 1e9, 999.995e6), ("MB", 1e6, 999.995e3), ("kB", 1e3, 1e3)):
-        if count >= first:
-            return f"{count / size:.2f} {unit}"
-    return f"{count} bytes"
-
-
 def seconds(value: float) -> str:
     """`95.2` to `1 min 35 s`."""
     if value < 9.95:

@@ -125,7 +125,8 @@ def _note_rows(notes: Iterable[str]) -> list[tuple[str, str]]:
 
 
 def _print_estimate(found: ExportEstimate) -> None:
-    from irq_convert.cli.console import facts, gigabytes
+    from irq_convert.checkpoint.system import short_bytes
+    from irq_convert.cli.console import facts
 
     free = "free" if found.disk_needed <= found.disk_free else "free: not enough"
     facts(
@@ -135,20 +136,21 @@ def _print_estimate(found: ExportEstimate) -> None:
             *_wrapped("target", found.summary),
             ("files", str(len(found.files))),
             *_storage_rows(found.storages),
-            ("size", f"{gigabytes(found.bytes_in)} -> {gigabytes(found.bytes_out)}"),
-            ("disk needed", f"{found.disk_needed:,} bytes ({gigabytes(found.disk_free)} {free})"),
+            ("size", f"{short_bytes(found.bytes_in)} -> {short_bytes(found.bytes_out)}"),
+            ("disk needed", f"{found.disk_needed:,} bytes ({short_bytes(found.disk_free)} {free})"),
             *_note_rows(found.notes),
         ]
     )
 
 
 def _print_report(report: ExportReport) -> None:
-    from irq_convert.cli.console import facts, gigabytes, seconds
+    from irq_convert.checkpoint.system import short_bytes
+    from irq_convert.cli.console import facts, seconds
 
     rows = [
         ("result", f"{report.out} ({report.to})"),
         ("artifact", f"{report.artifact} ({report.artifact_sha256[:12]})"),
-        ("size", f"{gigabytes(report.bytes_in)} -> {gigabytes(report.bytes_out)}"),
+        ("size", f"{short_bytes(report.bytes_in)} -> {short_bytes(report.bytes_out)}"),
         *_storage_rows(report.storages),
         ("difference", f"largest {report.largest:.2e}, {report.largest_relative:.2e} of the"),
         ("", "tensor's largest weight"),

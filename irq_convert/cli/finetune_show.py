@@ -102,7 +102,8 @@ class TrainingBar(TrainingProgress):
 
 def print_estimate(found: FinetuneEstimate) -> None:
     """The dry run."""
-    from irq_convert.cli.console import facts, gigabytes
+    from irq_convert.checkpoint.system import short_bytes
+    from irq_convert.cli.console import facts
 
     recipe, memory = found.plan.recipe, found.memory
     batch = f"{recipe.batch_size} sequences: {recipe.micro_batch} a pass"
@@ -117,10 +118,10 @@ def print_estimate(found: FinetuneEstimate) -> None:
             ("steps", f"{recipe.steps:,}, {found.epochs:.2f} epochs"),
             ("batch", batch),
             ("learning rate", f"{recipe.learning_rate:g}, {recipe.optimizer}, {recipe.dtype}"),
-            ("memory", f"about {gigabytes(memory.total)} on {recipe.device}"),
-            ("  weights", gigabytes(memory.weights)),
-            ("  adapter", f"{gigabytes(memory.adapter)} with gradients and AdamW's state"),
-            ("  activations", f"{gigabytes(memory.activations)}, one pass"),
+            ("memory", f"about {short_bytes(memory.total)} on {recipe.device}"),
+            ("  weights", short_bytes(memory.weights)),
+            ("  adapter", f"{short_bytes(memory.adapter)} with gradients and AdamW's state"),
+            ("  activations", f"{short_bytes(memory.activations)}, one pass"),
         ]
     )
 

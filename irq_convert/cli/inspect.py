@@ -52,7 +52,8 @@ def inspect_command(
 
 
 def _print_head(artifact: Artifact) -> None:
-    from irq_convert.cli.console import facts, gigabytes
+    from irq_convert.checkpoint.system import short_bytes
+    from irq_convert.cli.console import facts
 
     manifest = artifact.manifest or {}
     source = manifest.get("source", {})
@@ -68,7 +69,7 @@ def _print_head(artifact: Artifact) -> None:
         ("statistics", f"scale {default.scale_dtype}, tau {default.tau_dtype}"),
         (
             "tensors",
-            f"{gigabytes(artifact.checkpoint.nbytes)} in {len(artifact.checkpoint.shards)} "
+            f"{short_bytes(artifact.checkpoint.nbytes)} in {len(artifact.checkpoint.shards)} "
             f"shard{'s' if len(artifact.checkpoint.shards) > 1 else ''}",
         ),
         ("quantized", f"{share:.1%} of {artifact.weights:,} weights"),

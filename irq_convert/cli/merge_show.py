@@ -10,26 +10,28 @@ if TYPE_CHECKING:
 
 
 def print_estimate(found: MergeEstimate) -> None:
-    from irq_convert.cli.console import facts, gigabytes, resume_rows
+    from irq_convert.checkpoint.system import short_bytes
+    from irq_convert.cli.console import facts, resume_rows
 
     free = "free" if found.disk_needed <= found.disk_free else "free: not enough"
     facts(
         [
             ("artifact", f"{found.base} ({found.base_sha256[:12]})"),
-            ("adapter", f"{found.adapter} ({found.kind}, {gigabytes(found.adapter_bytes)})"),
+            ("adapter", f"{found.adapter} ({found.kind}, {short_bytes(found.adapter_bytes)})"),
             ("would write", f"{found.out} ({found.to}), {found.bytes_out:,} bytes + records"),
             ("files", f"{found.shards} of weights"),
             ("merged", f"{found.layers} layers by {found.how}, {found.saved} saved tensors"),
-            ("memory", f"about {gigabytes(found.memory)} to merge"),
+            ("memory", f"about {short_bytes(found.memory)} to merge"),
             ("check", found.check),
             *resume_rows(found.finished, found.shards),
-            ("disk needed", f"{found.disk_needed:,} bytes ({gigabytes(found.disk_free)} {free})"),
+            ("disk needed", f"{found.disk_needed:,} bytes ({short_bytes(found.disk_free)} {free})"),
         ]
     )
 
 
 def print_report(report: MergeReport) -> None:
-    from irq_convert.cli.console import facts, gigabytes, seconds
+    from irq_convert.checkpoint.system import short_bytes
+    from irq_convert.cli.console import facts, seconds
 
     ways: dict[str, int] = {}
     for layer in report.layers:
@@ -37,7 +39,7 @@ def print_report(report: MergeReport) -> None:
     merged = ", ".join(f"{count} {_WAYS[how]}" for how, count in ways.items()) or "none"
     rows = [
         ("result", f"{report.out} ({report.to})"),
-        ("size", f"{gigabytes(report.bytes_in)} -> {gigabytes(report.bytes_out)}"),
+        ("size", f"{short_bytes(report.bytes_in)} -> {short_bytes(report.bytes_out)}"),
         ("artifact", report.base_sha256[:12]),
         ("adapter", f"{report.adapter_sha256[:12]} ({report.kind})"),
         ("layers", merged),

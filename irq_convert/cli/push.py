@@ -105,7 +105,8 @@ def push_result(folder: Path, target: tuple[str, PushOptions]) -> PushReport:
 
 def print_push(report: PushReport) -> None:
     """The report as aligned lines; for a dry run with the card."""
-    from irq_convert.cli.console import facts, gigabytes
+    from irq_convert.checkpoint.system import short_bytes
+    from irq_convert.cli.console import facts
 
     relation = f"{report.relation} of {report.base_model}" if report.base_model else ""
     rows = [("repository", f"{report.url} ({report.revision})"), ("holds", report.kind)]
@@ -114,7 +115,7 @@ def print_push(report: PushReport) -> None:
         facts([*rows, ("uploaded", "nothing: the repository is up to date")])
     else:
         would = "would upload" if report.dry_run else "uploaded"
-        rows.append((would, f"{len(report.uploaded)} files, {gigabytes(report.bytes)}"))
+        rows.append((would, f"{len(report.uploaded)} files, {short_bytes(report.bytes)}"))
         rows += [("", name) for name in report.uploaded]
         rows.append(("unchanged", f"{len(report.unchanged)} files"))
         rows += [("deleted", name) for name in report.deleted]

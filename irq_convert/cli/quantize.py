@@ -82,6 +82,10 @@ def quantize_command(
             "--stream", help="Delete each file of a Hub model when it was read: little disk needed."
         ),
     ] = False,
+    llama_version: Annotated[
+        str | None,
+        typer.Option(help="Of Meta's own files, where they do not tell: 1, 2, 3, 3.1, 3.2, code."),
+    ] = None,
     device: Annotated[str, typer.Option(help="Where to search: cpu, cuda, cuda:1, mps.")] = "cpu",
     threads: Threads = None,
     max_shard_size: MaxShardSize = 5.0,
@@ -117,6 +121,7 @@ def quantize_command(
             overwrite=overwrite,
             max_shard_bytes=shard_bytes(max_shard_size),
             stream=stream,
+            llama_version=llama_version,
             resume=resume,
         )
         target = push_target(push_to_hub, private=private, revision=push_revision)
@@ -184,12 +189,13 @@ def _warn_of_little(found: QuantizeReport | QuantizeEstimate) -> None:
 
 
 def _print_estimate(found: QuantizeEstimate) -> None:
-    from irq_convert.cli.console import facts, gigabytes, resume_rows, seconds
+    from irq_convert.checkpoint.system import short_bytes
+    from irq_convert.cli.console import facts, resume_rows, seconds
 
     free = "free" if found.disk_needed <= found.disk_free else "free: not enough"
     facts(
         [
-            ("source", f"{found.model}, {gigabytes(found.bytes_in)}"),
+            ("source", f"{found.model}, {short_bytes(found.bytes_in)}"),
             ("would write", f"{found.out}, {found.bytes_out:,} bytes + manifest"),
             ("shards", str(found.shards)),
             ("quantized", f"{found.share:.1%} of {found.weights:,} weights"),
@@ -197,27 +203,28 @@ def _print_estimate(found: QuantizeEstimate) -> None:
             ("bits per weight", f"{found.bits_per_weight:.4f}"),
             ("time", f"about {seconds(found.seconds)} ({found.rate / 1e6:.0f} M weights/s here)"),
             *resume_rows(found.finished, found.shards),
-            ("disk needed", f"{found.disk_needed:,} bytes ({gigabytes(found.disk_free)} {free})"),
+            ("disk needed", f"{found.disk_needed:,} bytes ({short_bytes(found.disk_free)} {free})"),
             *_fetch_rows(found),
         ]
     )
 
 
 def _fetch_rows(found: QuantizeEstimate) -> list[tuple[str, str]]:
-    from irq_convert.cli.console import gigabytes
+    from irq_convert.checkpoint.system import short_bytes
 
     if not found.fetched:
         return []
-    return [("download takes", f"{gigabytes(found.fetched)} in {found.fetched_to}")]
+    return [("download takes", f"{short_bytes(found.fetched)} in {found.fetched_to}")]
 
 
 def _print_report(report: QuantizeReport, options: QuantizeOptions) -> None:
-    from irq_convert.cli.console import facts, gigabytes, seconds
+    from irq_convert.checkpoint.system import short_bytes
+    from irq_convert.cli.console import facts, seconds
 
     before, after = report.entropy_plain, report.entropy
     rows = [
         ("artifact", report.out),
-        ("size", f"{gigabytes(report.bytes_in)} -> {gigabytes(report.bytes_out)}"),
+        ("size", f"{short_bytes(report.bytes_in)} -> {short_bytes(report.bytes_out)}"),
         ("quantized", f"{report.share:.1%} of {report.weights:,} weights, {options.spec.codebook}"),
         ("", f"(decided by {report.decided_by})"),
         ("bits per weight", f"{report.bits_per_weight:.4f}"),

@@ -47,7 +47,8 @@ def verify_command(
 
 
 def _print_report(report: VerifyReport, against: str | None) -> None:
-    from irq_convert.cli.console import facts, gigabytes
+    from irq_convert.checkpoint.system import short_bytes
+    from irq_convert.cli.console import facts
 
     for line in report.failures[:MOST_LINES]:
         typer.echo(" ".join(line.split()))
@@ -57,7 +58,7 @@ def _print_report(report: VerifyReport, against: str | None) -> None:
         return
     rows = [
         ("artifact", report.folder),
-        ("files", f"{report.files}, {gigabytes(report.bytes)}: as they were written"),
+        ("files", f"{report.files}, {short_bytes(report.bytes)}: as they were written"),
         ("tensors", f"{report.quantized} quantized and {report.copied} copied, all parts legal"),
     ]
     if against is not None:

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from irq_convert.checkpoint.locate import locate
 from irq_convert.errors import IrqError, UsageError, one_line
-from irq_convert.hf.loading import load
+from irq_convert.hf.loading import load, model_class
 
 _AS_IT_LIES: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
@@ -27,6 +28,26 @@ def load_config(source: str | Path) -> Any:
         return AutoConfig.from_pretrained(folder, **_AS_IT_LIES)
 
 
+def require_causal_lm(source: str | Path, config: Any) -> None:
+    """Refuse a model that predicts no next token, before any weight of it is loaded.
+
+    `config` is what `load_config` returns for `source`. Raises `UsageError` naming the class, for
+    an artifact, and for a dense model that transformers cannot load with a head either.
+    """
+    cls = model_class(config)
+    if cls is AutoModelForCausalLM or cls.config_class is not type(config):
+        return  # loading says what is wrong
+    if _predicts(cls, config):
+        return
+    if _quant_method(config) != "irq" and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return
+    raise UsageError(
+        f"{source}: {cls.__name__} is no causal language model, and only one that predicts the "
+        "next token has a perplexity and can be finetuned here; give a model whose config.json "
+        "names such a class, as a ...ForCausalLM"
+    )
+
+
 def load_causal_lm(
     source: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> PreTrainedModel:
@@ -36,14 +57,17 @@ def load_causal_lm(
     everything else through transformers, from safetensors only. `device` is a torch device, or
     `auto` to spread the model over what there is.
 
-    Raises `UsageError` where `device` is unknown or absent, or there is no such folder; `IrqError`
-    where the model is missing, damaged, incomplete or not a causal language model.
+    Raises `UsageError` where `device` is unknown or absent, there is no such folder, or the class
+    is no causal language model; `IrqError` where the model is missing, damaged or incomplete.
     """
     check_device(device)
     folder = locate(str(source)).folder
-    loader = _load_quantized if _quant_method(load_config(folder)) == "irq" else _load_dense
+    config = load_config(folder)
+    require_causal_lm(source, config)
     try:
-        return loader(folder, dtype, device).eval()
+        if _quant_method(config) == "irq":
+            return load(folder, dtype=dtype, device_map=device).eval()
+        return _load_dense(folder, _dense_class(config), dtype, device).eval()
     except torch.OutOfMemoryError as error:
         raise IrqError(f"{source}: does not fit in the memory of {device}") from error
 
@@ -83,9 +107,21 @@ def _one_line_errors(what: str) -> Iterator[None]:
         raise IrqError(f"{what}: {one_line(error)}") from error
 
 
-def _load_dense(folder: Path, dtype: torch.dtype, device: str) -> PreTrainedModel:
+def _predicts(cls: Any, config: Any) -> bool:
+    """Whether `cls` gives logits of the next token from tokens alone."""
+    return cls.can_generate() and not getattr(config, "is_encoder_decoder", False)
+
+
+def _dense_class(config: Any) -> Any:
+    """The class that config.json names where it predicts tokens: one that sees pictures may too."""
+    cls = model_class(config)
+    named = cls is not AutoModelForCausalLM and cls.config_class is type(config)
+    return cls if named and _predicts(cls, config) else AutoModelForCausalLM
+
+
+def _load_dense(folder: Path, cls: Any, dtype: torch.dtype, device: str) -> PreTrainedModel:
     with _one_line_errors(f"{folder}: cannot be loaded as a causal language model"):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = cls.from_pretrained(
             folder,
             dtype=dtype,
             device_map=device,
@@ -101,10 +137,6 @@ def _load_dense(folder: Path, dtype: torch.dtype, device: str) -> PreTrainedMode
             f"the first is {missing[0]}: complete it"
         )
     return model
-
-
-def _load_quantized(folder: Path, dtype: torch.dtype, device: str) -> PreTrainedModel:
-    return load(folder, dtype=dtype, device_map=device)
 
 
 def _quant_method(config: Any) -> str | None:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers.core_model_loading import WeightConverter, WeightRenaming
+from transformers.core_model_loading import Transpose, WeightConverter, WeightRenaming
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,9 @@ def adjust(transforms: list[Any], adjusted: Adjusted | None) -> list[Any]:
     """`transforms` with what `adjusted` says."""
     if adjusted is None:
         return transforms
+    for transform in transforms:
+        if isinstance(transform, WeightConverter):
+            transform.operations = [_remembering(each) for each in transform.operations]
     if adjusted.spared:
         names, prefix = Names(adjusted.spared), adjusted.prefix
         transforms = [
@@ -46,6 +49,57 @@ class Names(frozenset[str]):
 
     def __deepcopy__(self, memo: Any) -> Names:
         return self
+
+
+def _remembering(operation: Any) -> Any:
+    """A transposition that depends on the file's layout, so that saving goes back to it."""
+    depends = type(operation) is Transpose and operation.check_dims
+    return RememberedTranspose.of(operation, Turned()) if depends else operation
+
+
+class Turned(set[str]):
+    """Names of parameters that were transposed while loading, shared by copies of a rule."""
+
+    def __deepcopy__(self, memo: Any) -> Turned:
+        return self
+
+
+class RememberedTranspose(Transpose):
+    """transformers' `Transpose` that checks dimensions, both ways.
+
+    Stock, it transposes what a file has the other way round than the class, and leaves it so when
+    saving, since by then nothing differs.
+    """
+
+    turned: Turned
+    back: bool
+
+    @classmethod
+    def of(cls, stock: Any, turned: Turned, back: bool = False) -> RememberedTranspose:
+        """`stock` with `turned` noted, or gone by on the way `back`."""
+        made = cls(stock.dim0, stock.dim1, check_dims=not back)
+        made.turned, made.back = turned, back
+        return made
+
+    def convert(  # type: ignore[override]
+        self, input_dict: Any, source_patterns: Any, target_patterns: Any, **kwargs: Any
+    ) -> Any:
+        """The tensor as the class has it, or on the way back as the file had it."""
+        name = kwargs["full_layer_name"]
+        tensors = next(iter(input_dict.values()))
+        tensor = tensors[0] if isinstance(tensors, list) else tensors
+        if self.back and name not in self.turned:
+            return {self.get_target_pattern(input_dict, source_patterns, target_patterns): tensor}
+        stock: Any = super().convert
+        found = stock(input_dict, source_patterns, target_patterns, **kwargs)
+        if not self.back and next(iter(found.values())) is not tensor:
+            self.turned.add(name)
+        return found
+
+    @property
+    def reverse_op(self) -> RememberedTranspose:
+        """The way back, for saving."""
+        return RememberedTranspose.of(self, self.turned, not self.back)
 
 
 class SparingConverter(WeightConverter):

@@ -45,11 +45,11 @@ def _layers(model: PreTrainedModel) -> tuple[dict[str, ModuleFormat], list[str]]
     for name, module in model.named_modules():
         key = f"{name}.weight"
         if isinstance(module, IrqLinear):
-            packed[key] = module.fmt
+            packed[key] = module.stored_format()
         elif isinstance(module, IrqExperts):
             for parameter, layout in module.packed.items():
                 if isinstance(layout, Stacked):
-                    packed[f"{name}.{parameter}"] = layout.fmt
+                    packed[f"{name}.{parameter}"] = module.stored_format(parameter)
         elif isinstance(module, nn.Linear | Conv1D) and key not in tied:
             dense.append(key)
     return packed, dense

@@ -18,13 +18,12 @@ class NoModel(Exception):
     """No model can be built; the message says why, in half a sentence."""
 
 
-def ask_model(config: Mapping[str, Any] | None, question: Callable[[Any], T]) -> T:
-    """What `question` finds out from the model, on meta, of the class that a config.json names.
+def named_class(config: Mapping[str, Any] | None) -> tuple[Any, Any]:
+    """The class that a config.json names, and its configuration without a quantization.
 
     Raises `NoModel` when it names none, one that transformers does not know, or one that does not
     take this configuration.
     """
-    import torch
     import transformers
 
     known = {key: value for key, value in (config or {}).items() if key != "quantization_config"}
@@ -36,12 +35,31 @@ def ask_model(config: Mapping[str, Any] | None, question: Callable[[Any], T]) ->
     if architecture is None:
         raise NoModel(f"transformers does not know {name}")
     try:
-        with quiet_transformers(), torch.device("meta"):
-            model = architecture(architecture.config_class.from_dict(known))
-        return question(model)
+        with quiet_transformers():
+            return architecture, architecture.config_class.from_dict(known)
     except Exception as error:  # any configuration may be wrong for its class in any way
-        reason = str(error).split("\n")[0][:80] or type(error).__name__
-        raise NoModel(f"{name} cannot be built: {reason}") from error
+        raise NoModel(_cannot_be_built(name, error)) from error
+
+
+def ask_model(config: Mapping[str, Any] | None, question: Callable[[Any], T]) -> T:
+    """What `question` finds out from the model, on meta, of the class that a config.json names.
+
+    Raises `NoModel` as `named_class`.
+    """
+    import torch
+
+    architecture, settings = named_class(config)
+    try:
+        with quiet_transformers(), torch.device("meta"):
+            model = architecture(settings)
+        return question(model)
+    except Exception as error:
+        raise NoModel(_cannot_be_built(architecture.__name__, error)) from error
+
+
+def _cannot_be_built(name: str, error: Exception) -> str:
+    reason = str(error).split("\n")[0][:80] or type(error).__name__
+    return f"{name} cannot be built: {reason}"
 
 
 def empty_causal_lm(config: PreTrainedConfig) -> PreTrainedModel:
@@ -59,12 +77,15 @@ def empty_causal_lm(config: PreTrainedConfig) -> PreTrainedModel:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Keep transformers from warning about configurations: nothing is going to be run."""
+    """Keep transformers from warnings and bars: nothing is going to be run."""
     from transformers.utils import logging
 
-    before = logging.get_verbosity()
+    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(before)
+        if bars:
+            logging.enable_progress_bar()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,8 @@ class ModelNames:
 
     `tensors`: state-dict key to the tensor of the files. `linears`: linear layers, those of experts
     included where the files have one for each. `kinds`: the class of each module. `tied`: keys that
-    share their memory with another.
+    share their memory with another. `renamed`: keys that were asked about and that the model has
+    under another name, because they are of its base model, or of an older version of the class.
     """
 
     known: bool
@@ -26,19 +27,51 @@ class ModelNames:
     kinds: Mapping[str, str] = field(default_factory=dict)
     linears: frozenset[str] = frozenset()
     tied: frozenset[str] = frozenset()
+    renamed: Mapping[str, str] = field(default_factory=dict)
+
+    def key(self, key: str) -> str:
+        """The model's name of `key`."""
+        return self.renamed.get(key, key)
+
+    def module(self, name: str) -> str:
+        """The model's name of a module, by that of its weight."""
+        return module_name(self.key(f"{name}.weight"))
+
+    @property
+    def inside(self) -> str | None:
+        """The module that all of `renamed` are called as inside of; "" where none is renamed."""
+        ends = {k.removesuffix(a) if k.endswith(f".{a}") else None for a, k in self.renamed.items()}
+        found = (ends or {""}).pop() if len(ends) < 2 else None
+        return None if found is None else found.removesuffix(".")
+
+    def as_asked(self, module: str) -> str:
+        """What whoever asked would call `module` of the model."""
+        for asked, key in self.renamed.items():
+            same = 0
+            while asked[-1 - same :] == key[-1 - same :] and same < min(len(asked), len(key)):
+                same += 1
+            before, now = asked[: len(asked) - same], key[: len(key) - same]
+            if module.startswith(now):
+                return before + module[len(now) :]
+        return module
 
     def tensor(self, key: str, files: Mapping[str, Any]) -> str | None:
         """The tensor of `files` that holds `key` of the model: of that very name, or renamed."""
         if key in files:
             return key
-        found = self.tensors.get(key)
+        found = self.tensors.get(self.key(key))
         return found if found in files else None
 
 
-def model_names(artifact: Artifact) -> ModelNames:
-    """Ask the class that config.json names; without one, linears are told by their shape."""
+def model_names(artifact: Artifact, asked: Iterable[str] = ()) -> ModelNames:
+    """Ask the class that config.json names; without one, linears are told by their shape.
+
+    `asked` are keys of tensors that may be called as in the base model, or as the class was built
+    before.
+    """
+    keys = tuple(asked)
     try:
-        return ask_model(artifact.checkpoint.config, lambda model: _by_class(model, artifact))
+        return ask_model(artifact.checkpoint.config, lambda model: _by_class(model, artifact, keys))
     except NoModel:
         return _by_name(artifact)
 
@@ -49,7 +82,7 @@ def _sources(artifact: Artifact) -> dict[str, tuple[int, ...]]:
     return shapes | {info.name: info.shape for info in artifact.copied}
 
 
-def _by_class(model: Any, artifact: Artifact) -> ModelNames:
+def _by_class(model: Any, artifact: Artifact, asked: tuple[str, ...]) -> ModelNames:
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
@@ -66,12 +99,15 @@ def _by_class(model: Any, artifact: Artifact) -> ModelNames:
             layer = f"{found.weight.module}.{part.child}"
             tensors[f"{layer}.weight"] = part.tensor
             linears.add(layer)
+    known = {*model.state_dict(), *tensors}
+    places = keys_in_model(model, [key for key in asked if key not in known])
     return ModelNames(
         known=True,
         tensors=tensors,
         kinds={name: type(module).__name__ for name, module in modules.items()},
         linears=frozenset(n for n in linears if f"{n}.weight" in tensors),
         tied=frozenset(tied_keys(model)),
+        renamed={asked: key for asked, key in places.items() if key in known and key != asked},
     )
 
 

@@ -107,6 +107,7 @@ def swap_layers(model: PreTrainedModel, swaps: Swaps) -> None:
         rows, cols = layer_shape(dense)
         dtype, bias = dense.get_parameter("weight").dtype, dense.bias is not None
         packed = IrqLinear(cols, rows, swap.fmt, bias, device="meta", dtype=dtype)
+        packed.label = swap.tensor
         model.set_submodule(swap.module, packed.train(dense.training))
     for experts in swaps.experts:
         module = model.get_submodule(experts.module)
@@ -118,8 +119,9 @@ def swap_layers(model: PreTrainedModel, swaps: Swaps) -> None:
                 layer: nn.Module = nn.Linear(*size, bias=False, device="meta", dtype=dtype)
             else:
                 layer = IrqLinear(*size, child.fmt, bias=False, device="meta", dtype=dtype)
+                layer.label = child.tensor
             children[name] = layer.train(module.training)
-        pack_experts(module, experts.layouts, children)
+        pack_experts(module, experts.layouts, children, experts.stacks)
 
 
 def layer_shape(layer: nn.Module) -> tuple[int, int]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,9 +22,9 @@ from irq_convert.artifact.config import ModuleFormat
 from irq_convert.core.dequantize import dequantize_rows
 from irq_convert.core.parts import SUFFIXES
 from irq_convert.core.quantized import QuantizedTensor
-from irq_convert.core.scales import expand_statistic
 from irq_convert.errors import IrqError
 from irq_convert.nn.function import packed_linear
+from irq_convert.nn.guard import guarded_parameter, unguarded
 from irq_convert.nn.linear import (
     IrqLinear,
     autocast_input,
@@ -31,6 +32,7 @@ from irq_convert.nn.linear import (
     keep_dtypes,
     named_parts,
 )
+from irq_convert.nn.parts import cut_rows, format_of, narrow_parts
 from irq_convert.nn.stacks import ExpertStack, Linear
 
 
@@ -70,7 +72,20 @@ class IrqExperts(nn.Module):
     # transformers would fill the parameters of a module it takes for new with noise.
     _is_hf_initialized = True
     packed: dict[str, Stacked | Separate]
+    labels: dict[str, str]
     dense_dtype: torch.dtype
+
+    def __getattr__(self, name: str) -> Any:
+        """A parameter or module; codes of a stack refuse to be a dense one."""
+        found = super().__getattr__(name)
+        layout = self.__dict__.get("packed", {}).get(name)
+        if not isinstance(layout, Stacked):
+            return found
+        label = f"{self.labels.get(name, name)} {list(layout.shape)} in {layout.fmt.codebook}"
+        return guarded_parameter(found, label)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, unguarded(value))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the class computes, in the input's dtype."""
@@ -96,7 +111,7 @@ class IrqExperts(nn.Module):
         return [functools.partial(_multiply, self.quantized(name, number))]
 
     def _part(self, name: str, suffix: str) -> torch.Tensor:
-        found = getattr(self, name + suffix)
+        found = self._parameters[name + suffix]
         assert isinstance(found, torch.Tensor)
         return found
 
@@ -149,6 +164,17 @@ class IrqExperts(nn.Module):
         self.dense_dtype = fn(torch.empty(0, dtype=self.dense_dtype)).dtype
         return self
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not keep_vars:
+            narrow_parts(destination, prefix, self.part_dtypes())
+
+    def stored_format(self, name: str) -> ModuleFormat:
+        """The format of what a state dict holds of a stack (`IrqLinear.stored_format`)."""
+        layout = self.packed[name]
+        assert isinstance(layout, Stacked)
+        return format_of(layout.fmt, name, self.packed_parts(), self.part_dtypes())
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _rebuild, (_dense_class(type(self)),), self.__dict__
 
@@ -175,17 +201,18 @@ def pack_experts(
     module: nn.Module,
     layouts: Mapping[str, Stacked | Separate],
     children: Mapping[str, nn.Module],
+    labels: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Turn `module` into packed experts, in place and on meta.
 
     Parameters named by `layouts` give way to packed parts of a stack, or to `children` by their
-    names in the module (`"0.up_proj"`).
+    names in the module (`"0.up_proj"`). `labels` are what a message calls them.
     """
     first = module.get_parameter(next(iter(layouts)))
     cls: Any = type(module)
     module.__class__ = _packed_class(cls)
     assert isinstance(module, IrqExperts)
-    module.packed = dict(layouts)
+    module.packed, module.labels = dict(layouts), dict(labels)
     module.dense_dtype = first.dtype
     for name, layout in layouts.items():
         del module._parameters[name]
@@ -227,31 +254,10 @@ def unpack_experts(module: IrqExperts, dtype: torch.dtype) -> None:
                 module._modules.pop(child, None)
     cls: Any = _dense_class(type(module))
     module.__class__ = cls
-    for left in ("packed", "dense_dtype"):
+    for left in ("packed", "labels", "dense_dtype"):
         delattr(module, left)
     for name, weight in dense.items():
         module.register_parameter(name, nn.Parameter(weight))
-
-
-def cut_rows(q: QuantizedTensor, start: int, stop: int) -> QuantizedTensor:
-    """Rows `start .. stop` of `q`, without a copy where they begin with a group."""
-    shape = q.shape
-    aligned = start - start % shape.row_multiple
-
-    def statistic(stored: torch.Tensor, grid: torch.Tensor | None) -> Any:
-        if grid is None:
-            return stored[start:stop], None
-        groups = grid[shape.tile(aligned).groups : shape.tile(stop).groups]
-        if aligned == start:
-            return stored[start:stop], groups
-        return expand_statistic(stored[aligned:stop], groups)[start - aligned :], None
-
-    scale, scale_grid = statistic(q.scale, q.scale_grid)
-    tau, tau_grid = statistic(q.tau, q.tau_grid)
-    codes = q.codes[start:stop]
-    return QuantizedTensor(
-        codes, scale, tau, scale_grid, tau_grid, q.cols, q.codebook, q.block_size
-    )
 
 
 def _multiply(q: QuantizedTensor, x: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 Its parameters carry the names of the file ("weight", "weight_scale", ...), so loading and saving
 need no translation, and it is an `nn.Linear`, so that adapters find it. A program that takes the
-weight for a dense one fails on its shape instead of computing nonsense.
+weight for a dense one is refused instead of computing nonsense (`guard.py`).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,6 +23,8 @@ from irq_convert.core.quantized import QuantizedTensor
 from irq_convert.core.scales import statistic_dtype
 from irq_convert.errors import IrqError, UsageError
 from irq_convert.nn.function import packed_linear
+from irq_convert.nn.guard import guarded_parameter, refusal, unguarded
+from irq_convert.nn.parts import format_of, narrow_parts
 
 PARTS = tuple(f"weight{suffix}" for suffix in SUFFIXES)
 
@@ -80,6 +83,7 @@ class IrqLinear(nn.Linear):
         self.out_features = out_features
         self.fmt = exact_columns(fmt, in_features)
         self.dense_dtype = dtype or torch.get_default_dtype()
+        self.label = "the weight"
         parts = layer_parts(out_features, in_features, self.fmt)
         for name in PARTS:
             if name not in parts:
@@ -113,6 +117,28 @@ class IrqLinear(nn.Linear):
     def reset_parameters(self) -> None:
         """Do nothing: packed codes have no random start."""
 
+    @property
+    def weight(self) -> Any:  # type: ignore[override]
+        """The packed codes; whatever takes them for a dense weight is refused."""
+        if "weight" not in self.__dict__.get("_parameters", ()):
+            raise AttributeError("weight")
+        return guarded_parameter(self._parameters["weight"], self._described())
+
+    def _described(self) -> str:
+        """The weight, for people."""
+        shape = [self.out_features, self.in_features]
+        return f"{self.label} {shape} in {self.fmt.codebook}"
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, unguarded(value))
+
+    def requires_grad_(self, requires_grad: bool = True) -> IrqLinear:
+        """Freeze the layer; `UsageError` for training it, which packed codes cannot be."""
+        if requires_grad:
+            raise refusal(self._described(), "requires_grad_")
+        super().requires_grad_(False)
+        return self
+
     def packed_parts(self) -> dict[str, nn.Parameter]:
         """The packed parameters by name: codes, statistics and grids, without the bias."""
         found = {name: self._parameters.get(name) for name in PARTS}
@@ -125,8 +151,10 @@ class IrqLinear(nn.Linear):
 
     def quantized(self) -> QuantizedTensor:
         """The weight as a `QuantizedTensor` that shares the parameters' memory."""
+        codes = self._parameters["weight"]
+        assert codes is not None
         return QuantizedTensor(
-            self.weight,
+            codes,
             self.weight_scale,
             self.weight_tau,
             self.weight_scale_grid,
@@ -161,6 +189,15 @@ class IrqLinear(nn.Linear):
         super()._apply(keep, recurse)
         self.dense_dtype = fn(torch.empty(0, dtype=self.dense_dtype)).dtype
         return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not keep_vars:
+            narrow_parts(destination, prefix, self.part_dtypes())
+
+    def stored_format(self) -> ModuleFormat:
+        """The format of what a state dict holds: `fmt`, unless statistics were changed since."""
+        return format_of(self.fmt, "weight", self.packed_parts(), self.part_dtypes())
 
     def bits_per_weight(self) -> float:
         """Stored bits of a weight, statistics and grids included."""

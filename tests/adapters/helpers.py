@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,8 @@ from irq_convert import IecLoraConfig
 from irq_convert.adapters.layer import IecLoraLinear
 from irq_convert.nn.linear import IrqLinear
 from tests.core.oracle import random_sample
-from tests.hf.artifact import tiny_llama, write_artifact
+from tests.hf.artifact import write_artifact
+from tests.tiny import tiny_model
 
 # numba's pool, once started, gives torch a thread for every core; models this small only wait
 # for them.
@@ -95,7 +94,7 @@ def naive(
     a, b = layer.lora_A[adapter].weight.double(), layer.lora_B[adapter].weight.double()
     first = second = torch.zeros(()).double()
     if connection != "none":
-        first, second = layer.lora_iec_beta[adapter].double()
+        first, second = layer.lora_iec_beta[adapter].weight.double()
     x = x.double()
     bias = layer.get_base_layer().bias
     y = x @ weight.double().T + (0 if bias is None else bias.double())
@@ -117,9 +116,13 @@ def naive(
 
 
 def artifact(folder: Path, **options: Any) -> Path:
-    """A tiny LLaMA artifact in `folder`; options as of `tiny_llama` and `write_artifact`."""
-    own = {key: options.pop(key) for key in ("tied", "seed", "bias") if key in options}
-    write_artifact(folder, tiny_llama(**own), **options)
+    """A tiny LLaMA artifact in `folder`; options as of `write_artifact`, and three of the model."""
+    model = tiny_model(
+        seed=options.pop("seed", 0),
+        tie_word_embeddings=options.pop("tied", False),
+        attention_bias=options.pop("bias", False),
+    )
+    write_artifact(folder, model, **options)
     return folder
 
 
@@ -168,15 +171,3 @@ def base_of(model: PeftModel) -> PreTrainedModel:
     found = model.get_base_model()
     assert isinstance(found, PreTrainedModel)
     return found
-
-
-def python(code: str, *arguments: Any, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run `code` in a fresh interpreter."""
-    return subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        **options,
-    )

@@ -17,8 +17,9 @@ import irq_convert
 from irq_convert import IecLoraConfig, UsageError
 from irq_convert.adapters.peft_type import iec_lora
 from irq_convert.adapters.register import register
+from tests.fresh import Forks
 
-from .helpers import artifact, python
+from .helpers import artifact
 
 
 def test_defaults() -> None:
@@ -176,8 +177,7 @@ print(type(config).__name__, config.connection, config.rank_pattern)
 """
 
 
-@pytest.mark.slow
-def test_read_in_a_fresh_process(tmp_path: Path) -> None:
+def test_read_in_a_fresh_process(python: Forks, tmp_path: Path) -> None:
     full().save_pretrained(tmp_path)
     imports = "import irq_convert; from transformers import Trainer; from peft import PeftConfig"
     done = python(READ.format(imports=imports), tmp_path)
@@ -187,7 +187,7 @@ def test_read_in_a_fresh_process(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_foreign_peft_does_not_reach_the_importer() -> None:
+def test_a_foreign_peft_does_not_reach_the_importer(python: Forks) -> None:
     done = python(
         "import sys\n"
         "sys.modules['irq_convert.adapters.peft_type'] = None\n"

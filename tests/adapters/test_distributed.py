@@ -15,6 +15,7 @@ from torch import nn
 import irq_convert
 from irq_convert.artifact.config import ModuleFormat
 from irq_convert.nn.linear import IrqLinear, statistics_parameters
+from tests.paths import ROOT
 
 from .helpers import artifact, packed_layers
 from .workers import attached, train
@@ -33,10 +34,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def found(base: Path) -> dict[str, Any]:
     """What two processes report; one run serves all tests."""
     out = base.parent / "found.pt"
-    tests = str(Path(__file__).parents[1])
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-        *("-m", "adapters.workers", str(base), str(out)),
+        *("-m", "tests.adapters.workers", str(base), str(out)),
     ]
     done = subprocess.run(
         command,
@@ -44,7 +44,7 @@ def found(base: Path) -> dict[str, Any]:
         text=True,
         timeout=300,
         check=False,
-        env=os.environ | {"PYTHONPATH": tests, "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
     loaded: dict[str, Any] = torch.load(out)

@@ -16,7 +16,8 @@ from irq_convert.artifact.identity import artifact_identity
 from irq_convert.errors import IrqError
 from irq_convert.hf.identity import artifact_folder, model_identity
 from irq_convert.jobs.quantize.quantize import quantize
-from tests.hf.artifact import NF4, tiny_llama, write_artifact
+from tests.hf.artifact import NF4, write_artifact
+from tests.tiny import tiny_model
 
 from .helpers import adapted_model, artifact, iec_config
 
@@ -33,21 +34,21 @@ def by_hand(folder: Path) -> str:
 def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A real artifact with its manifest, made by the converter."""
     folder = tmp_path_factory.mktemp("converted")
-    tiny_llama().save_pretrained(folder / "source")
+    tiny_model().save_pretrained(folder / "source")
     quantize(str(folder / "source"), folder / "out")
     return folder / "out"
 
 
 @pytest.mark.parametrize("shards", [1, 3])
 def test_hash_of_names_and_checksums(tmp_path: Path, shards: int) -> None:
-    write_artifact(tmp_path, tiny_llama(), shards=shards)
+    write_artifact(tmp_path, tiny_model(), shards=shards)
     assert artifact_identity(tmp_path) == by_hand(tmp_path)
 
 
 def test_it_changes_with_the_weights_and_with_nothing_else(tmp_path: Path) -> None:
     first, second, other = (tmp_path / name for name in ("a", "b", "c"))
     for folder, seed in ((first, 0), (second, 0), (other, 1)):
-        write_artifact(folder, tiny_llama(seed=seed))
+        write_artifact(folder, tiny_model(seed=seed))
     (second / "README.md").write_text("another file")
     assert artifact_identity(first) == artifact_identity(second)
     assert artifact_identity(first) != artifact_identity(other)
@@ -74,7 +75,7 @@ def test_identity_of_a_model(tmp_path: Path) -> None:
     model = irq_convert.load(artifact(tmp_path))
     assert artifact_folder(model) == tmp_path
     assert model_identity(model) == artifact_identity(tmp_path)
-    assert model_identity(tiny_llama()) is None
+    assert model_identity(tiny_model()) is None
     assert model_identity(object()) is None
 
 

@@ -17,10 +17,11 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import irq_convert
-from irq_convert import IecLoraConfig, UsageError
+from irq_convert import IecLoraConfig
 from irq_convert.adapters.layer import IecLoraLinear
-from irq_convert.errors import IrqError
+from irq_convert.errors import IrqError, UsageError
 from irq_convert.nn.linear import IrqLinear
+from tests.fresh import Forks
 from tests.hf.artifact import read_config
 
 from .helpers import (
@@ -31,7 +32,6 @@ from .helpers import (
     iec_config,
     logits,
     packed_layers,
-    python,
     randomize,
     tokens,
 )
@@ -115,7 +115,7 @@ print(run(AutoPeftModelForCausalLM.from_pretrained("adapter"), "auto.pt"))
 
 @pytest.mark.slow
 @pytest.mark.parametrize("code", [FIRST_PEFT, NOTHING_FIRST], ids=["by hand", "pickled and auto"])
-def test_restored_in_a_fresh_process(base: Path, code: str) -> None:
+def test_restored_in_a_fresh_process(python: Forks, base: Path, code: str) -> None:
     here = base.parent
     model = adapted_model(base)
     model.save_pretrained(here / "adapter")
@@ -130,7 +130,7 @@ def test_restored_in_a_fresh_process(base: Path, code: str) -> None:
 
 
 @pytest.mark.slow
-def test_stock_peft_refuses_the_folder(base: Path) -> None:
+def test_stock_peft_refuses_the_folder(python: Forks, base: Path) -> None:
     adapted_model(base).save_pretrained(base.parent / "adapter")
     done = python(
         "import sys\n"
@@ -152,7 +152,7 @@ def test_auto_class(base: Path) -> None:
     assert torch.equal(logits(found), logits(model))
     trainable = AutoPeftModelForCausalLM.from_pretrained(base.parent / "adapter", is_trainable=True)
     names = {n.rsplit(".", 2)[1] for n, p in trainable.named_parameters() if p.requires_grad}
-    assert names == {"default", "lora_iec_beta"}
+    assert names == {"default"}
     assert not any(p.requires_grad for p in found.parameters())
 
 
@@ -286,8 +286,7 @@ def test_switching(base: Path, three: tuple[PeftModel, dict[str, torch.Tensor]])
     for name in ("pooled", "small", "default"):
         model.set_adapter(name)
         assert torch.equal(logits(model), wanted[name])
-        trained = {n.split(".")[-2] if "beta" not in n else n.split(".")[-1]
-                   for n, p in model.named_parameters() if p.requires_grad}  # fmt: skip
+        trained = {n.split(".")[-2] for n, p in model.named_parameters() if p.requires_grad}
         assert trained == {name}
     with model.disable_adapter():
         assert torch.equal(logits(model), wanted["__base__"])
@@ -457,7 +456,7 @@ def test_stock_lora_on_the_artifact(base: Path) -> None:
     assert "connection" not in raw
     found = PeftModel.from_pretrained(irq_convert.load(base), base.parent / "adapter")
     assert torch.equal(logits(found), logits(model))
-    with pytest.raises(RuntimeError):  # stock PEFT cannot merge into codes, and says so
+    with pytest.raises(UsageError, match="irq-convert merge"):  # codes are no weights to add to
         model.merge_and_unload()
 
 

@@ -30,7 +30,7 @@ def config_with(tmp: Path, **more: Any) -> Any:
     return read_config(tmp)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     names,
     st.dictionaries(patterns, st.integers(1, 9), max_size=3),
@@ -58,7 +58,7 @@ def test_ranks_and_scalings_follow_peft(
     assert config.scaling_of(module) == pytest.approx(alpha / (rank**0.5 if rslora else rank))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     names,
     st.lists(patterns, max_size=3) | st.sampled_from([r".*q_proj", r"model\.layers\.[01]\..*"]),

@@ -162,7 +162,7 @@ def test_settings_that_make_no_sense(adapter: Path, changes: dict[str, Any], wor
         (f"{PREFIX}{Q0}.lora_B.bias", "a bias of LoRA"),
         (f"{PREFIX}model.embed_tokens.lora_embedding_A", "a LoRA of an embedding"),
         (f"{PREFIX}model.embed_tokens.token_adapter.trainable_tokens_delta", "trainable tokens"),
-        (f"{PREFIX}lm_head.weight", "nor a tensor of modules_to_save"),
+        (f"{PREFIX}model.norm.weight", "nor a tensor of modules_to_save"),
         ("q_proj.lora_A.weight", "does not begin with base_model.model."),
     ],
 )

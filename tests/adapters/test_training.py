@@ -61,7 +61,7 @@ def test_checkpointing_changes_nothing(base: Path, kind: str) -> None:
     wanted, values = steps(attached(base, **KINDS[kind]))
     assert wanted[2] < wanted[0]
     assert wanted[3] < wanted[1]
-    betas = [v for n, v in values.items() if n.endswith("lora_iec_beta.default")]
+    betas = [v for n, v in values.items() if n.endswith("lora_iec_beta.default.weight")]
     assert len(betas) == 14
     assert all((beta != 0).all() for beta in betas)
     for mode in ("not reentrant", "reentrant"):

@@ -1,4 +1,4 @@
-"""One process of a distributed training: `torchrun -m adapters.workers BASE OUT`.
+"""One process of a distributed training: `torchrun -m tests.adapters.workers BASE OUT`.
 
 Trains the artifact in BASE with DDP and with FSDP2, each process on its half of the batch, and
 leaves what the test compares in the file OUT.

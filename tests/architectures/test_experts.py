@@ -28,7 +28,7 @@ from irq_convert.jobs.merge.merge import merge
 from irq_convert.jobs.merge.options import MergeOptions, MergeTo
 from irq_convert.nn.experts import IrqExperts, cut_rows
 from irq_convert.nn.linear import IrqLinear, statistics_parameters
-from tests.hf.artifact import change_tensors
+from tests.folders import change_tensors
 
 from .journey import (
     TOLERANCE,
@@ -72,9 +72,9 @@ def test_experts_kept_in_part(name: str, keep: str, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "saved")
     again = load(tmp_path / "saved")
     assert agree(logits(again, kind), logits(model, kind))
-    assert stored_bytes(tmp_path / "saved").keys() == stored_bytes(artifact).keys()
+    assert stored_bytes(tmp_path / "saved") == stored_bytes(artifact)
     again.save_pretrained(tmp_path / "again")
-    assert stored_bytes(tmp_path / "again") == stored_bytes(tmp_path / "saved")
+    assert stored_bytes(tmp_path / "again") == stored_bytes(artifact)
 
 
 @pytest.mark.parametrize("name", ["Mixtral", "Granite MoE", "GPT-2"])
@@ -204,7 +204,7 @@ def test_stock_peft_does_not_get_at_packed_stacks(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="on packed experts"):
         irq_convert.attach(load(artifact), config)
     adapted = get_peft_model(load(artifact), config)
-    with pytest.raises(IrqError, match="packed stack of experts"):
+    with pytest.raises(IrqError, match=r"experts\.gate_up_proj .* is packed"):
         adapted(**inputs(kind))
 
 

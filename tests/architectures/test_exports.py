@@ -18,6 +18,7 @@ from irq_convert.jobs.export.options import ExportOptions
 from irq_convert.jobs.merge.merge import merge
 from irq_convert.jobs.merge.options import MergeOptions, MergeTo
 from irq_convert.jobs.quantize.options import QuantizeOptions
+from irq_convert.jobs.quantize.quantize import quantize
 
 from .journey import TOLERANCE, quantize_kind
 from .zoo import BY_NAME, Kind, logits, write_checkpoint
@@ -33,7 +34,7 @@ def integer(name: str, folder: Path, keep: tuple[str, ...] = ()) -> tuple[Kind, 
     write_checkpoint(kind, folder / "source")
     spec = QuantSpec("int4", 32, objective="mse", zero_point="integer")
     options = QuantizeOptions(spec, threads=1, keep=keep)
-    quantize_kind(str(folder / "source"), folder / "artifact", options)
+    quantize(str(folder / "source"), folder / "artifact", options)
     return kind, folder / "artifact"
 
 

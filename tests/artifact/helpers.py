@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 
+from irq_convert.artifact.manifest import SEAL, manifest_sha256
 from irq_convert.checkpoint.files import sha256_file
 from irq_convert.checkpoint.header import read_header
 from irq_convert.jobs.quantize.options import QuantizeOptions
 from irq_convert.jobs.quantize.quantize import quantize
+from tests.folders import SHARD, change_json
+from tests.tiny import random_tensors, write_source
 
 HIDDEN, WIDE, VOCABULARY = 64, 172, 40
 LINEARS = {
@@ -24,7 +25,6 @@ LINEARS = {
     "mlp.down_proj": (HIDDEN, WIDE),  # 172 is no multiple of a block, nor of 8 codes
 }
 OPTIONS = QuantizeOptions(bits_for=(("down_proj", 3),), threads=1)
-SHARD = "model.safetensors"
 Q0 = "model.layers.0.self_attn.q_proj.weight"
 DOWN0 = "model.layers.0.mlp.down_proj.weight"
 NORM0 = "model.layers.0.input_layernorm.weight"
@@ -32,35 +32,26 @@ NORM0 = "model.layers.0.input_layernorm.weight"
 
 def source_tensors(seed: int = 0, layers: int = 2) -> dict[str, torch.Tensor]:
     """Random tensors in bfloat16, one linear in float32, under the names of a LLaMA."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def noise(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    tensors = {"model.embed_tokens.weight": noise(VOCABULARY, HIDDEN).bfloat16()}
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN)}
     for layer in range(layers):
         prefix = f"model.layers.{layer}"
-        for name, shape in LINEARS.items():
-            tensors[f"{prefix}.{name}.weight"] = noise(*shape).bfloat16()
-        tensors[f"{prefix}.input_layernorm.weight"] = noise(HIDDEN).bfloat16()
-    tensors[Q0] = tensors[Q0].float()
+        shapes |= {f"{prefix}.{name}.weight": shape for name, shape in LINEARS.items()}
+        shapes[f"{prefix}.input_layernorm.weight"] = (HIDDEN,)
+    shapes |= {"model.norm.weight": (HIDDEN,), "lm_head.weight": (VOCABULARY, HIDDEN)}
+    tensors = random_tensors({**shapes, "logit_scale": (1,)}, seed, torch.bfloat16)
     return tensors | {
-        "model.norm.weight": noise(HIDDEN).bfloat16(),
-        "lm_head.weight": noise(VOCABULARY, HIDDEN).bfloat16(),
-        "logit_scale": noise(1)[0],  # named like a part, but of nothing
+        Q0: tensors[Q0].float(),
+        "logit_scale": tensors["logit_scale"][0].float(),  # named like a part, but of nothing
         "position_ids": torch.arange(7)[None],
     }
 
 
 def make_source(folder: Path, seed: int = 0, layers: int = 2) -> Path:
     """Write a checkpoint with files to carry over; its config names no architecture."""
-    (folder / "assets").mkdir(parents=True)
-    save_file(source_tensors(seed, layers), folder / SHARD, {"format": "pt"})
-    (folder / "config.json").write_text('{"model_type": "llama", "hidden_size": 64}')
-    (folder / "tokenizer.json").write_text('{"version": "1.0"}')
-    (folder / "README.md").write_text("# A model\n")
-    (folder / "assets" / "note.txt").write_text("kept\n")
-    return folder
+    files = {"tokenizer.json": '{"version": "1.0"}', "README.md": "# A model\n"}
+    files["assets/note.txt"] = "kept\n"
+    config = {"model_type": "llama", "hidden_size": HIDDEN}
+    return write_source(folder, source_tensors(seed, layers), config, files=files)
 
 
 def make_artifact(source: Path, out: Path, options: QuantizeOptions = OPTIONS) -> Path:
@@ -82,26 +73,14 @@ def flip(folder: Path, tensor: str, at: int = 0, mask: int = 1, shard: str = SHA
     path.write_bytes(data)
 
 
-def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
-    """Rewrite the only shard of `folder` with `change` applied to its tensors."""
-    tensors = load_file(folder / SHARD)
-    change(tensors)
-    save_file(tensors, folder / SHARD, {"format": "pt"})
-
-
-def change_json(path: Path, change: Callable[[Any], Any]) -> None:
-    """Rewrite a JSON file with `change` applied to its object."""
-    document = json.loads(path.read_text())
-    change(document)
-    path.write_text(json.dumps(document))
-
-
-def change_config(folder: Path, change: Callable[[Any], Any]) -> None:
-    change_json(folder / "config.json", lambda raw: change(raw["quantization_config"]))
-
-
 def change_manifest(folder: Path, change: Callable[[Any], Any]) -> None:
-    change_json(folder / "irq_manifest.json", change)
+    """Change it and seal it again, so that only deeper checks can find what was changed."""
+
+    def change_and_seal(manifest: Any) -> None:
+        change(manifest)
+        manifest[SEAL] = manifest_sha256(manifest)
+
+    change_json(folder / "irq_manifest.json", change_and_seal)
 
 
 def reseal(folder: Path) -> Path:
@@ -119,10 +98,3 @@ def reseal(folder: Path) -> Path:
 
     change_manifest(folder, seal)
     return folder
-
-
-def assert_one_line(message: str, *words: str) -> None:
-    """Check that a message is one line and holds every one of `words`."""
-    assert "\n" not in message
-    for word in words:
-        assert word in message, f"{word!r} not in {message!r}"

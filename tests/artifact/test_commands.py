@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from irq_convert.cli.main import main
+from tests.folders import SHARD
 
-from .helpers import DOWN0, SHARD, flip
+from .helpers import DOWN0, flip
 
 
 @dataclass(frozen=True)

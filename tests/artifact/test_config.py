@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -15,10 +14,10 @@ from hypothesis import strategies as st
 from irq_convert.artifact.config import ModuleFormat, QuantizationConfig, module_name
 from irq_convert.core.blocks import BlockShape
 from irq_convert.errors import IrqError
+from tests.folders import assert_one_line
+from tests.paths import ROOT
 
-from .helpers import assert_one_line
-
-SCHEMA_FILE = Path(__file__).parents[2] / "formats" / "irq-config.schema.json"
+SCHEMA_FILE = ROOT / "formats" / "irq-config.schema.json"
 SCHEMA = jsonschema.Draft202012Validator(json.loads(SCHEMA_FILE.read_text()))
 
 CODEBOOKS = ("nf2", "nf3", "nf4", "int2", "int3", "int4")

@@ -22,6 +22,8 @@ from irq_convert.core.quantize import quantize_tensor
 from irq_convert.core.spec import QuantSpec
 from irq_convert.errors import IrqError, UsageError
 from irq_convert.jobs.quantize.options import QuantizeOptions
+from tests.folders import SHARD, assert_one_line, change_config, change_tensors
+from tests.paths import ROOT
 
 from .helpers import (
     DOWN0,
@@ -29,12 +31,8 @@ from .helpers import (
     LINEARS,
     NORM0,
     Q0,
-    SHARD,
     WIDE,
-    assert_one_line,
-    change_config,
     change_manifest,
-    change_tensors,
     make_artifact,
     source_tensors,
 )
@@ -330,9 +328,7 @@ def test_an_artifact_without_quantized_tensors_is_refused(tmp_path: Path) -> Non
     assert_one_line(refusal(folder), "no tensor is quantized")
 
 
-VECTORS = sorted(
-    path.parent for path in Path(__file__).parents[2].glob("formats/vectors/*/config.json")
-)
+VECTORS = sorted(path.parent for path in ROOT.glob("formats/vectors/*/config.json"))
 
 
 @pytest.mark.parametrize("folder", VECTORS, ids=lambda folder: folder.name)

@@ -21,8 +21,9 @@ from irq_convert.artifact.summary import (
     summarize_all,
 )
 from irq_convert.errors import UsageError
+from tests.folders import assert_one_line
 
-from .helpers import DOWN0, HIDDEN, LINEARS, VOCABULARY, WIDE, assert_one_line, source_tensors
+from .helpers import DOWN0, HIDDEN, LINEARS, VOCABULARY, WIDE, source_tensors
 
 QUANTIZED = sum(rows * cols for rows, cols in LINEARS.values())
 

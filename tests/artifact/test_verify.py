@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from irq_convert.artifact.contents import open_artifact
-from irq_convert.artifact.values import _code_bits, error_tolerance, measure
+from irq_convert.artifact.values import _code_bits, error_tolerance, measure_tensor
 from irq_convert.artifact.verify import VerifyReport, verify_artifact
 from irq_convert.checkpoint.reader import TileReader
 from irq_convert.checkpoint.source import open_checkpoint
@@ -25,19 +25,15 @@ from irq_convert.core.spec import QuantSpec
 from irq_convert.errors import IrqError, UsageError
 from irq_convert.jobs.quantize.options import QuantizeOptions
 from irq_convert.progress import Progress
+from tests.folders import SHARD, assert_one_line, change_config, change_json, change_tensors
 
 from .helpers import (
     DOWN0,
     HIDDEN,
     NORM0,
     Q0,
-    SHARD,
     WIDE,
-    assert_one_line,
-    change_config,
-    change_json,
     change_manifest,
-    change_tensors,
     copy,
     flip,
     make_artifact,
@@ -158,9 +154,9 @@ def test_figures_of_the_manifest_are_recomputed(artifact: Path, source: Path) ->
         manifest["tensors"][DOWN0]["entropy"] += 1e-5
 
     change_manifest(artifact, lie)
-    assert failures(artifact) == ()
+    only(failures(artifact), "totals.entropy is")  # no longer the mean of its tensors
     found = failures(artifact, source)
-    assert len(found) == 2
+    assert len(found) == 3
     assert any(line.startswith(Q0) and "relative error" in line for line in found)
     assert any(line.startswith(DOWN0) and "entropy" in line for line in found)
 
@@ -435,7 +431,7 @@ def test_the_measured_error_is_that_of_numpy(pristine: Path, source: Path) -> No
     stored = {k: v.numpy() for k, v in load_file(pristine / SHARD).items() if k.startswith(Q0)}
     (tensor,) = (t for t in artifact.quantized if t.name == Q0)
     with TileReader() as reader:
-        result = measure(reader, tensor, open_checkpoint(source).tensors[Q0])
+        result = measure_tensor(reader, tensor, open_checkpoint(source).tensors[Q0])
     codes = np.stack([stored[Q0] & 15, stored[Q0] >> 4], axis=2).reshape(HIDDEN, HIDDEN)
     levels = np.array([*NEGATIVE, 0, *POSITIVE])
     pair = []
@@ -453,7 +449,7 @@ def test_the_measured_error_is_that_of_numpy(pristine: Path, source: Path) -> No
     assert result.entropy == pytest.approx(np.mean(entropy), rel=1e-12)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     bits=st.sampled_from([2, 3, 4]),
     rows=st.integers(1, 4),
@@ -494,7 +490,7 @@ def test_nearly_exact_tensors_do_not_fail_by_rounding(tmp_path: Path, spec: Quan
     source.mkdir()
     tensors = {f"layers.{i}.w.weight": t for i, t in enumerate(HARD.values())}
     save_file(tensors, source / SHARD, {"format": "pt"})
-    (source / "config.json").write_text("{}")
+    (source / "config.json").write_text('{"model_type": "of my own"}')
     folder = make_artifact(source, tmp_path / "out", QuantizeOptions(spec, threads=1))
     assert failures(folder, source) == ()
 

@@ -71,10 +71,3 @@ def snapshot(folder: Path) -> dict[str, bytes]:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
-
-
-def assert_one_line(message: str, *words: str) -> None:
-    """Check that an error message is one line and names every one of `words`."""
-    assert "\n" not in message
-    for word in words:
-        assert word in message, f"{word!r} not in {message!r}"

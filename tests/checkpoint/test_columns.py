@@ -26,7 +26,7 @@ def write(folder: Path, tensor: torch.Tensor) -> TensorInfo:
     return read_header(folder / "x.safetensors").tensors["x"]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     shape=st.lists(st.integers(1, 9), min_size=2, max_size=4),
     dtype=st.sampled_from(sorted(DTYPES)),

@@ -25,8 +25,9 @@ from irq_convert.checkpoint.lock import Held, await_members, join_folder, take_f
 from irq_convert.checkpoint.source import open_checkpoint
 from irq_convert.checkpoint.system import free_bytes
 from irq_convert.errors import IrqError, UsageError
+from tests.folders import assert_one_line
 
-from .helpers import assert_one_line, make_checkpoint, snapshot
+from .helpers import make_checkpoint, snapshot
 
 
 def fill(out: Path, text: str = "new", error: BaseException | None = None, **options: bool) -> Path:

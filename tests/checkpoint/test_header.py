@@ -15,8 +15,9 @@ from safetensors.torch import save_file
 
 from irq_convert.checkpoint.header import DTYPE_BITS, TensorInfo, read_header, tensor_nbytes
 from irq_convert.errors import IrqError
+from tests.folders import assert_one_line
 
-from .helpers import assert_one_line, entry, raw_file, run_python
+from .helpers import entry, raw_file, run_python
 
 GOOD = {"a": entry("F32", [2, 3], 0, 24), "b": entry("U8", [5], 24, 29)}
 
@@ -158,7 +159,7 @@ def test_claimed_gigabytes_are_not_allocated(tmp_path: Path) -> None:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.data())
 def test_never_accepts_what_the_reference_refuses(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

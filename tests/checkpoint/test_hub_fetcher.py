@@ -6,7 +6,7 @@ import contextlib
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,10 @@ from irq_convert.checkpoint.locate import Fetch, open_source
 from irq_convert.checkpoint.reader import TileReader
 from irq_convert.checkpoint.source import Checkpoint
 from irq_convert.errors import IrqError
+from tests.folders import assert_one_line
 from tests.jobs.push.client import Clock, shards_sent, use_hub
 from tests.jobs.push.server import Hub, serve
 from tests.jobs.push.state import Repo, World
-
-from .helpers import assert_one_line
 
 SHARDS = [f"model-{number:05d}-of-00004.safetensors" for number in range(1, 5)]
 NAME = "org/four"
@@ -100,6 +99,11 @@ def wanted(tmp_path: Path, files: dict[str, bytes]) -> dict[str, bytes]:
     return read_all(open_source(str(folder)))
 
 
+def alone(names: Iterable[str]) -> list[list[str]]:
+    """Groups of one file each, as tensors have that lie in one."""
+    return [[name] for name in names]
+
+
 def test_files_come_as_they_are_read_and_stay_in_the_cache(
     server: Hub, files: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -108,7 +112,7 @@ def test_files_come_as_they_are_read_and_stay_in_the_cache(
         assert shards_sent(server) < sum(map(len, files.values()))  # headers, small files whole
         assert in_cache() == []
         read_order = checkpoint.read_order(checkpoint.tensors.values())
-        assert read_order.names == tuple(SHARDS)
+        assert read_order.groups == tuple((name,) for name in SHARDS)
         read_order.reach(checkpoint.shards[0])
         checkpoint.fetcher.ensure([SHARDS[1]])
         assert in_cache() == SHARDS[:2]
@@ -172,7 +176,7 @@ def test_a_file_in_the_cache_is_used_and_never_deleted(
     server.sent.clear()
     checkpoint = open_source(NAME, fetch=Fetch.STREAM)
     with checkpoint.fetcher as fetcher:
-        _, bytes_needed = fetcher.room(SHARDS)
+        _, bytes_needed = fetcher.room(alone(SHARDS))
         assert bytes_needed == len(files[SHARDS[2]]) + len(files[SHARDS[3]])
         assert read_all(checkpoint) == wanted(tmp_path, files)
     assert SHARDS[1] not in server.sent
@@ -431,14 +435,14 @@ def test_room_is_asked_for_where_files_will_lie(
 ) -> None:
     total = sum(len(files[name]) for name in SHARDS)
     with open_source(NAME, fetch=Fetch.AS_READ).fetcher as kept:
-        assert kept.room(SHARDS) == (Path(constants.HF_HUB_CACHE), total)
-        assert kept.room(SHARDS[:2], SHARDS[1:]) == kept.room(SHARDS)
+        assert kept.room(alone(SHARDS)) == (Path(constants.HF_HUB_CACHE), total)
+        assert kept.room(alone(SHARDS[:2]), alone(SHARDS[1:])) == kept.room(alone(SHARDS))
     checkpoint = open_source(NAME, fetch=Fetch.STREAM)
     with checkpoint.fetcher as fetcher:
         read_order = checkpoint.read_order(checkpoint.tensors.values())
         two = len(files[SHARDS[0]]) + len(files[SHARDS[1]])
-        assert fetcher.room(read_order.names) == (checkpoint.folder, two)
-        assert fetcher.room(read_order.names, SHARDS[:1]) == (
+        assert fetcher.room(read_order.groups) == (checkpoint.folder, two)
+        assert fetcher.room(read_order.groups, alone(SHARDS[:1])) == (
             checkpoint.folder,
             two + len(files[SHARDS[0]]),  # a second process
         )
@@ -469,8 +473,8 @@ class Recorder(Fetcher):
 
 def test_a_feed_releases_what_is_not_needed_again() -> None:
     fetcher, folder = Recorder(), Path("/f")
-    read_order = ReadOrder(fetcher, folder, ["a", "a", "b", "a", "c"])
-    assert read_order.names == ("a", "b", "a", "c")
+    read_order = ReadOrder(fetcher, folder, alone("aabac"))
+    assert read_order.groups == (("a",), ("b",), ("a",), ("c",))
     for name in "abac":
         read_order.reach(folder / name)
     assert fetcher.calls == [
@@ -488,3 +492,20 @@ def test_a_feed_releases_what_is_not_needed_again() -> None:
     fetcher.calls.clear()
     read_order.reach(folder / "b")  # out of order: fetched again
     assert ("ensure", "b") in fetcher.calls
+
+
+def test_a_tensor_of_several_files_keeps_them_together() -> None:
+    """Every tensor of Meta's files lies in all of them: none is released before the last one."""
+    fetcher, folder = Recorder(), Path("/f")
+    read_order = ReadOrder(fetcher, folder, ["ab", "ab", "ab", "c"])
+    assert (read_order.groups, read_order.widest) == ((("a", "b"), ("c",)), 2)
+    both = (folder / "a", folder / "b")
+    read_order.reach(*both)
+    read_order.reach(*both)
+    read_order.reach(folder / "c")
+    assert fetcher.calls == [
+        *([("ahead", "a", "b", "c"), ("ensure", "a", "b")] * 2),
+        ("release", "a", "b"),
+        ("ahead", "c"),
+        ("ensure", "c"),
+    ]

@@ -12,8 +12,9 @@ from safetensors.numpy import save_file
 from irq_convert.checkpoint.locate import Located, locate
 from irq_convert.checkpoint.source import open_checkpoint
 from irq_convert.errors import UsageError
+from tests.folders import assert_one_line
 
-from .helpers import assert_one_line, make_checkpoint, run_python, snapshot
+from .helpers import make_checkpoint, run_python, snapshot
 from .hub_server import COMMIT, ERRORS, FakeHub, serve
 
 LOCATE = """
@@ -251,12 +252,13 @@ def test_repositories_that_cannot_be_used(client: Client, model: Path) -> None:
         assert kind == "IrqError"
         assert_one_line(message, "org/model", "model-00002-of-00002.safetensors", "lacks")
         assert not hub.sent.get("model-00001-of-00002.safetensors")
-    for path in model.rglob("*.safetensors*"):
+    for path in [*model.rglob("*.safetensors*"), *model.rglob("*.bin")]:
         path.unlink()
+    (model / "tf_model.h5").write_bytes(b"x")
     with serve(model) as hub:
         ((kind, message),) = Client(client.home / "2")(["org/model", None], hub=hub.url)
         assert kind == "IrqError"
-        assert_one_line(message, "org/model", "pytorch_model.bin", "safe_serialization=True")
+        assert_one_line(message, "org/model", "no *.safetensors files")
 
 
 def test_cache_that_cannot_be_written_is_one_line(tmp_path: Path, hub: FakeHub) -> None:

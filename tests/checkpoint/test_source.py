@@ -11,8 +11,9 @@ from safetensors.numpy import load_file, save_file
 
 from irq_convert.checkpoint.source import open_checkpoint
 from irq_convert.errors import IrqError, UsageError
+from tests.folders import assert_one_line
 
-from .helpers import assert_one_line, make_checkpoint
+from .helpers import make_checkpoint
 
 INDEX = "model.safetensors.index.json"
 
@@ -117,8 +118,9 @@ def test_refuses_what_is_not_a_folder(tmp_path: Path) -> None:
     ("files", "words"),
     [
         ([], ["not a Hugging Face checkpoint"]),
-        (["pytorch_model.bin"], ["pytorch_model.bin", "safe_serialization=True"]),
-        (["x.ckpt"], ["x.ckpt", "safe_serialization=True"]),
+        (["consolidated.00.pth"], ["consolidated.00.pth", "without params.json", "get it, too"]),
+        (["x.ckpt"], ["x.ckpt", "*.bin, *.pth or *.pt"]),
+        (["optimizer.pt", "training_args.bin"], ["optimizer.pt", "give the folder"]),
         (["model.gguf"], ["model.gguf", "gguf_file"]),
         (["unet/x.safetensors"], ["top level", "unet/x.safetensors"]),
         (["adapter_model.safetensors"], ["adapter", "merge"]),

@@ -24,8 +24,9 @@ from irq_convert.checkpoint.reader import TileReader, matrix_shape
 from irq_convert.checkpoint.system import free_bytes
 from irq_convert.checkpoint.writer import ShardWriter, TensorSpec, build_header
 from irq_convert.errors import IrqError
+from tests.folders import assert_one_line
 
-from .helpers import assert_one_line, run_python
+from .helpers import run_python
 
 NUMPY = ["BOOL", "U8", "I8", "I16", "U16", "F16", "I32", "U32", "F32", "C64", "F64", "I64", "U64"]
 TORCH = [*NUMPY, "BF16", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"]
@@ -66,7 +67,7 @@ def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
     )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(contents(TORCH), st.integers(1, 40))
 def test_reference_library_reads_what_we_write(
     tmp_path_factory: pytest.TempPathFactory, tensors: dict[str, torch.Tensor], tile: int
@@ -83,7 +84,7 @@ def test_reference_library_reads_what_we_write(
         assert info.offset % max(1, DTYPE_BITS[info.dtype] // 8) == 0
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(contents(TORCH), st.data())
 def test_our_reader_reads_random_row_tiles(
     tmp_path_factory: pytest.TempPathFactory, tensors: dict[str, torch.Tensor], data: st.DataObject
@@ -106,7 +107,7 @@ def test_our_reader_reads_random_row_tiles(
             assert copied == bytes(tensor_bytes(tensors[name].contiguous()))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(contents(NUMPY))
 def test_numpy_reads_what_we_write(
     tmp_path_factory: pytest.TempPathFactory, tensors: dict[str, torch.Tensor]

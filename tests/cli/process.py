@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.folders import listing
+
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "COLUMNS": "80",
@@ -65,8 +67,12 @@ class Commands:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            # The only threads of numba that survive a fork.
-            env={**os.environ, **ENVIRONMENT, "NUMBA_THREADING_LAYER": "workqueue"},
+            env={
+                **os.environ,
+                **ENVIRONMENT,
+                "NUMBA_THREADING_LAYER": "workqueue",  # the only threads that survive a fork
+                "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # as the program sets it before any import
+            },
         )
         assert self._server.stdout is not None
         assert self._server.stdout.readline() == "ready\n"
@@ -129,18 +135,6 @@ def fresh(*args: object, cwd: Path | None = None, **env: str) -> Result:
         check=False,
     )
     return Result(done.returncode, done.stdout, done.stderr)
-
-
-def listing(folder: Path) -> dict[str, object]:
-    """Every path under `folder` with its size and content, links and special files by kind."""
-    found: dict[str, object] = {}
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if path.is_symlink():
-            found[name] = f"-> {path.readlink()}"
-        else:
-            found[name] = path.read_bytes() if path.is_file() else "folder"
-    return found
 
 
 @contextmanager

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
+from tests.tiny import random_tensors, write_source
 
 CONFIG = {"model_type": "of my own", "hidden_size": 64}
 SHARD = "model.safetensors"
@@ -19,45 +17,14 @@ DOWN0 = "model.layers.0.mlp.down_proj.weight"
 
 def make_source(folder: Path, shards: int = 1, rows: int = 172, seed: int = 0) -> Path:
     """Write a small model whose linears are found by name; `rows` sets the size of its layers."""
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {"model.embed_tokens.weight": torch.randn(80, 64, generator=generator)}
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (80, 64)}
     for layer in range(2):
         prefix = f"model.layers.{layer}"
-        tensors[f"{prefix}.mlp.up_proj.weight"] = torch.randn(rows, 64, generator=generator)
-        tensors[f"{prefix}.mlp.down_proj.weight"] = torch.randn(64, rows, generator=generator)
-        tensors[f"{prefix}.input_layernorm.weight"] = torch.randn(64, generator=generator)
-    folder.mkdir(parents=True)
-    write_tensors(folder, tensors, shards)
-    (folder / "config.json").write_text(json.dumps(CONFIG))
-    (folder / "tokenizer.json").write_text('{"version": "1.0"}')
-    return folder
-
-
-def write_tensors(folder: Path, tensors: dict[str, torch.Tensor], shards: int = 1) -> None:
-    if shards == 1:
-        save_file(tensors, folder / SHARD, {"format": "pt"})
-        return
-    names = list(tensors)
-    weight_map: dict[str, str] = {}
-    for number in range(shards):
-        file = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
-        part = {name: tensors[name] for name in names[number::shards]}
-        save_file(part, folder / file, {"format": "pt"})
-        weight_map |= dict.fromkeys(part, file)
-    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-
-
-def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
-    """Write the tensors of the folder's only shard again, changed."""
-    tensors = {name: tensor.clone() for name, tensor in load_file(folder / SHARD).items()}
-    change(tensors)
-    write_tensors(folder, tensors)
-
-
-def change_json(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    value = json.loads(path.read_text())
-    change(value)
-    path.write_text(json.dumps(value))
+        shapes[f"{prefix}.mlp.up_proj.weight"] = (rows, 64)
+        shapes[f"{prefix}.mlp.down_proj.weight"] = (64, rows)
+        shapes[f"{prefix}.input_layernorm.weight"] = (64,)
+    files = {"tokenizer.json": '{"version": "1.0"}'}
+    return write_source(folder, random_tensors(shapes, seed), CONFIG, shards, files)
 
 
 def split(path: Path) -> tuple[dict[str, Any], bytes]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from .process import ENVIRONMENT, fresh
+from .process import ENVIRONMENT, Commands
 from .sources import make_source
 
 COLUMNS = 80
@@ -66,6 +66,7 @@ def test_what_is_drawn_while_quantizing(tmp_path: Path) -> None:
     assert lines[-1].startswith("time")
 
 
+@pytest.mark.slow
 def test_a_failure_wipes_the_bar(tmp_path: Path) -> None:
     source = make_source(tmp_path / "source")
     code, drawn = on_terminal("quantize", source, tmp_path / "out", "--keep", "nope")
@@ -75,8 +76,8 @@ def test_a_failure_wipes_the_bar(tmp_path: Path) -> None:
     assert drawn.rindex("\x1b[?25h") > drawn.rindex("\x1b[?25l")  # the cursor is shown again
 
 
-def test_nothing_is_drawn_where_there_is_no_terminal(tmp_path: Path) -> None:
-    result = fresh("quantize", make_source(tmp_path / "source"), tmp_path / "out")
+def test_nothing_is_drawn_where_there_is_no_terminal(irq: Commands, tmp_path: Path) -> None:
+    result = irq("quantize", make_source(tmp_path / "source"), tmp_path / "out")
     assert result.code == 0
     assert result.err == ""
     assert "\x1b" not in result.out

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from irq_convert.cli.console import gigabytes, seconds
+from irq_convert.checkpoint.system import short_bytes
+from irq_convert.cli.console import seconds
 
 
 @pytest.mark.parametrize(
@@ -19,8 +20,8 @@ from irq_convert.cli.console import gigabytes, seconds
         (1_300_000_000_000, "1300.00 GB"),
     ],
 )
-def test_gigabytes(count: int, text: str) -> None:
-    assert gigabytes(count) == text
+def test_short_bytes(count: int, text: str) -> None:
+    assert short_bytes(count) == text
 
 
 @pytest.mark.parametrize(

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.folders import listing
 from tests.jobs.export.compare import decoded
 from tests.jobs.export.make import put_on_grid, quantized, save_model
 from tests.jobs.merge.make import write_adapter
 from tests.paths import DEMO
 
-from .process import Commands, fresh, listing, nothing_left
+from .process import Commands, fresh, nothing_left
 
 WORDS = {
     "dense": "14 tensors: bfloat16",
@@ -23,11 +25,9 @@ WORDS = {
 
 
 @pytest.fixture(scope="module")
-def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def artifact(whole_int4: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """int4 with integer zero points, which every target holds."""
-    folder = tmp_path_factory.mktemp("export")
-    source = save_model(folder / "source")
-    return put_on_grid(quantized(source, folder / "irq"))
+    return put_on_grid(shutil.copytree(whole_int4, tmp_path_factory.mktemp("export") / "irq"))
 
 
 @pytest.mark.parametrize("to", list(WORDS))
@@ -81,8 +81,8 @@ def test_the_report_as_json(irq: Commands, artifact: Path, tmp_path: Path) -> No
     assert report["bytes_out"] == sum(p.stat().st_size for p in out.rglob("*") if p.is_file())
 
 
-def test_refitting_prints_the_loss(irq: Commands, artifact: Path, tmp_path: Path) -> None:
-    floats = quantized(artifact.parent / "source", tmp_path / "floats", block_size=64)
+def test_refitting_prints_the_loss(irq: Commands, whole_blocks: Path, tmp_path: Path) -> None:
+    floats = quantized(whole_blocks, tmp_path / "floats", block_size=64)
     result = irq("export", floats, tmp_path / "out", "--to", "compressed-tensors", "--refit")
     assert result.code == 0, result
     for words in ("not exact", "zero points were no integers: fitted anew", "changed codes"):

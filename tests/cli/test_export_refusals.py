@@ -11,30 +11,30 @@ from pathlib import Path
 
 import pytest
 
-from tests.jobs.export.make import quantized, save_model
+from tests.folders import change_json, listing
+from tests.jobs.export.make import quantized
 
-from .process import Commands, assert_fails, listing, nothing_left
-from .sources import change_json
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("refusals") / "source")
+from .process import Commands, assert_fails, nothing_left
 
 
 @pytest.fixture(scope="module")
-def int4(source: Path) -> Path:
-    return quantized(source, source.with_name("int4"))
+def source(whole_blocks: Path) -> Path:
+    return whole_blocks
 
 
 @pytest.fixture(scope="module")
-def nf4(source: Path) -> Path:
-    return quantized(source, source.with_name("nf4"), "nf4")
+def int4(whole_int4: Path) -> Path:
+    return whole_int4
 
 
 @pytest.fixture(scope="module")
-def int4_16(source: Path) -> Path:
-    return quantized(source, source.with_name("int4-16"), block_size=16)
+def nf4(whole_nf4: Path) -> Path:
+    return whole_nf4
+
+
+@pytest.fixture(scope="module")
+def int4_16(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return quantized(source, tmp_path_factory.mktemp("refusals") / "int4-16", block_size=16)
 
 
 def refuse(irq: Commands, tmp_path: Path, code: int, words: list[str], *args: object) -> None:

@@ -11,9 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.jobs.finetune.base import make_artifact, write_tales
+from tests.folders import listing
+from tests.jobs.finetune.base import write_tales
 
-from .process import Commands, assert_fails, fresh, listing, nothing_left
+from .process import Commands, assert_fails, fresh, nothing_left
 from .stopping import stop_at
 
 ARGS = ["--steps", 6, "--batch-size", 4, "--sequence-length", 48, "--rank", 4, "--save-every", 2]
@@ -21,8 +22,8 @@ ARGS += ["--device", "cpu", "--learning-rate", 1e-3]
 
 
 @pytest.fixture(scope="module")
-def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_artifact(tmp_path_factory.mktemp("base") / "demo-nf3")
+def artifact(demo_nf3: Path) -> Path:
+    return demo_nf3
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from tests.hf.artifact import tiny_llama, write_artifact
-from tests.jobs.finetune.base import make_artifact
+from tests.hf.artifact import write_artifact
+from tests.tiny import tiny_model
 
 from .process import Commands, assert_fails, nothing_left
 
@@ -19,8 +19,8 @@ ROWS = [{"prompt": f"{n} cats", "completion": " sat"} for n in range(10)]
 
 
 @pytest.fixture(scope="module")
-def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_artifact(tmp_path_factory.mktemp("base") / "demo-nf3")
+def artifact(demo_nf3: Path) -> Path:
+    return demo_nf3
 
 
 def refuse(irq: Commands, folder: Path, code: int, *args: object) -> Callable[..., None]:
@@ -63,6 +63,7 @@ def test_data_files(
         (["--batch-size", 6, "--micro-batch", 4], ["--micro-batch 4"]),
         (["--sequence-length", 1000], ["--sequence-length 1000", "256 positions"]),
         (["--target-modules", "q_proj,nope"], ["no module is called 'nope'", "q_proj"]),
+        (["--target-modules", "lm_head"], ["lm_head", "output head", "leave it out"]),
         (["--lora", "plain", "--connection", "both"], ["--connection"]),
         (["--device", "cuda:99"], ["cuda:99"]),
         (["--optimizer", "paged-adamw", "--device", "cpu"], ["paged-adamw", "bitsandbytes"]),
@@ -83,8 +84,8 @@ def test_options(
 
 def test_models_that_are_no_artifact(irq: Commands, artifact: Path, tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps(ROWS))
-    tiny_llama().save_pretrained(tmp_path / "dense")
-    write_artifact(tmp_path / "bare", tiny_llama())
+    tiny_model().save_pretrained(tmp_path / "dense")
+    write_artifact(tmp_path / "bare", tiny_model())
     more = ("--data", "a.json", "--out", "o")
     refuse(irq, tmp_path, 2, "finetune", "dense", *more)("dense", "not an irq artifact")
     refuse(irq, tmp_path, 2, "finetune", "./none", *more)("no such folder")

@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from irq_convert.checkpoint.disk import output_folder
+from tests.folders import listing
 
-from .process import Commands, assert_fails, listing, nothing_left
+from .process import Commands, assert_fails, nothing_left
 from .sources import make_source
 from .stopping import stop_at
 
@@ -163,6 +164,7 @@ def test_what_the_command_says_of_an_earlier_run(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [[], ["--json"], ["--dry-run"]], ids=str)
 def test_nobody_reads_the_output(tmp_path: Path, options: list[str]) -> None:
     source = make_source(tmp_path / "source")

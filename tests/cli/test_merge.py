@@ -7,17 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.jobs.merge.make import make_artifact, write_adapter
+from tests.folders import listing
+from tests.jobs.merge.make import write_adapter
 
-from .process import Commands, fresh, listing, nothing_left
+from .process import Commands, fresh, nothing_left
 
 CHECK = ("--check", "layers")
 WAYS = {"dense": "8 dense", "adapter": "8 folded", "irq": "8 by moving tau"}
 
 
 @pytest.fixture(scope="module")
-def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_artifact(tmp_path_factory.mktemp("merge") / "tiny-irq")
+def artifact(tiny_nf4: Path) -> Path:
+    return tiny_nf4
 
 
 @pytest.fixture(scope="module")

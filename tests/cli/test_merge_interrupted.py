@@ -11,15 +11,16 @@ import pytest
 
 from irq_convert.artifact.verify import verify_artifact
 from irq_convert.checkpoint.disk import output_folder
-from tests.jobs.merge.make import make_artifact, write_adapter
+from tests.folders import listing
+from tests.jobs.merge.make import write_adapter
 
-from .process import Commands, assert_fails, listing, nothing_left
+from .process import Commands, assert_fails, nothing_left
 from .stopping import await_moment, stop_at
 
 
 @pytest.fixture
-def artifact(tmp_path: Path) -> Path:
-    return make_artifact(tmp_path / "tiny-irq")
+def artifact(tiny_nf4: Path) -> Path:
+    return tiny_nf4
 
 
 @pytest.fixture
@@ -35,11 +36,11 @@ def test_two_runs_at_once(irq: Commands, artifact: Path, adapter: Path, tmp_path
 
 @pytest.mark.parametrize("number", [2, 15])
 @pytest.mark.parametrize("to", ["dense", "irq"])
-def test_interrupted(irq: Commands, tmp_path: Path, number: int, to: str) -> None:
+def test_interrupted(irq: Commands, artifact: Path, tmp_path: Path, number: int, to: str) -> None:
     """Ctrl-C or SIGTERM keeps the shards that are finished, and the next run continues."""
-    base, adapter = _large(tmp_path)
+    adapter = write_adapter(tmp_path / "adapter", artifact, rank=64)
     new = tmp_path / "new"
-    args = ("merge", base, adapter, new / "out", "--to", to, *_SLOW)
+    args = ("merge", artifact, adapter, new / "out", "--to", to, *_SLOW)
     assert irq(*args).code == 0
     expected = listing(new / "out")
     shutil.rmtree(new)
@@ -65,12 +66,12 @@ def test_interrupted(irq: Commands, tmp_path: Path, number: int, to: str) -> Non
 
 
 @pytest.mark.parametrize("to", ["dense", "irq", "adapter"])
-def test_killed(irq: Commands, tmp_path: Path, to: str) -> None:
+def test_killed(irq: Commands, artifact: Path, tmp_path: Path, to: str) -> None:
     """SIGKILL at any moment: no result, and the next run succeeds over what was left."""
-    base, adapter = _large(tmp_path)
+    adapter = write_adapter(tmp_path / "adapter", artifact, rank=64)
     out = tmp_path / "out"
     for delay in (0.0, 0.05, 0.2):
-        running = irq.start("merge", base, adapter, out, "--to", to, *_SLOW)
+        running = irq.start("merge", artifact, adapter, out, "--to", to, *_SLOW)
         await_moment(running, (tmp_path / "out.partial").exists)
         time.sleep(delay)
         running.kill()
@@ -80,12 +81,10 @@ def test_killed(irq: Commands, tmp_path: Path, to: str) -> None:
             if to == "irq":
                 assert verify_artifact(out).ok
             shutil.rmtree(out)
-    result = irq("merge", base, adapter, out, "--to", to, *_SLOW)
+    result = irq("merge", artifact, adapter, out, "--to", to, *_SLOW)
     assert result.code == 0, result
     assert not (tmp_path / "out.partial").exists()
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
-        ["out", "large", "large-source", "adapter"]
-    )
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "out"]
 
 
 def test_a_refused_result_is_not_kept(
@@ -106,10 +105,5 @@ def test_a_folded_adapter_has_nothing_to_resume(
         assert_fails(irq(*args, "required"), 2, "--resume required")
 
 
+# In many shards, so that there is a moment between two of them.
 _SLOW = ("--check", "layers", "--threads", "1", "--max-shard-size", "1e-4", "--min-survival", "-9")
-
-
-def _large(folder: Path) -> tuple[Path, Path]:
-    """An artifact in many shards, so that there is a moment between two of them."""
-    base = make_artifact(folder / "large")
-    return base, write_adapter(folder / "adapter", base, rank=64)

@@ -29,15 +29,15 @@ Change = Callable[[Path], object]
 
 
 @pytest.fixture(scope="module")
-def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_artifact(tmp_path_factory.mktemp("merge") / "tiny-irq")
+def artifact(tiny_nf4: Path) -> Path:
+    return tiny_nf4
 
 
 @pytest.fixture(scope="module")
 def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from irq_convert.jobs.quantize.options import QuantizeOptions
     from irq_convert.jobs.quantize.quantize import quantize
-    from tests.jobs.quantize.models import LLAMA, llama_tensors, write_source
+    from tests.tiny import LLAMA, llama_tensors, write_source
 
     root = tmp_path_factory.mktemp("tied")
     tensors = {n: t for n, t in llama_tensors().items() if n != "lm_head.weight"}

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.folders import listing
 from tests.jobs.push.server import Hub, serve
 from tests.jobs.push.state import World
 
-from .process import Result, assert_fails, fresh, listing
+from .process import Commands, Result, assert_fails, fresh
 from .sources import make_source
 
 
@@ -29,28 +30,45 @@ def server(world: World) -> Iterator[Hub]:
         yield running
 
 
-def run(server: Hub, cwd: Path, *args: object, token: str = "hf_writer") -> Result:
-    return fresh(
-        *args,
-        cwd=cwd,
-        HF_ENDPOINT=server.url,
-        HF_HOME=str(cwd / "home"),
-        HF_HUB_CACHE=str(cwd / "home" / "hub"),
-        HF_TOKEN=token,
-        HF_HUB_DISABLE_IMPLICIT_TOKEN="0",
-        HF_HUB_DISABLE_XET="1",
-        HF_HUB_DISABLE_TELEMETRY="1",
-        HF_HUB_OFFLINE="0",
-        NO_PROXY="127.0.0.1,localhost",
-        no_proxy="127.0.0.1,localhost",
-    )
+Run = Callable[..., Result]
 
 
-def test_from_the_hub_to_the_hub(world: World, server: Hub, tmp_path: Path) -> None:
-    work = tmp_path / "work"
-    work.mkdir()
+@pytest.fixture
+def settings(server: Hub, tmp_path: Path) -> dict[str, str]:
+    home = tmp_path / "work" / "home"
+    return {
+        "HF_ENDPOINT": server.url,
+        "HF_HOME": str(home),
+        "HF_HUB_CACHE": str(home / "hub"),
+        "HF_TOKEN": "hf_writer",
+        "HF_HUB_DISABLE_IMPLICIT_TOKEN": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_OFFLINE": "0",
+        "NO_PROXY": "127.0.0.1,localhost",
+        "no_proxy": "127.0.0.1,localhost",
+    }
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Path:
+    (tmp_path / "work").mkdir()
+    return tmp_path / "work"
+
+
+@pytest.fixture
+def run(irq: Commands, settings: dict[str, str], work: Path) -> Run:
+    """A command that may write to the Hub of the test, run in `work`."""
+    return lambda *args, **env: irq(*args, cwd=work, **{**settings, **env})
+
+
+@pytest.mark.slow
+def test_from_the_hub_to_the_hub(
+    run: Run, world: World, settings: dict[str, str], work: Path
+) -> None:
     args = ["quantize", "org/model", "out", "--bits", 3, "--stream", "--json"]
-    result = run(server, work, *args, "--push-to-hub", "org/model-3bit", "--private")
+    args += ["--push-to-hub", "org/model-3bit", "--private"]
+    result = fresh(*args, cwd=work, **settings)
     assert (result.code, result.err) == (0, ""), result
     report = json.loads(result.out)
     repo = world.repos["org/model-3bit"]
@@ -60,15 +78,15 @@ def test_from_the_hub_to_the_hub(world: World, server: Hub, tmp_path: Path) -> N
     assert files == listing(work / "out")
     kept = [path for path in (work / "home").rglob("*.safetensors") if "headers" not in path.parts]
     assert kept == []  # nothing stays of the source but its headers
-    local = fresh("quantize", tmp_path / "repo", work / "local", "--bits", 3)
+    local = run("quantize", work.with_name("repo"), "local", "--bits", 3)
     assert local.code == 0, local
     both = listing(work / "local"), listing(work / "out")
     assert both[0].pop("irq_manifest.json") != both[1].pop("irq_manifest.json")
     assert both[0] == both[1]
-    again = run(server, work, "push", "out", "org/model-3bit")
+    again = run("push", "out", "org/model-3bit")
     assert (again.code, again.err) == (0, ""), again
     assert "nothing: the repository is up to date" in again.out
-    dry = run(server, work, "push", "out", "org/elsewhere", "--dry-run", token="")
+    dry = run("push", "out", "org/elsewhere", "--dry-run", HF_TOKEN="")
     assert (dry.code, dry.err) == (0, ""), dry
     for words in ("would upload", "model.safetensors", "base_model: org/model", "# elsewhere"):
         assert words in dry.out
@@ -76,28 +94,24 @@ def test_from_the_hub_to_the_hub(world: World, server: Hub, tmp_path: Path) -> N
 
 
 def test_a_target_that_cannot_be_pushed_to_is_refused_first(
-    world: World, server: Hub, tmp_path: Path
+    run: Run, server: Hub, work: Path
 ) -> None:
-    work = tmp_path / "work"
-    work.mkdir()
     args = ["quantize", "org/model", "out"]
     to = ["--push-to-hub", "org/x"]
-    assert_fails(run(server, work, *args, *to, token=""), 1, "org/x", "no token")
-    assert_fails(run(server, work, *args, "--private"), 2, "--private", "--push-to-hub")
+    assert_fails(run(*args, *to, HF_TOKEN=""), 1, "org/x", "no token")
+    assert_fails(run(*args, "--private"), 2, "--private", "--push-to-hub")
     assert not (work / "out").exists()
     assert not server.asked("GET", "org/model")
 
 
 def test_a_push_that_fails_leaves_the_artifact_and_says_how_to_go_on(
-    world: World, server: Hub, tmp_path: Path
+    run: Run, world: World, server: Hub
 ) -> None:
-    work = tmp_path / "work"
-    work.mkdir()
     server.fail("status", "/commit/", "POST", times=1000, status=400)
     to = ["--push-to-hub", "org/x", "--private", "--push-revision", "v1"]
-    result = run(server, work, "quantize", "org/model", "out", "--json", *to)
+    result = run("quantize", "org/model", "out", "--json", *to)
     later = "irq-convert push out org/x --private --revision v1"  # or else all could read it
     assert_fails(result, 1, "org/x", "HTTP 400", later)
     server.faults.clear()
-    assert run(server, work, "push", "out", "org/x").code == 0
+    assert run("push", "out", "org/x").code == 0
     assert "irq_manifest.json" in world.repos["org/x"].main

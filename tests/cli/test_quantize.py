@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from .process import Commands, listing, nothing_left
+from tests.folders import listing
+
+from .process import Commands, nothing_left
 from .sources import make_source
 
 

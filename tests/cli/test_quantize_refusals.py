@@ -11,18 +11,10 @@ from typing import Any
 import pytest
 import torch
 
+from tests.folders import change_json, change_tensors
+
 from .process import Commands, assert_fails, nothing_left
-from .sources import (
-    DOWN0,
-    INDEX,
-    SHARD,
-    UP0,
-    change_json,
-    change_tensors,
-    join,
-    make_source,
-    split,
-)
+from .sources import DOWN0, INDEX, SHARD, UP0, join, make_source, split
 
 USAGE, FAILURE = 2, 1
 
@@ -346,7 +338,7 @@ def no_map(index: dict[str, Any]) -> None:
         (missing_tensor, ["layers.9", "lacks"]),
         (outside("../other.safetensors"), ["../other.safetensors", "outside"]),
         (outside("/etc/other.safetensors"), ["/etc/other.safetensors", "outside"]),
-        (outside("passwd"), ["passwd", "not a safetensors file"]),
+        (outside("passwd"), ["passwd", "not a *.safetensors file"]),
         (no_map, [INDEX, "weight_map"]),
     ],
 )

@@ -23,6 +23,7 @@ from irq_convert.core.dequantize import dequantize_rows, dequantize_tensor
 from irq_convert.core.scales import expand_statistic
 from irq_convert.core.spec import BLOCK_SIZES
 from irq_convert.errors import IrqError, UsageError
+from tests.paths import ROOT
 
 from .oracle import random_sample, round_to_bfloat16
 
@@ -48,7 +49,7 @@ def bits_of(tensor: torch.Tensor) -> bytes:
     return tensor.contiguous().view(torch.uint8).numpy().tobytes()
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(samples=samples, dtype=st.sampled_from(DTYPES))
 def test_backends_give_the_formula_bit_for_bit(samples: dict[str, Any], dtype: torch.dtype) -> None:
     sample = random_sample(**samples)
@@ -158,9 +159,8 @@ def test_machines_with_fewer_instructions(tmp_path: Path, features: str, lanes: 
     if lanes and "+avx2" not in codegen.get_host_cpu_features():
         pytest.skip("this machine has no AVX2")
     own = {"NUMBA_CPU_NAME": "x86-64", "NUMBA_CPU_FEATURES": features}
-    tests = str(Path(__file__).parent.parent)
     done = subprocess.run(
-        [sys.executable, "-c", MACHINE, tests, str(lanes)],
+        [sys.executable, "-c", MACHINE, str(ROOT), str(lanes)],
         env={**os.environ, **own, "NUMBA_CACHE_DIR": str(tmp_path)},
         capture_output=True,
         text=True,

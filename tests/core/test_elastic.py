@@ -59,7 +59,7 @@ def randn(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(SIZES, SIZES)
 def test_matrix_is_both_of_the_methods(rows: int, cols: int) -> None:
     found = elastic_matrix(rows, cols)
@@ -68,13 +68,13 @@ def test_matrix_is_both_of_the_methods(rows: int, cols: int) -> None:
     np.testing.assert_array_equal(found.numpy(), repeating(rows, cols))
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(SIZES, SIZES)
 def test_matrix_gives_every_row_a_mean(rows: int, cols: int) -> None:
     torch.testing.assert_close(elastic_matrix(rows, cols).sum(1), torch.ones(rows).double())
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.integers(1, 12), st.integers(1, 8), SEEDS)
 def test_divisible_averaging_is_the_mean_of_contiguous_groups(
     rank: int, length: int, seed: int
@@ -84,7 +84,7 @@ def test_divisible_averaging_is_the_mean_of_contiguous_groups(
     torch.testing.assert_close(elastic(x, rank), wanted)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.integers(1, 12), st.integers(1, 8), SEEDS)
 def test_divisible_repeating_is_repeat_interleave(rank: int, times: int, seed: int) -> None:
     z = randn(seed, rank)
@@ -92,7 +92,7 @@ def test_divisible_repeating_is_repeat_interleave(rank: int, times: int, seed: i
     assert elastic(z, rank * times).tolist() == [v for v in z.tolist() for _ in range(times)]
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(SIZES, SIZES, SEEDS, st.sampled_from([(), (3,), (2, 3)]))
 def test_elastic_applies_the_matrix(
     rows: int, cols: int, seed: int, batch: tuple[int, ...]
@@ -102,7 +102,7 @@ def test_elastic_applies_the_matrix(
     assert elastic(x.bfloat16(), rows).dtype == torch.bfloat16
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(SIZES, SIZES, SEEDS, st.booleans())
 def test_fold_adds_the_matrix(rows: int, cols: int, seed: int, weighted: bool) -> None:
     weight, beta, columns = randn(seed, rows, cols), randn(seed + 1), randn(seed + 2, cols)
@@ -114,7 +114,7 @@ def test_fold_adds_the_matrix(rows: int, cols: int, seed: int, weighted: bool) -
     assert found.is_contiguous()
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(SIZES, SIZES, SEEDS)
 def test_folding_is_connecting(rank: int, inputs: int, seed: int) -> None:
     """The symmetric pair: what `fold_elastic` adds to a weight, `elastic` adds to its output."""
@@ -164,7 +164,7 @@ def test_fold_keeps_the_dtype_of_the_weight(dtype: torch.dtype) -> None:
     assert beta.grad.dtype == torch.float32
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(SIZES, st.integers(1, 12), SEEDS)
 def test_block_sums(cols: int, block_size: int, seed: int) -> None:
     x = randn(seed, 3, cols)
@@ -173,7 +173,7 @@ def test_block_sums(cols: int, block_size: int, seed: int) -> None:
     torch.testing.assert_close(block_sums(x[0], block_size), wanted[0])
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(SIZES, st.integers(1, 12), SEEDS)
 def test_repeating_blocks_is_the_adjoint_of_summing_them(
     cols: int, block_size: int, seed: int
@@ -187,7 +187,7 @@ def test_repeating_blocks_is_the_adjoint_of_summing_them(
         assert torch.equal(repeated[:, i], weight[:, i // block_size])
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(SIZES, st.integers(1, 12), SEEDS)
 def test_block_weights_make_means_of_sums(cols: int, block_size: int, seed: int) -> None:
     x = randn(seed, cols)
@@ -197,7 +197,7 @@ def test_block_weights_make_means_of_sums(cols: int, block_size: int, seed: int)
     torch.testing.assert_close(block_sums(x, block_size) * weights, wanted)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 6), SEEDS)
 def test_pooled_connection_is_the_plain_one_where_blocks_fit_into_groups(
     rank: int, per_group: int, block_size: int, seed: int

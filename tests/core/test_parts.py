@@ -42,7 +42,7 @@ def test_order_of_a_file_and_of_a_layer() -> None:
     ]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 9), st.integers(1, 300), DTYPES, DTYPES, st.integers(0, 999))
 def test_tensors_files_and_layers_agree(
     rows: int, cols: int, scale: str, tau: str, seed: int

@@ -67,7 +67,7 @@ specs = st.builds(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(specs, st.sampled_from(KINDS), st.integers(1, 40), st.integers(1, 200), st.integers(0, 99))
 def test_kernel_and_torch_give_the_same_bytes(
     spec: QuantSpec, kind: str, rows: int, cols: int, seed: int
@@ -83,7 +83,7 @@ def test_kernel_and_torch_give_the_same_bytes(
     )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(specs, st.integers(1, 300), st.integers(1, 30))
 def test_tiles_and_threads_change_no_byte(spec: QuantSpec, cols: int, tiles: int) -> None:
     step = BlockShape(1, cols, spec.block_size, spec.bits).row_multiple

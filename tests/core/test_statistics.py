@@ -19,7 +19,7 @@ def values_of(shape: tuple[int, int], scale: float, shift: float, seed: int) -> 
     return torch.randn(shape, generator=generator, dtype=torch.float64) * scale + shift
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     shapes,
     st.sampled_from([1e-6, 0.01, 1.0, 300.0]),
@@ -46,7 +46,7 @@ def test_eight_bits_are_within_half_a_step(
     assert bool((off <= steps * (0.5 + 1e-3) + values.reshape(-1).abs() * 2e-7).all())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(shapes, st.integers(0, 999), st.sampled_from([torch.float32, torch.float16]))
 def test_floats_are_rounded_once(shape: tuple[int, int], seed: int, dtype: torch.dtype) -> None:
     values = values_of(shape, 1.0, 0.1, seed)

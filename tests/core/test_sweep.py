@@ -166,7 +166,7 @@ NASTY = st.one_of(
 ).map(lambda values: [float(np.float32(x)) for x in values])
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(values=NASTY, name=st.sampled_from(list(CODEBOOKS)))
 def test_rational_arithmetic_agrees(values: list[float], name: str) -> None:
     if min(values) == max(values):
@@ -179,7 +179,7 @@ def test_rational_arithmetic_agrees(values: list[float], name: str) -> None:
     assert exact.ideal_table_sum == found.ideal_table_sum
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(values=NASTY, name=st.sampled_from(["nf2", "nf3", "int2", "int3"]))
 def test_rational_squared_error_agrees(values: list[float], name: str) -> None:
     if min(values) == max(values):

@@ -21,8 +21,8 @@ from irq_convert.core.dequantize import dequantize_tensor
 from irq_convert.core.quantize import quantize_tensor
 from irq_convert.core.triton import support
 from irq_convert.errors import UsageError
+from tests.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 KERNELS = {
     "prepare", "fit_groups", "search", "refine", "refine_zero_points", "measure", "add_up",
     "emit", "dequantize",

@@ -48,7 +48,7 @@ def zero_points(q: QuantizedTensor, spec: QuantSpec) -> np.ndarray:
     return hit.argmax(0)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(specs, st.sampled_from(KINDS), st.integers(1, 20), st.integers(1, 150), st.integers(0, 99))
 def test_kernel_and_torch_give_the_same_bytes(
     spec: QuantSpec, kind: str, rows: int, cols: int, seed: int

@@ -80,7 +80,7 @@ integers = st.builds(
 )
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=6)
 @given(floats, st.sampled_from(KINDS), st.integers(1, 24), st.integers(1, 150), st.integers(0, 99))
 def test_same_bytes_as_the_cpu_kernels(
     spec: QuantSpec, kind: str, rows: int, cols: int, seed: int
@@ -88,7 +88,7 @@ def test_same_bytes_as_the_cpu_kernels(
     assert_same(make(kind, rows, cols, seed), spec)
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=4)
 @given(
     integers, st.sampled_from(KINDS), st.integers(1, 16), st.integers(1, 120), st.integers(0, 99)
 )
@@ -124,7 +124,7 @@ def test_unusable_weights_are_refused_by_name(bad: float) -> None:
         quantize_tensor(weight, QuantSpec("nf2"), backend="triton", name="layers.7.weight")
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8)
 @given(
     st.sampled_from(sorted(CODEBOOKS)),
     st.sampled_from([16, 64]),

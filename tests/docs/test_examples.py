@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -16,27 +13,29 @@ from typer.testing import CliRunner
 
 from irq_convert.cli.main import app
 from irq_convert.jobs.evaluate.adapter import check_adapter
-from tests.jobs.finetune.base import make_artifact, write_tales
+from tests.fresh import Forks
+from tests.jobs.finetune.base import write_tales
+from tests.paths import ROOT
 
-DOCS = Path(__file__).resolve().parents[2] / "docs"
+DOCS = ROOT / "docs"
 EXAMPLES = DOCS / "examples"
 PAGE = DOCS / "finetune.md"
 
 
 @pytest.fixture(scope="module")
-def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_artifact(tmp_path_factory.mktemp("base") / "demo-nf3")
+def artifact(demo_nf3: Path) -> Path:
+    return demo_nf3
 
 
-def run(script: str, *args: object) -> None:
-    done = subprocess.run(
-        [sys.executable, EXAMPLES / script, *map(str, args)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+RUN = """
+import runpy, sys
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def run(python: Forks, script: str, *args: object) -> None:
+    done = python(RUN, EXAMPLES / script, *args, HF_HUB_OFFLINE="1")
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -48,18 +47,18 @@ def assert_trained(out: Path, artifact: Path, kind: str) -> None:
 
 
 @pytest.mark.slow
-def test_trainer(artifact: Path, tmp_path: Path) -> None:
+def test_trainer(python: Forks, artifact: Path, tmp_path: Path) -> None:
     text = write_tales(tmp_path / "tales.txt", 2)
-    run("train_with_trainer.py", artifact, text, tmp_path / "out", 1)
+    run(python, "train_with_trainer.py", artifact, text, tmp_path / "out", 1)
     assert_trained(tmp_path / "out", artifact, "iec")
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("trl") is None, reason="trl is not installed")
-def test_sft_trainer(artifact: Path, tmp_path: Path) -> None:
+def test_sft_trainer(python: Forks, artifact: Path, tmp_path: Path) -> None:
     rows = [{"instruction": f"Count {n}.", "input": "", "output": f"{n} cats."} for n in range(6)]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    run("train_with_sft.py", artifact, tmp_path / "rows.json", tmp_path / "out", 1)
+    run(python, "train_with_sft.py", artifact, tmp_path / "rows.json", tmp_path / "out", 1)
     assert_trained(tmp_path / "out", artifact, "block")
 
 

@@ -35,8 +35,9 @@ from tests.formats.numpy_reader import (
     read_config,
     verify_files,
 )
+from tests.paths import ROOT
 
-FORMATS = Path(__file__).resolve().parents[2] / "formats"
+FORMATS = ROOT / "formats"
 VECTORS = FORMATS / "vectors"
 SCHEMA = jsonschema.Draft202012Validator(
     json.loads((FORMATS / "irq-config.schema.json").read_text(encoding="utf-8"))
@@ -562,7 +563,7 @@ def assert_same_bits(found: NDArray[Any], expected: NDArray[Any]) -> None:
     assert np.array_equal(found.view(np.uint32), expected.view(np.uint32))
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     st.integers(0, 2**32 - 1),
     st.lists(st.integers(1, 5), max_size=2),
@@ -731,7 +732,7 @@ VALUES: st.SearchStrategy[Any] = st.sampled_from(
 KEYS = st.sampled_from([*config(), "columns", "overrides", "modules_to_not_convert", "meta", "x"])
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.dictionaries(KEYS, VALUES, max_size=3), st.dictionaries(KEYS, VALUES, max_size=3))
 def test_code_and_schema_agree(top: dict[str, Any], override: dict[str, Any]) -> None:
     accepted(changed({"overrides": {"a": override}} | top))

@@ -1,4 +1,4 @@
-"""Tiny random LLaMA models and their artifacts, written with safetensors alone."""
+"""Artifacts of tiny models, written with safetensors alone."""
 
 from __future__ import annotations
 
@@ -7,36 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from irq_convert.artifact.config import ModuleFormat, QuantizationConfig, module_name
 from irq_convert.core.quantize import quantize_tensor
 from irq_convert.core.spec import QuantSpec
+from tests.tiny import write_tensors
 
 NF4 = ModuleFormat("nf4", 64)
-
-
-def tiny_llama(tied: bool = False, seed: int = 0, bias: bool = False) -> LlamaForCausalLM:
-    """Two layers, grouped-query attention, widths 96 and 172 that no block size divides."""
-    config = LlamaConfig(
-        hidden_size=96,
-        intermediate_size=172,
-        num_hidden_layers=2,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        vocab_size=80,
-        max_position_embeddings=64,
-        tie_word_embeddings=tied,
-        attention_bias=bias,
-        dtype="float32",
-    )
-    torch.manual_seed(seed)
-    model = LlamaForCausalLM(config).eval()
-    for name, parameter in model.named_parameters():
-        if name.endswith(".bias"):
-            torch.nn.init.normal_(parameter)
-    return model
 
 
 def linear_names(model: torch.nn.Module) -> list[str]:
@@ -82,53 +60,14 @@ def write_artifact(
         "quantization_config": config.to_dict(),
     }
     (folder / "config.json").write_text(json.dumps(raw))
-    _write_shards(folder, tensors, shards)
+    write_tensors(folder, dict(sorted(tensors.items())), shards)  # several: parts lie apart
     return dense
-
-
-def _write_shards(folder: Path, tensors: dict[str, torch.Tensor], shards: int) -> None:
-    if shards == 1:
-        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-        return
-    names = sorted(tensors)
-    where = {}
-    for shard in range(shards):
-        file = f"model-{shard + 1:05}-of-{shards:05}.safetensors"
-        mine = {name: tensors[name] for name in names[shard::shards]}  # parts lie apart
-        save_file(mine, folder / file, {"format": "pt"})
-        where |= dict.fromkeys(mine, file)
-    index = {"metadata": {"total_size": 0}, "weight_map": where}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-
-
-def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor in the safetensors files of `folder`."""
-    found: dict[str, torch.Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        found |= load_file(file)
-    return found
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The `quantization_config` in `folder`."""
     raw: dict[str, Any] = json.loads((folder / "config.json").read_text())["quantization_config"]
     return raw
-
-
-def change_tensors(folder: Path, change: Any) -> None:
-    """Rewrite the only file of `folder` with `change` applied to its dict of tensors."""
-    file = folder / "model.safetensors"
-    tensors = load_file(file)
-    change(tensors)
-    save_file(tensors, file, {"format": "pt"})
-
-
-def change_config(folder: Path, change: Any) -> None:
-    """Rewrite config.json with `change` applied to its `quantization_config`."""
-    file = folder / "config.json"
-    raw = json.loads(file.read_text())
-    change(raw["quantization_config"])
-    file.write_text(json.dumps(raw))
 
 
 def dense_model(model: LlamaForCausalLM, dense: dict[str, torch.Tensor]) -> LlamaForCausalLM:

@@ -9,25 +9,19 @@ from pathlib import Path
 
 import pytest
 
-from .artifact import tiny_llama, write_artifact
+from tests.fresh import Forks
+from tests.tiny import tiny_model
 
-
-def python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+from .artifact import write_artifact
 
 
 def test_import_is_light() -> None:
-    done = python(
+    code = (
         "import sys, irq_convert\n"
         "heavy = {'torch', 'numpy', 'numba', 'transformers', 'safetensors', 'typer'}\n"
         "print(sorted(heavy & set(sys.modules)), irq_convert.__version__)"
     )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split(maxsplit=1)[0] == "[]"
 
@@ -46,6 +40,15 @@ def test_exports() -> None:
     assert hf.IrqQuantizer.__name__ == "IrqQuantizer"
 
 
+SLOW = pytest.mark.slow
+ORDERS = (
+    "import transformers.quantizers.auto, irq_convert",
+    "import transformers, irq_convert",
+    "import irq_convert, transformers.quantizers.auto",
+    "import irq_convert.hf.quantizer",
+    "from irq_convert.hf import IrqConfig",
+    "import irq_convert; irq_convert.load; import importlib; importlib.reload(irq_convert)",
+)
 LOAD = """
 import sys
 {imports}
@@ -55,31 +58,21 @@ print(type(model.model.layers[0].mlp.up_proj).__name__)
 """
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    "imports",
-    [
-        "import irq_convert",
-        "import transformers.quantizers.auto, irq_convert",
-        "import transformers, irq_convert",
-        "import irq_convert, transformers.quantizers.auto",
-        "import irq_convert.hf.quantizer",
-        "from irq_convert.hf import IrqConfig",
-        "import irq_convert; irq_convert.load; import importlib; importlib.reload(irq_convert)",
-    ],
+    "imports", ["import irq_convert", *(pytest.param(o, marks=SLOW) for o in ORDERS)]
 )
-def test_any_order_of_imports(tmp_path: Path, imports: str) -> None:
-    write_artifact(tmp_path, tiny_llama())
-    done = python(LOAD.format(imports=imports), str(tmp_path))
+def test_any_order_of_imports(python: Forks, tmp_path: Path, imports: str) -> None:
+    write_artifact(tmp_path, tiny_model())
+    done = python(LOAD.format(imports=imports), tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "IrqLinear"
     assert "cannot load irq artifacts" not in done.stderr
 
 
 @pytest.mark.slow
-def test_stock_transformers_fails_loudly(tmp_path: Path) -> None:
-    write_artifact(tmp_path, tiny_llama())
-    done = python(LOAD.format(imports=""), str(tmp_path))
+def test_stock_transformers_fails_loudly(python: Forks, tmp_path: Path) -> None:
+    write_artifact(tmp_path, tiny_model())
+    done = python(LOAD.format(imports=""), tmp_path)
     assert done.returncode != 0
     assert "Error" in done.stderr
     assert "IrqLinear" not in done.stdout
@@ -111,13 +104,13 @@ assert "AUTO_QUANTIZER_MAPPING" in inspect.getsource(auto)
 
 
 @pytest.mark.slow
-def test_finder() -> None:
+def test_finder(python: Forks) -> None:
     done = python(FINDER)
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow
-def test_a_failing_registration_does_not_reach_the_importer() -> None:
+def test_a_failing_registration_does_not_reach_the_importer(python: Forks) -> None:
     done = python(
         "import sys, types\n"
         "sys.modules['irq_convert.hf.quantizer'] = None\n"
@@ -133,7 +126,7 @@ def test_configuration_is_given_back_exactly(tmp_path: Path) -> None:
 
     from irq_convert.hf import IrqConfig
 
-    write_artifact(tmp_path, tiny_llama())
+    write_artifact(tmp_path, tiny_model())
     raw = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     config = IrqConfig.from_dict(raw)
     assert config.to_dict() == raw == dict(config) == copy.deepcopy(config).to_dict()

@@ -14,18 +14,10 @@ import irq_convert
 from irq_convert.artifact.config import ModuleFormat
 from irq_convert.errors import IrqError, UsageError
 from irq_convert.nn.linear import IrqLinear
+from tests.folders import change_config, change_tensors, read_tensors
+from tests.tiny import tiny_model
 
-from .artifact import (
-    NF4,
-    change_config,
-    change_tensors,
-    dense_model,
-    linear_names,
-    read_config,
-    read_tensors,
-    tiny_llama,
-    write_artifact,
-)
+from .artifact import NF4, dense_model, linear_names, read_config, write_artifact
 
 MIXED = {
     "model.layers.0.mlp.down_proj": ModuleFormat("nf2", 32),
@@ -47,7 +39,7 @@ def assert_exact(model: torch.nn.Module, dense: dict[str, torch.Tensor]) -> None
 def test_logits_are_those_of_the_decoded_weights(
     tmp_path: Path, tied: bool, device_map: Any
 ) -> None:
-    source = tiny_llama(tied)
+    source = tiny_model(tie_word_embeddings=tied)
     dense = write_artifact(tmp_path, source, overrides=MIXED, shards=3)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, device_map=device_map)
     assert_exact(model, dense)
@@ -62,7 +54,7 @@ def test_logits_are_those_of_the_decoded_weights(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, "auto", "bfloat16"])
 def test_dtypes_leave_the_packed_parts_alone(tmp_path: Path, dtype: Any) -> None:
-    source = tiny_llama(bias=True)
+    source = tiny_model(attention_bias=True)
     dense = write_artifact(tmp_path, source, dtype=torch.bfloat16)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
     wanted = torch.float16 if dtype is torch.float16 else torch.bfloat16
@@ -81,7 +73,7 @@ def test_dtypes_leave_the_packed_parts_alone(tmp_path: Path, dtype: Any) -> None
 @pytest.mark.parametrize("max_shard_size", ["5GB", "20KB"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_saving_gives_the_same_bytes(tmp_path: Path, tied: bool, max_shard_size: str) -> None:
-    write_artifact(tmp_path / "a", tiny_llama(tied), overrides=MIXED)
+    write_artifact(tmp_path / "a", tiny_model(tie_word_embeddings=tied), overrides=MIXED)
     model = irq_convert.load(tmp_path / "a")
     model.save_pretrained(tmp_path / "b", max_shard_size=max_shard_size)
     assert (len(list((tmp_path / "b").glob("*.safetensors"))) > 1) == (max_shard_size == "20KB")
@@ -96,7 +88,7 @@ def test_saving_gives_the_same_bytes(tmp_path: Path, tied: bool, max_shard_size:
 
 
 def test_disk_offload(tmp_path: Path) -> None:
-    source = tiny_llama()
+    source = tiny_model()
     dense = write_artifact(tmp_path / "a", source, overrides=MIXED)
     device_map = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu"}
     device_map |= {"lm_head": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
@@ -116,13 +108,13 @@ def test_disk_offload(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [None, torch.float32, "bfloat16"])
 def test_dequantize_gives_a_plain_model(tmp_path: Path, dtype: Any) -> None:
-    dense = write_artifact(tmp_path / "a", tiny_llama(bias=True), overrides=MIXED)
+    dense = write_artifact(tmp_path / "a", tiny_model(attention_bias=True), overrides=MIXED)
     model = irq_convert.load(tmp_path / "a")
     plain = model.dequantize(dtype=dtype)
     wanted = torch.bfloat16 if dtype == "bfloat16" else torch.float32
     assert not any(isinstance(module, IrqLinear) for module in plain.modules())
     state = plain.state_dict()
-    for name in linear_names(tiny_llama()):
+    for name in linear_names(tiny_model()):
         assert torch.equal(state[name], dense[name].to(wanted))
     assert {p.dtype for p in plain.parameters()} == {wanted}
     assert plain(IDS).logits.dtype == wanted
@@ -133,7 +125,7 @@ def test_dequantize_gives_a_plain_model(tmp_path: Path, dtype: Any) -> None:
 
 
 def test_base_model_alone_and_its_saved_configuration(tmp_path: Path) -> None:
-    dense = write_artifact(tmp_path / "a", tiny_llama(), overrides=MIXED)
+    dense = write_artifact(tmp_path / "a", tiny_model(), overrides=MIXED)
     base = AutoModel.from_pretrained(tmp_path / "a")
     assert type(base).__name__ == "LlamaModel"
     without = {name.removeprefix("model."): tensor for name, tensor in dense.items()}
@@ -147,14 +139,14 @@ def test_base_model_alone_and_its_saved_configuration(tmp_path: Path) -> None:
 
 
 def test_another_head_starts_fresh(tmp_path: Path) -> None:
-    dense = write_artifact(tmp_path, tiny_llama())
+    dense = write_artifact(tmp_path, tiny_model())
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=3)
     assert type(model.score) is torch.nn.Linear
     assert_exact(model, dense)
 
 
 def test_saving_a_partly_dense_model_says_so(tmp_path: Path) -> None:
-    dense = write_artifact(tmp_path / "a", tiny_llama(), overrides=MIXED)
+    dense = write_artifact(tmp_path / "a", tiny_model(), overrides=MIXED)
     model = irq_convert.load(tmp_path / "a")
     name = "model.layers.1.mlp.up_proj"
     layer = torch.nn.Linear(96, 172, bias=False)
@@ -170,7 +162,7 @@ def test_saving_a_partly_dense_model_says_so(tmp_path: Path) -> None:
 
 
 def test_training_an_input_embedding_through_packed_layers(tmp_path: Path) -> None:
-    source = tiny_llama()
+    source = tiny_model()
     dense = write_artifact(tmp_path, source)
     model = irq_convert.load(tmp_path).train()
     twin = dense_model(source, dense).train()
@@ -183,7 +175,7 @@ def test_training_an_input_embedding_through_packed_layers(tmp_path: Path) -> No
 
 
 def test_gradient_checkpointing_gives_the_same_gradients(tmp_path: Path) -> None:
-    write_artifact(tmp_path, tiny_llama())
+    write_artifact(tmp_path, tiny_model())
     grads = []
     for enabled in (False, True):
         model = irq_convert.load(tmp_path).train()
@@ -195,7 +187,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(tmp_path: Path) -> None
 
 
 def test_deepcopy(tmp_path: Path) -> None:
-    write_artifact(tmp_path, tiny_llama())
+    write_artifact(tmp_path, tiny_model())
     model = irq_convert.load(tmp_path)
     twin = copy.deepcopy(model)
     assert torch.equal(model(IDS).logits, twin(IDS).logits)
@@ -204,7 +196,7 @@ def test_deepcopy(tmp_path: Path) -> None:
 
 def test_float_statistics(tmp_path: Path) -> None:
     """Artifacts of other writers: statistics as they are, in either dtype."""
-    dense = write_artifact(tmp_path, tiny_llama())
+    dense = write_artifact(tmp_path, tiny_model())
     from irq_convert.core.scales import expand_statistic
 
     def widen(tensors: dict[str, torch.Tensor]) -> None:
@@ -220,7 +212,7 @@ def test_float_statistics(tmp_path: Path) -> None:
 
 
 def test_load_refuses_what_is_no_artifact(tmp_path: Path) -> None:
-    tiny_llama().save_pretrained(tmp_path / "dense")
+    tiny_model().save_pretrained(tmp_path / "dense")
     with pytest.raises(UsageError, match=r"not an irq artifact \(not quantized\)"):
         irq_convert.load(tmp_path / "dense")
     with pytest.raises(IrqError, match="cannot be read as a model") as caught:
@@ -229,14 +221,14 @@ def test_load_refuses_what_is_no_artifact(tmp_path: Path) -> None:
 
 
 def test_load_refuses_a_missing_dense_tensor(tmp_path: Path) -> None:
-    write_artifact(tmp_path, tiny_llama())
+    write_artifact(tmp_path, tiny_model())
     change_tensors(tmp_path, lambda tensors: tensors.pop("model.norm.weight"))
     with pytest.raises(IrqError, match=r"missing keys: model\.norm\.weight: the artifact"):
         irq_convert.load(tmp_path)
 
 
 def test_load_takes_the_options_of_from_pretrained(tmp_path: Path) -> None:
-    write_artifact(tmp_path, tiny_llama())
+    write_artifact(tmp_path, tiny_model())
     model, info = irq_convert.load(tmp_path, output_loading_info=True, attn_implementation="eager")
     assert not info["missing_keys"]
     assert model.config._attn_implementation == "eager"
@@ -245,8 +237,8 @@ def test_load_takes_the_options_of_from_pretrained(tmp_path: Path) -> None:
 def test_quantizing_while_loading_is_refused(tmp_path: Path) -> None:
     from irq_convert.hf import IrqConfig
 
-    tiny_llama().save_pretrained(tmp_path / "dense")
-    write_artifact(tmp_path / "irq", tiny_llama(), NF4)
+    tiny_model().save_pretrained(tmp_path / "dense")
+    write_artifact(tmp_path / "irq", tiny_model(), NF4)
     config = IrqConfig(**read_config(tmp_path / "irq"))
     with pytest.raises(UsageError, match="irq-convert quantize"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=config)

@@ -12,8 +12,10 @@ from transformers import AutoModelForCausalLM
 
 from irq_convert.artifact.config import ModuleFormat
 from irq_convert.errors import IrqError
+from tests.folders import change_config, change_tensors
+from tests.tiny import tiny_model
 
-from .artifact import change_config, change_tensors, tiny_llama, write_artifact
+from .artifact import write_artifact
 
 Q = "model.layers.0.self_attn.q_proj.weight"
 DOWN = "model.layers.1.mlp.down_proj.weight"
@@ -73,7 +75,7 @@ def refusal(folder: Path) -> str:
     ],
 )
 def test_damaged_files(tmp_path: Path, change: Change, parts: list[str]) -> None:
-    write_artifact(tmp_path, tiny_llama())
+    write_artifact(tmp_path, tiny_model())
     change_tensors(tmp_path, change)
     message = refusal(tmp_path)
     for part in parts:
@@ -100,7 +102,7 @@ def test_damaged_files(tmp_path: Path, change: Change, parts: list[str]) -> None
 def test_contradicting_configuration(
     tmp_path: Path, change: Callable[[dict[str, Any]], Any], parts: list[str]
 ) -> None:
-    write_artifact(tmp_path, tiny_llama())
+    write_artifact(tmp_path, tiny_model())
     change_config(tmp_path, change)
     message = refusal(tmp_path)
     for part in parts:
@@ -108,7 +110,7 @@ def test_contradicting_configuration(
 
 
 def test_superfluous_grid(tmp_path: Path) -> None:
-    write_artifact(tmp_path, tiny_llama())
+    write_artifact(tmp_path, tiny_model())
 
     def widen(tensors: dict[str, torch.Tensor]) -> None:
         for name in [n for n in tensors if n.endswith("_tau")]:
@@ -120,7 +122,7 @@ def test_superfluous_grid(tmp_path: Path) -> None:
 
 
 def test_truncated_file(tmp_path: Path) -> None:
-    write_artifact(tmp_path, tiny_llama())
+    write_artifact(tmp_path, tiny_model())
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-10])
     assert "truncated" in refusal(tmp_path)
@@ -131,7 +133,7 @@ def test_tensor_in_two_shards(tmp_path: Path) -> None:
 
     from safetensors.torch import load_file, save_file
 
-    write_artifact(tmp_path, tiny_llama(), shards=2)
+    write_artifact(tmp_path, tiny_model(), shards=2)
     first, second = sorted(tmp_path.glob("*.safetensors"))
     tensors = load_file(second)
     tensors["model.norm.weight"] = torch.ones(96)
@@ -145,20 +147,11 @@ def test_tensor_in_two_shards(tmp_path: Path) -> None:
 
 def test_columns_that_the_width_does_not_tell(tmp_path: Path) -> None:
     """A width of 4n + 1 at 2 bits or 4 bits, odd, needs `columns`; without it loading stops."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=67,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        vocab_size=40,
-    )
+    sizes = {"hidden_size": 32, "intermediate_size": 67, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2, "vocab_size": 40}
     name = "model.layers.0.mlp.down_proj"
-    torch.manual_seed(0)
     fmt = {name: ModuleFormat("nf4", 64, columns=67)}
-    dense = write_artifact(tmp_path, LlamaForCausalLM(config), overrides=fmt)
+    dense = write_artifact(tmp_path, tiny_model(**sizes), overrides=fmt)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     layer = model.get_submodule(name)
     assert torch.equal(layer.dequantize(), dense[f"{name}.weight"])

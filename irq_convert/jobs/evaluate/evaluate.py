@@ -6,7 +6,13 @@ from typing import Any
 import torch
 
 from irq_convert.errors import UsageError
-from irq_convert.hf.causal_lm import check_device, load_causal_lm, load_config, load_tokenizer
+from irq_convert.hf.causal_lm import (
+    check_device,
+    load_causal_lm,
+    load_config,
+    load_tokenizer,
+    require_causal_lm,
+)
 from irq_convert.jobs.common.options import chosen
 from irq_convert.jobs.common.text import cut_windows, encode_stream, read_text, split_text
 from irq_convert.jobs.evaluate.adapter import CheckedAdapter, check_adapter, put_on
@@ -47,7 +53,10 @@ def evaluate(
         adapter = check_adapter(adapter, model, any_base)
     kept = split_text(read_text(text), options.from_fraction)[1]
     sources = [model] if against is None else [model, against]
-    context = choose_context([load_config(source) for source in sources], options.context)
+    configs = [load_config(source) for source in sources]
+    for source, config in zip(sources, configs, strict=True):
+        require_causal_lm(source, config)
+    context = choose_context(configs, options.context)
     encoder = load_tokenizer(tokenizer or model)
     if against is not None and tokenizer is None:
         require_one_vocabulary(encoder, load_tokenizer(against))

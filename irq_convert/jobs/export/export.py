@@ -16,7 +16,7 @@ from irq_convert.artifact.results import (
     describe_base,
     folder_bytes,
 )
-from irq_convert.checkpoint.disk import output_folder, require_space
+from irq_convert.checkpoint.disk import output_folder, remove_leftovers, require_space
 from irq_convert.checkpoint.files import write_json_atomic
 from irq_convert.checkpoint.system import free_bytes
 from irq_convert.core.threads import torch_threads
@@ -51,6 +51,7 @@ def export(
     """
     begun = time.perf_counter()
     options, progress = chosen(ExportOptions, options, settings), progress or Progress()
+    remove_leftovers(Path(out))
     with torch_threads(options.threads):
         job = _prepare(Path(folder), Path(out), options, progress)
         require_space(job.out, job.plan.bytes_out + _NOTE_BYTES, "write the export")

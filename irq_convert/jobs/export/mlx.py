@@ -13,12 +13,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
 from irq_convert.artifact.config import module_name
 from irq_convert.artifact.contents import Artifact
+from irq_convert.artifact.head import stored_head
 from irq_convert.artifact.structure import StoredTensor
 from irq_convert.checkpoint.cast import narrow
 from irq_convert.checkpoint.float_dtypes import WORDS
@@ -28,6 +29,7 @@ from irq_convert.core.packing import unpack_codes
 from irq_convert.core.quantized import QuantizedTensor
 from irq_convert.core.scales import expand_statistic
 from irq_convert.errors import UsageError
+from irq_convert.jobs.export.biases import check_biases
 from irq_convert.jobs.export.folder import plan_export_folder, write_export_folder
 from irq_convert.jobs.export.mlx_config import MIXTURES, TRIED, mlx_config
 from irq_convert.jobs.export.options import ExportOptions
@@ -97,11 +99,12 @@ class MlxTarget(Target):
         for tensor in artifact.quantized:
             _check_codebook(tensor)
         _check_experts(artifact)
+        _check_names(artifact)
         folder = plan_export_folder(
             artifact,
             options,
             _encoder,
-            lambda config: mlx_config(config, _formats(artifact)),
+            lambda config: mlx_config(_with_head(config, artifact), _formats(artifact)),
             {"format": "mlx"},
         )
         return ExportPlan(
@@ -123,6 +126,31 @@ def _check_codebook(tensor: StoredTensor) -> None:
             f"{tensor.name}: has codebook {tensor.format.codebook}, whose levels are not uniform, "
             "and MLX holds uniform ones: export --to dense, or quantize with --codebook int"
         )
+
+
+def _check_names(artifact: Artifact) -> None:
+    """What is sure not to load: mlx-lm takes the names of language models, and all of them."""
+    config = artifact.checkpoint.config or {}
+    if config.get("model_type") not in TRIED:
+        return
+    names = [tensor.name for tensor in artifact.in_file_order()]
+    for name in names:
+        if not name.startswith(("model.", "lm_head.")):
+            raise UsageError(
+                f"{name}: mlx-lm knows {config['model_type']} tensors as model.* and lm_head.*, as "
+                "a causal language model has them, and loads no others: export --to dense"
+            )
+    if stored_head(artifact) is None and config.get("tie_word_embeddings") is False:
+        raise UsageError(
+            "lm_head.weight is missing, and config.json says tie_word_embeddings false: mlx-lm "
+            "needs it; get the whole model"
+        )
+    check_biases(config, names, "mlx-lm")
+
+
+def _with_head(config: dict[str, Any], artifact: Artifact) -> dict[str, Any]:
+    """`config` that says so where there is no head: classes of mlx-lm differ in their default."""
+    return config if stored_head(artifact) else {**config, "tie_word_embeddings": True}
 
 
 def _check_experts(artifact: Artifact) -> None:

@@ -23,12 +23,13 @@ class Split:
     """Examples with what was lost on the way.
 
     `truncated` were cut to the sequence length; `dropped` had nothing left to learn, as their
-    prompts alone fill it or their answers are empty.
+    prompts alone fill it or their answers are empty. `unused` are fields of rows that went nowhere.
     """
 
     examples: tuple[Example, ...]
     truncated: int
     dropped: int
+    unused: tuple[str, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -71,6 +72,12 @@ class Data:
     heldout: Split | None
     file: FileFacts
     eval_file: FileFacts | None
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """Fields of rows that went into no example, each once."""
+        held = () if self.heldout is None else self.heldout.unused
+        return tuple(sorted({*self.train.unused, *held}))
 
     def to_dict(self) -> dict[str, Any]:
         """Facts for the record of the run."""
@@ -145,8 +152,10 @@ def _split_rows(
 
 def _encode_rows(path: Path, rows: Sequence[DataRow], tokenizer: Any, length: int) -> Split:
     examples, truncated, dropped = [], 0, 0
+    unused: set[str] = set()
     for row in rows:
         parts = script(row, tokenizer)
+        unused |= parts.unused
         whole = encode_script(parts, tokenizer)
         example = Example(whole.ids[:length], whole.labels[:length])
         answered = any(piece.learned and piece.text.strip() for piece in parts.pieces)
@@ -160,7 +169,7 @@ def _encode_rows(path: Path, rows: Sequence[DataRow], tokenizer: Any, length: in
             f"{path}: nothing to learn in {len(rows)} rows: answers are empty, or prompts alone "
             f"fill --sequence-length {length}"
         )
-    return Split(tuple(examples), truncated, dropped)
+    return Split(tuple(examples), truncated, dropped, tuple(sorted(unused)))
 
 
 def _encode_text(path: Path, text: str, tokenizer: Any, length: int) -> Split:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from irq_convert.jobs.finetune.prompts import Script
+from irq_convert.jobs.finetune.script import Script
 
 IGNORED = -100
 """Label of a token that is not to be predicted: transformers' and torch's convention."""
@@ -79,10 +79,14 @@ class Collator:
         return {"input_ids": ids, "attention_mask": mask.to(torch.int64), "labels": labels}
 
 
-def padding_id(tokenizer: Any) -> int:
-    """Any id does, as padding is masked: the tokenizer's own, its end of text, or 0."""
+def padding_id(tokenizer: Any, vocabulary: int) -> int:
+    """Any id does, as padding is masked: the tokenizer's own, its end of text, or 0.
+
+    It has to be below `vocabulary`, the rows of the embedding: a padding token that was added to a
+    tokenizer often has none.
+    """
     for name in ("pad_token_id", "eos_token_id"):
         found = getattr(tokenizer, name, None)
-        if found is not None:
+        if found is not None and 0 <= found < vocabulary:
             return int(found)
     return 0

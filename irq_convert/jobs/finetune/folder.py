@@ -22,7 +22,7 @@ from typing import Any
 from irq_convert.artifact.adapter_config import CONFIG_FILE, NOTE_FILE, WEIGHTS_FILE
 from irq_convert.checkpoint.disk import check_output
 from irq_convert.checkpoint.files import fsync_folder, write_json_atomic
-from irq_convert.checkpoint.source import read_json_object
+from irq_convert.checkpoint.json_files import read_json_object
 from irq_convert.checkpoint.system import os_errors
 from irq_convert.errors import UsageError
 from irq_convert.jobs.common.resume import Resume

@@ -12,6 +12,7 @@ from torch import nn
 from irq_convert.adapters.kinds import adapter_config
 from irq_convert.artifact.adapter_kinds import AdapterKind
 from irq_convert.artifact.config import QuantizationConfig
+from irq_convert.artifact.head import HEADS
 from irq_convert.errors import IrqError, UsageError, one_line
 from irq_convert.hf.empty_model import NoModel, empty_causal_lm
 from irq_convert.hf.loading import load
@@ -65,6 +66,11 @@ def check_targets(targets: Iterable[str] | None, modules: Iterable[str]) -> None
     names = list(modules)
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in names):
+            if target.rpartition(".")[2] in HEADS:
+                raise UsageError(
+                    f"--target-modules {target}: the output head stays dense and is not adapted "
+                    "here: leave it out, or train it with a script of your own (docs/finetune.md)"
+                )
             last = sorted({name.rpartition(".")[2] for name in names if name} - set("0123456789"))
             some = [name for name in last if name.endswith(("proj", "fc1", "fc2", "dense"))]
             raise UsageError(

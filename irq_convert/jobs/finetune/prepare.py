@@ -8,7 +8,7 @@ from typing import Any
 
 from irq_convert.artifact.contents import Artifact, open_artifact
 from irq_convert.checkpoint.locate import locate
-from irq_convert.hf.causal_lm import load_config, load_tokenizer
+from irq_convert.hf.causal_lm import load_config, load_tokenizer, require_causal_lm
 from irq_convert.jobs.finetune.data import Data, load_data
 from irq_convert.jobs.finetune.model import check_targets, modules_on_meta
 from irq_convert.jobs.finetune.options import FinetuneOptions
@@ -52,6 +52,7 @@ def prepare(
     folder = locate(str(model)).folder
     artifact = open_artifact(folder)
     config = load_config(folder)
+    require_causal_lm(model, config)
     if options.target_modules is not None:
         check_targets(options.target_modules, modules_on_meta(config))
     text = config.get_text_config()
@@ -66,6 +67,9 @@ def prepare(
         holdout=holdout,
         vocabulary=getattr(text, "vocab_size", None),
     )
+    if found.unused:
+        names = ", ".join(map(repr, found.unused))
+        progress.note(f"{data}: nothing reads these fields of its rows: {names}")
     recipe = decide(
         options,
         base,

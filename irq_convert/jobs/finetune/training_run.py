@@ -63,6 +63,7 @@ class Run:
         writing = str(self.out.resolve() / ".training" / "writing")
         arguments = training_arguments(recipe, writing, measured=held is not None)
         model = self._model()
+        rows = model.get_input_embeddings().weight.shape[0]
         if folder is not None:
             size = 4 * count_trainable(model)
             require_space(folder.path, 8 * size, "keep the adapter and two states of training")
@@ -74,7 +75,7 @@ class Run:
                 recipe,
                 list(plan.data.train.examples),
                 None if held is None else list(held.examples),
-                Collator(padding_id(plan.tokenizer)),
+                Collator(padding_id(plan.tokenizer, rows)),
                 watch,
             )
             with _finite_or_explained(self.plan.model):

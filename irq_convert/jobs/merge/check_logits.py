@@ -23,6 +23,7 @@ from irq_convert.artifact.adapter_kinds import IEC_LORA
 from irq_convert.artifact.contents import Artifact
 from irq_convert.errors import IrqError, one_line
 from irq_convert.jobs.merge.check_layers import ROUNDING
+from irq_convert.jobs.merge.match import Match
 from irq_convert.jobs.merge.memory import available_memory, logits_memory
 from irq_convert.jobs.merge.options import Check, MergeOptions, MergeTo, TauDtype
 from irq_convert.jobs.merge.report import LogitsCheck
@@ -33,6 +34,9 @@ FLOOR = 1e-4
 """What float32 arithmetic alone may change logits by."""
 GROWTH = 8.0
 """Roundings of many layers add up at random: allowed is this times their root of the count."""
+
+
+_AS_NAMED = Match({}, {})
 
 
 class _Unfit(Exception):
@@ -50,6 +54,7 @@ def check_logits(
     rounded: Iterable[str],
     options: MergeOptions,
     progress: Progress,
+    match: Match = _AS_NAMED,
 ) -> LogitsCheck:
     """Compare the logits of `result` with those of `artifact` plus `adapter`.
 
@@ -62,8 +67,8 @@ def check_logits(
         _check_room(artifact, options)
         progress.stage("checking logits")
         with _quiet():
-            wanted, without = _wanted(artifact, adapter)
-            found = _found(artifact, adapter, result, options)
+            wanted, without = _wanted(artifact, adapter, match)
+            found = _found(artifact, adapter, result, options, match)
     except _Unfit as unfit:
         if options.check == Check.LOGITS:
             raise IrqError(f"--check logits: {unfit}; use --check layers") from None
@@ -111,20 +116,23 @@ def probe_ids(vocabulary: int) -> torch.Tensor:
     return torch.randint(0, vocabulary, (ROWS, TOKENS), generator=generator)
 
 
-def _wanted(artifact: Artifact, adapter: StoredAdapter) -> tuple[torch.Tensor, torch.Tensor]:
+def _wanted(
+    artifact: Artifact, adapter: StoredAdapter, match: Match
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits of base plus adapter, and of the base alone."""
-    with _loaded(lambda: _base_model(artifact.folder)) as base:
+    with _loaded(lambda: _base_model(artifact.folder, match.rows)) as base:
         without = _logits(base)
-        with _adapted(base, adapter.folder, adapter.config.peft_type == IEC_LORA) as model:
+        iec = adapter.config.peft_type == IEC_LORA
+        with _adapted(base, adapter.folder, iec, match.inside) as model:
             return _logits(model), without
 
 
 def _found(
-    artifact: Artifact, adapter: StoredAdapter, result: Path, options: MergeOptions
+    artifact: Artifact, adapter: StoredAdapter, result: Path, options: MergeOptions, match: Match
 ) -> torch.Tensor:
     """Logits of the result. Base plus adapter have run here, so that must, too."""
     try:
-        return _result(artifact, adapter, result, options)
+        return _result(artifact, adapter, result, options, match)
     except _NoMemory:
         raise
     except _Unfit as unfit:
@@ -132,7 +140,7 @@ def _found(
 
 
 def _result(
-    artifact: Artifact, adapter: StoredAdapter, result: Path, options: MergeOptions
+    artifact: Artifact, adapter: StoredAdapter, result: Path, options: MergeOptions, match: Match
 ) -> torch.Tensor:
     if options.to == MergeTo.IRQ:
         with _loaded(lambda: _base_model(result)) as model:
@@ -141,8 +149,8 @@ def _result(
         with _loaded(lambda: _dense_model(result)) as model:
             return _logits(model)
     with (
-        _loaded(lambda: _base_model(artifact.folder)) as base,
-        _adapted(base, result, iec=False) as model,
+        _loaded(lambda: _base_model(artifact.folder, match.rows)) as base,
+        _adapted(base, result, iec=False, inside=match.inside) as model,
     ):
         return _logits(model)
 
@@ -184,10 +192,14 @@ def _quiet() -> Iterator[None]:
             theirs.enable_progress_bar()
 
 
-def _base_model(folder: Path) -> Any:
+def _base_model(folder: Path, rows: int | None = None) -> Any:
     from irq_convert.hf.loading import load
 
-    return load(folder, dtype=torch.float32)
+    model = load(folder, dtype=torch.float32)
+    if rows is not None:
+        torch.manual_seed(0)  # new rows are random until the adapter brings its own
+        model.resize_token_embeddings(rows, mean_resizing=False)
+    return model
 
 
 def _dense_model(folder: Path) -> Any:
@@ -211,8 +223,10 @@ def _dense_model(folder: Path) -> Any:
 
 
 @contextmanager
-def _adapted(base: Any, folder: Path, iec: bool) -> Iterator[Any]:
-    """`base` with the adapter in `folder`, through PEFT."""
+def _adapted(base: Any, folder: Path, iec: bool, inside: str | None) -> Iterator[Any]:
+    """`base` with the adapter in `folder`, through PEFT, on its module `inside`."""
+    if inside is None:
+        raise _Unfit("the adapter's names are those of another version of the class")
     try:
         from peft import PeftModel
 
@@ -220,10 +234,11 @@ def _adapted(base: Any, folder: Path, iec: bool) -> Iterator[Any]:
             from irq_convert.adapters.register import register
 
             register()
-        model = PeftModel.from_pretrained(base, str(folder), local_files_only=True)
+        part = base.get_submodule(inside)
+        model = PeftModel.from_pretrained(part, str(folder), local_files_only=True)
     except Exception as error:  # peft may be missing, or refuse in any way
         raise _Unfit(f"PEFT does not load the adapter ({one_line(error)})") from error
-    yield model.eval()
+    yield base.eval() if inside else model.eval()
 
 
 def _logits(model: Any) -> torch.Tensor:

@@ -28,8 +28,8 @@ from irq_convert.artifact.adapter_kinds import LORA, AdapterKind
 from irq_convert.checkpoint.buffers import tensor_bytes, torch_dtype
 from irq_convert.checkpoint.files import copy_file_atomic, write_bytes_atomic, write_json_atomic
 from irq_convert.checkpoint.header import TensorInfo
+from irq_convert.checkpoint.json_files import read_json_object
 from irq_convert.checkpoint.reader import TileReader
-from irq_convert.checkpoint.source import read_json_object
 from irq_convert.checkpoint.system import os_errors
 from irq_convert.checkpoint.writer import ShardWriter, TensorSpec, build_header
 from irq_convert.core.elastic import repeat_blocks
@@ -56,7 +56,12 @@ def folded_specs(adapter: StoredAdapter, match: Match) -> list[TensorSpec]:
         a, b = found.layer.a, found.layer.b
         specs.append(TensorSpec(a.name, a.dtype, (a.shape[0], found.cols)))
         specs.append(TensorSpec(b.name, b.dtype, b.shape))
-    return specs + [TensorSpec(i.name, i.dtype, i.shape) for i in adapter.saved.values()]
+    return specs + [TensorSpec(i.name, i.dtype, i.shape) for i in _whole(adapter)]
+
+
+def _whole(adapter: StoredAdapter) -> list[TensorInfo]:
+    """Tensors that are copied as they are."""
+    return [*adapter.saved.values(), *adapter.bases.values()]
 
 
 def folded_bytes(adapter: StoredAdapter, match: Match) -> int:
@@ -91,7 +96,7 @@ def write_folded(
     """
     specs = folded_specs(adapter, match)
     total = sum(spec.nbytes for spec in specs)
-    progress.phase("folding", len(match.layers) + len(adapter.saved), total)
+    progress.phase("folding", len(match.layers) + len(_whole(adapter)), total)
     with ShardWriter(folder / WEIGHTS_FILE, specs) as writer, TileReader() as reader:
         for found in match.layers.values():
             for info, folded in zip(
@@ -100,7 +105,7 @@ def write_folded(
                 writer.write(info.name, tensor_bytes(_stored(folded, info)))
                 progress.advance(folded.numel() * torch_dtype(info.dtype).itemsize, False)
             progress.advance(0, finished=True)
-        for info in adapter.saved.values():
+        for info in _whole(adapter):
             _copy(reader, writer, info, progress)
     for name in carried_files(adapter):
         copy_file_atomic(adapter.folder / name, folder / name)

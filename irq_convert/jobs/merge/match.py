@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from irq_convert.artifact.adapter import (
-    StoredAdapter,
-    StoredLayer,
-    unused_targets,
-)
+from irq_convert.artifact.adapter import StoredAdapter, StoredLayer, read_layer
 from irq_convert.artifact.config import module_name
 from irq_convert.artifact.contents import Artifact, StoredTensor
 from irq_convert.checkpoint.float_dtypes import FLOATS
 from irq_convert.checkpoint.header import TensorInfo
+from irq_convert.checkpoint.reader import TileReader
 from irq_convert.errors import IrqError, UsageError
 from irq_convert.hf.model_names import ModelNames, model_names
+from irq_convert.jobs.merge.beside import Vocabulary, match_whole
 
+_BYPASSED = ("NonDynamicallyQuantizableLinear",)
+"""Layers of `nn.MultiheadAttention`, on which an adapter has no effect."""
 SHORT = 12
 """Letters of a hash that a message shows."""
 
@@ -38,10 +38,23 @@ class Adapted:
 
 @dataclass(frozen=True)
 class Match:
-    """By tensor of the artifact: layers that change it, and saved tensors that take its place."""
+    """By tensor of the artifact: layers that change it, and saved tensors that take its place.
+
+    `bases` are what layers are added to instead of the artifact's tensor, where `vocabulary` has
+    another size than the artifact's. `inside` is the module that the adapter's names begin in, ""
+    for the model itself; None where names are otherwise.
+    """
 
     layers: Mapping[str, Adapted]
     saved: Mapping[str, TensorInfo]
+    bases: Mapping[str, TensorInfo] = field(default_factory=dict)
+    vocabulary: Vocabulary | None = None
+    inside: str | None = ""
+
+    @property
+    def rows(self) -> int | None:
+        """Size of the vocabulary, where it is another than the artifact's."""
+        return None if self.vocabulary is None else self.vocabulary.new
 
 
 def check_base(
@@ -80,10 +93,13 @@ def match(artifact: Artifact, adapter: StoredAdapter) -> Match:
     of the wrong shape, two for one tensor, a tied tensor, a layer that is no linear one, and a
     linear layer that the adapter's settings target and its file leaves out.
     """
-    names = model_names(artifact)
+    keys = (f"{module}.weight" for module in adapter.layers)
+    names = model_names(artifact, (*keys, *adapter.saved, *adapter.bases))
     quantized = {tensor.name: tensor for tensor in artifact.quantized}
     copied = {info.name: info for info in artifact.copied}
     files: dict[str, Any] = {**quantized, **copied}
+    whole = match_whole(artifact, adapter, names, files)
+    files |= whole.bases
     layers: dict[str, Adapted] = {}
     for layer in adapter.layers.values():
         found = _adapted(adapter, layer, names, files)
@@ -92,28 +108,44 @@ def match(artifact: Artifact, adapter: StoredAdapter) -> Match:
                 f"{adapter.folder}: {layer.module} and {layers[found.tensor].layer.module} both "
                 f"stand for {found.tensor}: the adapter is damaged"
             )
+        if found.tensor in whole.saved:
+            raise IrqError(
+                f"{adapter.folder}: {found.tensor} is both adapted and saved whole: damaged"
+            )
         layers[found.tensor] = found
-    saved: dict[str, TensorInfo] = {}
-    for key, info in adapter.saved.items():
-        name = _find(adapter, key, names, files)
-        _check_saved(adapter, info, name, files[name])
-        if name in layers:
-            raise IrqError(f"{adapter.folder}: {name} is both adapted and saved whole: damaged")
-        saved[name] = info
-    missing = unused_targets(adapter, sorted(names.linears))
+    _check_complete(adapter, names)
+    return Match(layers, whole.saved, whole.bases, whole.vocabulary, names.inside)
+
+
+def _check_complete(adapter: StoredAdapter, names: ModelNames) -> None:
+    """Refuse an adapter whose settings name what the model has and the file has not."""
+    there = {names.module(module) for module in adapter.layers}
+    missing = [
+        asked
+        for module in sorted(names.linears - there)
+        if adapter.config.targets(asked := names.as_asked(module))
+    ]
+    what = "target_modules"
+    if not missing:
+        what = "modules_to_save"
+        missing = [
+            wanted
+            for wanted in adapter.config.modules_to_save
+            if any(f".{module}".endswith(f".{wanted}") for module in names.kinds)
+            and not any(adapter.config.is_saved(key, wanted) for key in adapter.saved)
+        ]
     if missing:
         more = f" and {len(missing) - 1} more" if missing[1:] else ""
         raise IrqError(
-            f"{adapter.folder}: target_modules names {missing[0]}{more}, but its file holds "
+            f"{adapter.folder}: {what} names {missing[0]}{more}, but its file holds "
             "nothing for it: the adapter is incomplete: save or download it again"
         )
-    return Match(layers, saved)
 
 
 def _find(adapter: StoredAdapter, key: str, names: ModelNames, files: Mapping[str, Any]) -> str:
     """The tensor of the artifact for state-dict key `key`, if it may be changed."""
     name = names.tensor(key, files)
-    if key in names.tied or name in names.tied:
+    if names.key(key) in names.tied or name in names.tied:
         raise IrqError(
             f"{adapter.folder}: changes {key}, which the model ties to another weight, so that a "
             "merge would change both: train without it"
@@ -131,8 +163,10 @@ def _adapted(
 ) -> Adapted:
     tensor = _find(adapter, f"{layer.module}.weight", names, files)
     found = files[tensor]
-    kind = names.kinds.get(layer.module, "Linear")
+    kind = names.kinds.get(names.module(layer.module), "Linear")
     turned = isinstance(found, StoredTensor) and found.format.transposed
+    if kind in _BYPASSED and _is_zero(adapter, layer):
+        kind = "Linear"  # its model reads the weight and not the layer: nothing was learned
     if kind != ("Conv1D" if turned else "Linear"):
         raise IrqError(
             f"{adapter.folder}: adapts {layer.module}, a {kind}: only linear layers are merged, "
@@ -159,6 +193,13 @@ def _adapted(
     return Adapted(layer, tensor, rows, cols, block_size)
 
 
+def _is_zero(adapter: StoredAdapter, layer: StoredLayer) -> bool:
+    """Whether `layer` changes nothing, as one that training never reached."""
+    with TileReader() as reader:
+        values = read_layer(reader, adapter.config, layer)
+    return not bool(values.b.any()) and values.beta[1] == 0
+
+
 def _block_size(
     adapter: StoredAdapter, tensor: str, found: StoredTensor | TensorInfo
 ) -> int | None:
@@ -178,27 +219,6 @@ def _block_size(
             f"{own}: it belongs to another artifact"
         )
     return own
-
-
-def _check_saved(
-    adapter: StoredAdapter, info: TensorInfo, name: str, found: StoredTensor | TensorInfo
-) -> None:
-    shape = found.source_shape if isinstance(found, StoredTensor) else found.shape
-    if isinstance(found, StoredTensor):
-        raise IrqError(
-            f"{adapter.folder}: saves {name} whole, which is quantized in the artifact: train it "
-            "with LoRA, or keep it dense when quantizing (--keep)"
-        )
-    if info.shape != shape:
-        raise IrqError(
-            f"{info.shard.name}: {info.name} is {list(info.shape)}, {name} of the artifact "
-            f"{list(shape)}: it belongs to another model"
-        )
-    if info.dtype != found.dtype and not {info.dtype, found.dtype} <= set(FLOATS):
-        raise IrqError(
-            f"{info.shard.name}: {info.name} is {info.dtype}, {name} of the artifact "
-            f"{found.dtype}: it belongs to another model"
-        )
 
 
 def check_folded_targets(artifact: Artifact, adapter: StoredAdapter, match: Match) -> None:

@@ -76,7 +76,9 @@ def _fold(inputs: Inputs, out: Path, options: MergeOptions, progress: Progress) 
             checks = check_folded(adapter, inputs.match, staging, progress)
         if options.check in (Check.AUTO, Check.LOGITS):
             rounded = {part.dtype for each in adapter.layers.values() for part in (each.a, each.b)}
-            logits = check_logits(artifact, adapter, staging, rounded, options, progress)
+            logits = check_logits(
+                artifact, adapter, staging, rounded, options, progress, inputs.match
+            )
         size = folder_bytes(staging)
     by_name = {check.tensor: check for check in checks or ()}
     return MergeReport(

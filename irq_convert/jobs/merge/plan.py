@@ -43,8 +43,8 @@ class MergedTensor:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """As the source has it."""
-        base = self.base
+        """As the source has it, or with the rows of a larger vocabulary."""
+        base = self.saved or self.base
         return base.source_shape if isinstance(base, StoredTensor) else base.shape
 
     @property
@@ -117,19 +117,22 @@ def plan_merge(artifact: Artifact, match: Match, options: MergeOptions) -> Merge
         tensors,
         options.max_shard_bytes,
         artifact.checkpoint,
-        _config_json(artifact, config, options),
+        _config_json(artifact, config, match, options),
         replaced=(MANIFEST_NAME, MERGE_NAME),
     )
     return MergePlan(artifact, folder, config, options)
 
 
 def _config_json(
-    artifact: Artifact, config: QuantizationConfig | None, options: MergeOptions
+    artifact: Artifact, config: QuantizationConfig | None, match: Match, options: MergeOptions
 ) -> dict[str, Any]:
     """config.json of the result."""
+    found = dict(artifact.checkpoint.config or {})
     if config is None:
-        return dense_config(artifact, options.dtype)
-    return {**(artifact.checkpoint.config or {}), "quantization_config": config.to_dict()}
+        found = dense_config(artifact, options.dtype)
+    if match.vocabulary is not None:
+        found = match.vocabulary.config(found)
+    return found if config is None else {**found, "quantization_config": config.to_dict()}
 
 
 def _tensor(
@@ -140,7 +143,8 @@ def _tensor(
     if options.to == MergeTo.IRQ:
         again = _again(base, adapted, requantize_settings(artifact, options))
     target = _target(artifact, base, adapted, again, options)
-    return MergedTensor(base.name, base, adapted, saved, target, again)
+    under = match.bases.get(base.name, base)
+    return MergedTensor(base.name, under, adapted, saved, target, again)
 
 
 def _target(

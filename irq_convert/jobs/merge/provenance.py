@@ -121,7 +121,7 @@ def _totals(
     energy = math.fsum(outcomes[name].energy for name in sizes)
     error = math.fsum(outcomes[n].energy * tensors[n]["relative_error"] for n in sizes)
     return {
-        "weights": plan.artifact.weights,
+        "weights": sum(math.prod(tensor.shape) for tensor in plan.tensors),
         "quantized_weights": sum(sizes.values()),
         "bytes": sum(int(entry["bytes"]) for entry in files.values()),
         "bits_per_weight": bits_per_weight(plan),

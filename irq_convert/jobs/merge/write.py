@@ -107,7 +107,15 @@ def _check(
     layers = check_layers(plan, inputs.adapter, folder, progress)
     if options.check == Check.LAYERS:
         return layers, LogitsCheck(reason="not asked for")
-    logits = check_logits(inputs.artifact, inputs.adapter, folder, plan.rounded, options, progress)
+    logits = check_logits(
+        inputs.artifact,
+        inputs.adapter,
+        folder,
+        plan.rounded,
+        options,
+        progress,
+        inputs.match,
+    )
     return layers, logits
 
 

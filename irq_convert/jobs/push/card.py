@@ -13,6 +13,7 @@ from irq_convert.jobs.push.card_metadata import (
     split_card,
     yaml_block,
 )
+from irq_convert.jobs.push.local_paths import clean_metadata, clean_text
 from irq_convert.jobs.push.pushed_folder import PushedFolder
 
 BEGIN = "<!-- irq-convert begins: each push writes this part anew -->"
@@ -48,7 +49,9 @@ def make_card(
         return yaml_block(merge_metadata({}, mine, source), "\n") + "\n" + part + "\n"
     newline = "\r\n" if "\r\n" in existing else "\n"
     block, old, text = split_card(existing, f"{repo_id}: README.md")
-    new = merge_metadata(old, mine, source)
+    kept, paths = clean_metadata(old)
+    text = clean_text(text, [*paths, *subject.paths])
+    new = merge_metadata(kept, mine, source)
     top = block if new == old else yaml_block(new, newline)
     return top + _renewed(text, part.replace("\n", newline), newline, repo_id)
 

@@ -20,6 +20,7 @@ def split_card(text: str, where: str) -> tuple[str, dict[str, Any], str]:
 
     Raises `IrqError` when the block is not YAML or no mapping of names; `where` names the card.
     """
+    text = text.removeprefix("\ufeff")  # some editors begin a file with it; YAML begins with ---
     match = REGEX_YAML_BLOCK.search(text)
     if match is None:
         return "", {}, text

@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from irq_convert.checkpoint.files import git_sha1, sha256_file
 from irq_convert.errors import IrqError, UsageError
 from irq_convert.jobs.common.options import chosen
 from irq_convert.jobs.push.card import is_ours, make_card
+from irq_convert.jobs.push.local_paths import last_part
 from irq_convert.jobs.push.pushed_folder import CARD, FolderKind, PushedFolder, open_pushed_folder
 from irq_convert.jobs.push.remote import (
     Remote,
@@ -144,12 +146,11 @@ def push(
 
 
 def _note_path(subject: PushedFolder, progress: Progress) -> None:
-    """PEFT writes down where the base was; a path says something about its owner's machine."""
-    base = subject.settings.get("base_model_name_or_path")
-    if subject.kind == FolderKind.ADAPTER and isinstance(base, str) and Path(base).is_absolute():
+    """Say which paths of this machine, written down by PEFT, do not go up as they are."""
+    for path in subject.paths:
         progress.note(
-            f"{CONFIG_FILE} names the base by a path of this machine, {base}, and is pushed as it "
-            "is; change base_model_name_or_path there if others shall not see it"
+            f"the adapter names its base by a path of this machine, {path}: it is pushed as "
+            f"{last_part(path)}, the folder stays as it is"
         )
 
 
@@ -157,7 +158,11 @@ def _checksums(subject: PushedFolder, verified: bool) -> dict[str, str]:
     """SHA-256 of every file; where the manifest was just verified, the ones that it lists."""
     listed = subject.note.get("files") if verified else None
     known = {n: e["sha256"] for n, e in listed.items()} if isinstance(listed, dict) else {}
-    return {n: known.get(n) or sha256_file(subject.folder / n) for n in subject.files}
+    return {n: known.get(n) or _sha256(subject.content(n)) for n in subject.files}
+
+
+def _sha256(content: Path | bytes) -> str:
+    return sha256(content).hexdigest() if isinstance(content, bytes) else sha256_file(content)
 
 
 def _check_private(remote: Remote, options: PushOptions) -> None:
@@ -180,7 +185,7 @@ def _plan(
     subject: PushedFolder, remote: Remote, sums: Mapping[str, str], options: PushOptions
 ) -> PushReport:
     """What has to change in the repository."""
-    changed = [n for n in sums if not remote.same(n, subject.folder / n, sums[n])]
+    changed = [n for n in sums if not remote.same(n, subject.content(n), sums[n])]
     ours = [name for name in remote.files if _WEIGHTS.fullmatch(name) or name in _RECORDS]
     stale = [name for name in ours if name not in subject.files]
     lost = [*stale, *(n for n in changed if n in remote.files and _WEIGHTS.fullmatch(n))]
@@ -243,7 +248,7 @@ def _source_card(subject: PushedFolder, base_model: str | None) -> str | None:
 def _commit(subject: PushedFolder, remote: Remote, push: PushReport, options: PushOptions) -> str:
     """Commit, and try again where that may help; an answer that got lost is found out about."""
     files: dict[str, Path | bytes] = {
-        name: push.card.encode() if name == CARD else subject.folder / name
+        name: push.card.encode() if name == CARD else subject.content(name)
         for name in push.uploaded
     }
     deleted = [name for name in push.deleted if name in remote.files]
@@ -269,7 +274,7 @@ def _check_arrived(
     subject: PushedFolder, remote: Remote, sums: Mapping[str, str], push: PushReport
 ) -> None:
     """Compare what the Hub lists with the folder. Raises `IrqError` naming what is missing."""
-    wrong = [n for n in sums if not remote.same(n, subject.folder / n, sums[n])]
+    wrong = [n for n in sums if not remote.same(n, subject.content(n), sums[n])]
     card = remote.files.get(CARD)
     if card is None or card.blob_id != git_sha1(push.card.encode()):
         wrong.append(CARD)

@@ -15,11 +15,12 @@ from irq_convert.artifact.adapter_kinds import AdapterKind, kind_of
 from irq_convert.artifact.checksums import list_files
 from irq_convert.artifact.manifest import MANIFEST_NAME, read_manifest
 from irq_convert.artifact.results import EXPORT_NAME, MERGE_NAME
+from irq_convert.checkpoint.json_files import read_json_object
 from irq_convert.checkpoint.layout import LOCK_NAME, PICKLE_SUFFIXES
-from irq_convert.checkpoint.source import read_json_object
 from irq_convert.checkpoint.system import os_errors
 from irq_convert.core.codebook import CODEBOOKS
 from irq_convert.errors import UsageError
+from irq_convert.jobs.push.local_paths import FILES, is_local, without_paths
 
 CARD = "README.md"
 _ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
@@ -89,6 +90,9 @@ class PushedFolder:
         """The Hub id of the base model; None where it is not known to be on the Hub."""
         if self.kind == FolderKind.ADAPTER and self.artifact_id is not None:
             return self.artifact_id
+        named = self.settings.get("base_model_name_or_path")
+        if self.kind == FolderKind.ADAPTER and not self.source and not is_local(named):
+            return named if isinstance(named, str) and _ID.fullmatch(named) else None
         model, revision = self.source.get("model"), self.source.get("revision")
         known = isinstance(revision, str) and _COMMIT.fullmatch(revision)
         return model if known and isinstance(model, str) else None
@@ -122,9 +126,32 @@ class PushedFolder:
         return found if isinstance(found, str) else None
 
     @cached_property
+    def paths(self) -> tuple[str, ...]:
+        """Paths of this machine that the files of an adapter name as their base, each once."""
+        found = [path for _, paths in self._without_paths.values() for path in paths]
+        return tuple(dict.fromkeys(found))
+
+    @cached_property
+    def _without_paths(self) -> Mapping[str, tuple[bytes, list[str]]]:
+        """Only adapters: everything else has a record that names files by their checksums."""
+        if self.kind != FolderKind.ADAPTER:
+            return {}
+        with os_errors("read it", self.folder):
+            cut = {
+                n: without_paths((self.folder / n).read_bytes()) for n in self.files if n in FILES
+            }
+        return {name: (content, paths) for name, (content, paths) in cut.items() if paths}
+
+    def content(self, name: str) -> Path | bytes:
+        """What is sent as the file `name`: that file, or its bytes without paths."""
+        cut = self._without_paths.get(name)
+        return self.folder / name if cut is None else cut[0]
+
+    @cached_property
     def sizes(self) -> Mapping[str, int]:
+        """Bytes that are sent of each file."""
         with os_errors("look at its files", self.folder):
-            return {name: (self.folder / name).stat().st_size for name in self.files}
+            return {name: content_bytes(self.content(name)) for name in self.files}
 
     @cached_property
     def local_card(self) -> str | None:
@@ -132,6 +159,11 @@ class PushedFolder:
         path = self.folder / CARD
         with os_errors("read it", path):
             return path.read_bytes().decode("utf-8", "replace") if path.is_file() else None
+
+
+def content_bytes(content: Path | bytes) -> int:
+    """Length of what is sent."""
+    return len(content) if isinstance(content, bytes) else content.stat().st_size
 
 
 def open_pushed_folder(folder: Path) -> PushedFolder:

@@ -31,7 +31,7 @@ from irq_convert.checkpoint.files import git_sha1
 from irq_convert.checkpoint.hub_errors import error_detail, retrying
 from irq_convert.checkpoint.system import explain_os_error
 from irq_convert.errors import IrqError, UsageError
-from irq_convert.jobs.push.pushed_folder import CARD
+from irq_convert.jobs.push.pushed_folder import CARD, content_bytes
 
 _TOKEN = "log in with `hf auth login` or set HF_TOKEN to a token that may write"
 
@@ -56,14 +56,14 @@ class Remote:
     def url(self) -> str:
         return f"{constants.ENDPOINT}/{self.repo_id}"
 
-    def same(self, name: str, path: Path, sha256: str) -> bool:
+    def same(self, name: str, content: Path | bytes, sha256: str) -> bool:
         """Whether the repository holds this very file."""
         there = self.files.get(name)
-        if there is None or there.size != path.stat().st_size:
+        if there is None or there.size != content_bytes(content):
             return False
         if there.lfs is not None:
             return there.lfs.sha256 == sha256
-        return there.blob_id == git_sha1(path)
+        return there.blob_id == git_sha1(content)
 
 
 def check_repo_id(repo_id: str) -> None:

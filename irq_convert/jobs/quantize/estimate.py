@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from irq_convert.checkpoint.locate import Fetch, open_source
 from irq_convert.checkpoint.planned_folder import PlannedShard
 from irq_convert.checkpoint.system import free_bytes
 from irq_convert.core.quantize import quantize_tensor
@@ -23,7 +22,12 @@ from irq_convert.jobs.common.shard_job import scan_finished
 from irq_convert.jobs.quantize.job import quantize_job
 from irq_convert.jobs.quantize.options import QuantizeOptions
 from irq_convert.jobs.quantize.plan import QuantizePlan, TensorPlan, plan_quantize
-from irq_convert.jobs.quantize.quantize import check_output_folder, default_output, for_process
+from irq_convert.jobs.quantize.quantize import (
+    check_output_folder,
+    default_output,
+    for_process,
+    open_quantize_source,
+)
 from irq_convert.progress import Progress
 
 _SAMPLE = (256, 4096)
@@ -87,15 +91,17 @@ def estimate_quantize(
     model, out = str(model), default_output(model, options) if out is None else Path(out)
     options = for_process(options, Ranks())
     check_output_folder(model, out, options)
-    checkpoint = open_source(model, revision, Fetch.STREAM if options.stream else Fetch.AS_READ)
+    checkpoint = open_quantize_source(model, revision, options)
     with ExitStack() as stack:
         stack.callback(checkpoint.fetcher.close, done=False)  # what a stopped run has left stays
         progress.stage("planning")
         plan = plan_quantize(checkpoint, options)
+        for note in plan.notes:
+            progress.note(note)
         sizes = plan.bytes_in, plan.folder.bytes_out, plan.bytes_needed
         found = scan_finished(quantize_job(plan, model, out, options))
         tensors = (tensor.info for shard in _missing(plan, found) for tensor in shard.tensors)
-        fetched_to, fetched = checkpoint.fetcher.room(checkpoint.read_order(tensors).names)
+        fetched_to, fetched = checkpoint.fetcher.room(checkpoint.read_order(tensors).groups)
     load_kernels(options.spec, progress, device=options.device, threads=options.threads)
     progress.stage("measuring")
     rate = measure_rate(options)

@@ -6,7 +6,14 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from irq_convert.core.codebook import CODEBOOKS, FAMILIES_IN_WORDS, WIDTHS, WIDTHS_IN_WORDS
+from irq_convert.checkpoint.meta_params import VERSIONS
+from irq_convert.core.codebook import (
+    CODEBOOKS,
+    FAMILIES_IN_WORDS,
+    WIDTHS,
+    WIDTHS_IN_WORDS,
+    in_words,
+)
 from irq_convert.core.spec import QuantSpec
 from irq_convert.errors import UsageError
 from irq_convert.jobs.common.options import MAX_SHARD_BYTES, check_sizes, fix_choices
@@ -40,8 +47,9 @@ class QuantizeOptions:
     number of bits, the last match winning; both are searched for in the tensor's name. `threads`
     is for the search, None for all cores. `tile_weights` bounds memory and never changes a byte,
     `stream` the room that a Hub model takes: its files are deleted when they were read.
-    `include_towers` quantizes the linear layers of vision and audio towers, too. `resume` says
-    whether shards that an earlier run has left are used.
+    `include_towers` quantizes the linear layers of vision and audio towers, too. `llama_version` is
+    asked for where Meta's own files do not tell it. `resume` says whether shards that an earlier
+    run has left are used.
     """
 
     spec: QuantSpec = field(default_factory=QuantSpec)
@@ -54,6 +62,7 @@ class QuantizeOptions:
     max_shard_bytes: int = MAX_SHARD_BYTES
     tile_weights: int = TILE_WEIGHTS
     stream: bool = False
+    llama_version: str | None = None
     resume: Resume = Resume.AUTO
 
     @classmethod
@@ -90,6 +99,8 @@ class QuantizeOptions:
             _check_expression("--bits-for", pattern)
             codebook_name(self.spec.book.kind, bits, f"--bits-for {pattern!r} =")
         check_sizes(self.threads, self.max_shard_bytes, self.tile_weights)
+        if self.llama_version not in (None, *VERSIONS):
+            raise UsageError(f"--llama-version {self.llama_version}: choose {in_words(VERSIONS)}")
 
     def to_dict(self) -> dict[str, object]:
         """What decides the bytes of the artifact, for the manifest."""

@@ -22,12 +22,13 @@ from irq_convert.core.blocks import BlockShape
 from irq_convert.core.spec import QuantSpec
 from irq_convert.errors import IrqError
 from irq_convert.hf.linears import Linears, find_linears
+from irq_convert.jobs.quantize.made_files import make_files
 from irq_convert.jobs.quantize.options import QuantizeOptions, codebook_name
 from irq_convert.jobs.quantize.refusals import (
     check_copied,
     check_expressions,
     check_names,
-    refuse_quantized,
+    refuse_unusable,
 )
 from irq_convert.version import PRODUCER
 
@@ -75,7 +76,7 @@ class QuantizePlan:
     """Everything that is known before any weight is read.
 
     `folder` holds all files but the manifest, whose text depends on the results. `kept`: how many
-    numbers are copied, by the reason in words.
+    numbers are copied, by the reason in words. `notes` are remarks that a person should see.
     """
 
     checkpoint: Checkpoint
@@ -83,6 +84,7 @@ class QuantizePlan:
     config: QuantizationConfig
     decided_by: str
     kept: Mapping[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def quantized(self) -> list[TensorPlan]:
@@ -118,11 +120,13 @@ class QuantizePlan:
 def plan_quantize(checkpoint: Checkpoint, options: QuantizeOptions) -> QuantizePlan:
     """Decide the fate of every tensor of `checkpoint`.
 
-    Raises `IrqError` for a source that is already quantized, a linear weight in a dtype that is
-    not a float of 16 bits or more, a name that an output would collide with, or a model without
-    linears; `UsageError` for an expression in `options` that matches nothing.
+    Raises `IrqError` for a source that is already quantized or no whole model of its class, a
+    linear weight in a dtype that is not a float of 16 bits or more, a name that an output would
+    collide with, or a model without linears; `UsageError` for an expression in `options` that
+    matches nothing.
     """
-    refuse_quantized(checkpoint.config, str(checkpoint.folder))
+    made = make_files(checkpoint)
+    refuse_unusable(checkpoint)
     linears = find_linears(checkpoint.config, checkpoint.tensors, options.include_towers)
     check_expressions(options, linears.tensors, checkpoint.tensors)
     tensors = [
@@ -148,10 +152,11 @@ def plan_quantize(checkpoint: Checkpoint, options: QuantizeOptions) -> QuantizeP
         options.max_shard_bytes,
         checkpoint,
         {**(checkpoint.config or {}), "quantization_config": config.to_dict()},
-        replaced=(MANIFEST_NAME,),
+        replaced=(MANIFEST_NAME, *made.replaced),
+        made=made.files,
     )
     kept_weights = _weights_kept(tensors, linears)
-    return QuantizePlan(checkpoint, folder, config, linears.decided_by, kept_weights)
+    return QuantizePlan(checkpoint, folder, config, linears.decided_by, kept_weights, made.notes)
 
 
 def _weights_kept(tensors: Sequence[TensorPlan], linears: Linears) -> dict[str, int]:

@@ -20,9 +20,11 @@ from irq_convert.artifact.manifest import (
     total_stats,
 )
 from irq_convert.artifact.results import check_result_folder
+from irq_convert.checkpoint.arranged import SourceHints
 from irq_convert.checkpoint.disk import remove_leftovers
 from irq_convert.checkpoint.files import require_readable, write_json_atomic
 from irq_convert.checkpoint.locate import Fetch, open_source
+from irq_convert.checkpoint.source import Checkpoint
 from irq_convert.checkpoint.system import os_errors
 from irq_convert.core.tensor_stats import TensorStats, decode_stats
 from irq_convert.errors import UsageError
@@ -108,12 +110,14 @@ def _quantize(
     progress: Progress,
 ) -> QuantizeReport:
     check_output_folder(model, out, options)
-    checkpoint = open_source(model, revision, Fetch.STREAM if options.stream else Fetch.AS_READ)
+    checkpoint = open_quantize_source(model, revision, options)
     checkpoint.fetcher.keep = options.resume != Resume.NEVER
     with checkpoint.fetcher:
         checkpoint.fetcher.tell = lambda text: progress.stage(text or "quantizing")
         progress.stage("planning")
         plan = plan_quantize(checkpoint, options)
+        for note in plan.notes:
+            progress.note(note)
         require_readable(checkpoint.folder, plan.folder.carried)
         load_kernels(options.spec, progress, device=options.device, threads=options.threads)
         job = quantize_job(plan, model, out, options)
@@ -129,6 +133,12 @@ def _quantize(
             return _report(plan, out, manifest, size)
 
         return run_shard_job(job, processes, QuantizeReport, finish, progress)
+
+
+def open_quantize_source(model: str, revision: str | None, options: QuantizeOptions) -> Checkpoint:
+    """The source, its files fetched as they are read; its fetcher has to be closed."""
+    fetch = Fetch.STREAM if options.stream else Fetch.AS_READ
+    return open_source(model, revision, fetch, SourceHints(llama_version=options.llama_version))
 
 
 def check_output_folder(model: str, out: Path, options: QuantizeOptions) -> None:

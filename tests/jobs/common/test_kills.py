@@ -5,17 +5,18 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "bench" / "kill_resume.py"
+from tests.paths import ROOT
+
+SCRIPT = ROOT / "tests" / "bench" / "kill_resume.py"
 
 
 @pytest.mark.slow
 def test_killed_and_continued() -> None:
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), "8", "--steps", "20"],
+        [sys.executable, str(SCRIPT), "3", "--steps", "20"],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -23,6 +24,6 @@ def test_killed_and_continued() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert "random moments: 8 kills" in done.stdout
+    assert "random moments: 3 kills" in done.stdout
     assert done.stdout.count("| after the last shard, before the rename |") == 3
     assert "every result byte-identical" in done.stdout

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import combinations_with_replacement
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from irq_convert.errors import UsageError
@@ -14,7 +14,6 @@ from irq_convert.jobs.common.ranks import Ranks, split
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(0, 50), max_size=8), st.integers(1, 4))
 def test_split_against_all_ways_to_cut(sizes: list[int], count: int) -> None:
     runs = split(sizes, count)

@@ -19,9 +19,10 @@ from irq_convert.jobs.merge.merge import merge
 from irq_convert.jobs.merge.options import Check, MergeOptions, MergeTo
 from irq_convert.jobs.quantize.options import QuantizeOptions
 from irq_convert.jobs.quantize.quantize import quantize
-from tests.cli.process import ENVIRONMENT, listing
+from tests.cli.process import ENVIRONMENT
 from tests.cli.sources import make_source
-from tests.jobs.merge.make import make_artifact, write_adapter
+from tests.folders import listing
+from tests.jobs.merge.make import write_adapter
 
 pytestmark = pytest.mark.slow
 OPTIONS = QuantizeOptions(QuantSpec("nf4", 16, "mse", refine=30), max_shard_bytes=50_000, threads=1)
@@ -131,9 +132,8 @@ def test_an_error_is_said_once_and_all_end(tmp_path: Path, source: Path) -> None
     assert not list(tmp_path.iterdir())
 
 
-def test_merge(tmp_path: Path) -> None:
-    base = make_artifact(tmp_path / "base")
-    adapter = write_adapter(tmp_path / "adapter", base)
+def test_merge(tiny_nf4: Path, tmp_path: Path) -> None:
+    base, adapter = tiny_nf4, write_adapter(tmp_path / "adapter", tiny_nf4)
     options = MergeOptions(
         to=MergeTo.IRQ, check=Check.LAYERS, min_survival=-9.0, threads=1, max_shard_bytes=20_000
     )

@@ -41,8 +41,9 @@ def test_adapters_win_back_what_two_bits_lost(
 ) -> None:
     monkeypatch.setattr(run, "BITS", (2,))
     monkeypatch.setattr(run, "VARIANTS", (("ICQ", "entropy", 0),))
-    monkeypatch.setattr(run, "WINDOWS", 8)
-    monkeypatch.setitem(journey.RECIPE, "steps", 12)
+    monkeypatch.setattr(run, "WINDOWS", 4)
+    monkeypatch.setitem(journey.RECIPE, "steps", 8)
+    monkeypatch.setattr(journey, "STORIES", 100)
     steps = {row.name: row for row in run.run_demo(tmp_path) if not _is_row(row)}
     base = steps.pop("2 bit, ICQ")
     assert all(step.perplexity < 0.95 * base.perplexity for step in steps.values())

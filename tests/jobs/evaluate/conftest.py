@@ -1,11 +1,14 @@
 """A tiny random causal LM and a small tokenizer, made here and saved as a Hugging Face folder."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from tests.tiny import tiny_model
 
 WORDS = "the cat sat on a mat and one day it saw some big red dogs who ran far into tall woods"
 POSITIONS = 32
@@ -39,33 +42,30 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
 
 
-def make_model(seed: int, noise: float = 0.0, vocabulary: int = 300) -> LlamaForCausalLM:
+def make_model(seed: int, noise: float = 0.0, vocabulary: int = 300) -> Any:
     """Two small Llama layers with weights large enough for predictions far from uniform.
 
     `noise` moves every weight a little: a neighbour of the same model, as quantizing gives.
     """
-    torch.manual_seed(seed)
-    config = LlamaConfig(
+    model = tiny_model(
+        seed=seed,
         vocab_size=vocabulary,
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=2,
         num_attention_heads=4,
-        num_key_value_heads=2,
         max_position_embeddings=POSITIONS,
         initializer_range=0.3,
         bos_token_id=0,
         eos_token_id=1,
         attention_dropout=0.5,
     )
-    model = LlamaForCausalLM(config).eval()
     with torch.no_grad():
         for weight in model.parameters():
             weight.add_(noise * torch.randn_like(weight))
     return model
 
 
-def save(folder: Path, model: LlamaForCausalLM, tokenizer: bool = True) -> Path:
+def save(folder: Path, model: PreTrainedModel, tokenizer: bool = True) -> Path:
     """Write a model folder, with the tokenizer or without."""
     model.save_pretrained(folder)
     if tokenizer:

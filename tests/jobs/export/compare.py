@@ -9,9 +9,7 @@ import numpy as np
 import torch
 
 from irq_convert.artifact.contents import open_artifact
-from tests.jobs.quantize.models import load_all, numpy_reader, snapshot
-
-__all__ = ["decoded", "load_all", "our_logits", "snapshot", "tokens"]
+from tests.formats import numpy_reader
 
 
 @functools.cache

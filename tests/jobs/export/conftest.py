@@ -7,29 +7,29 @@ from pathlib import Path
 
 import pytest
 
-from .make import put_on_grid, quantized, save_model
+from .make import put_on_grid, quantized
 
 
 @pytest.fixture(scope="session")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random LLaMA in bfloat16, widths 128 and 352."""
-    return save_model(tmp_path_factory.mktemp("llama") / "source")
+def llama(whole_blocks: Path) -> Path:
+    return whole_blocks
 
 
 @pytest.fixture(scope="session")
-def by_bits(llama: Path) -> dict[int, Path]:
+def by_bits(llama: Path, whole_int4: Path) -> dict[int, Path]:
     """int2, int3 and int4 in blocks of 32."""
-    return {bits: quantized(llama, llama.parent / f"int{bits}", f"int{bits}") for bits in (2, 3, 4)}
+    made = {bits: quantized(llama, llama.with_name(f"int{bits}"), f"int{bits}") for bits in (2, 3)}
+    return {**made, 4: whole_int4}
 
 
 @pytest.fixture(scope="session")
-def int4(by_bits: dict[int, Path]) -> Path:
-    return by_bits[4]
+def int4(whole_int4: Path) -> Path:
+    return whole_int4
 
 
 @pytest.fixture(scope="session")
-def nf4(llama: Path) -> Path:
-    return quantized(llama, llama.parent / "nf4", "nf4")
+def nf4(whole_nf4: Path) -> Path:
+    return whole_nf4
 
 
 @pytest.fixture(scope="session")

@@ -14,33 +14,22 @@ from irq_convert.core.scales import expand_statistic
 from irq_convert.core.spec import QuantSpec
 from irq_convert.jobs.quantize.options import QuantizeOptions
 from irq_convert.jobs.quantize.quantize import quantize
+from tests.tiny import tiny_model
 
-SIZES = {
+SIZES: dict[str, Any] = {
     "hidden_size": 128,
     "intermediate_size": 352,
-    "num_hidden_layers": 2,
     "num_attention_heads": 4,
-    "num_key_value_heads": 2,
     "vocab_size": 96,
-    "max_position_embeddings": 64,
     "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
 }
+SPREAD = {".bias": (1.0, 0.1), "norm": (1.0, 0.1), "": (0.0, 0.08)}
 
 
 def save_model(folder: Path, family: str = "llama", seed: int = 0, **more: Any) -> Path:
     """A random model as transformers saves it, in bfloat16 unless told otherwise."""
-    import transformers
-
     dtype = getattr(torch, more.pop("dtype", "bfloat16"))
-    config = transformers.AutoConfig.for_model(family, **{**SIZES, **more})
-    torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    for name, parameter in model.named_parameters():
-        if name.endswith(".bias") or "norm" in name:
-            torch.nn.init.normal_(parameter, 1.0, 0.1)
-        else:
-            torch.nn.init.normal_(parameter, 0.0, 0.08)
-    model.to(dtype).save_pretrained(folder)
+    tiny_model(family, seed, dtype, SPREAD, **{**SIZES, **more}).save_pretrained(folder)
     return folder
 
 

@@ -18,8 +18,9 @@ from irq_convert.jobs.export.options import ExportOptions
 from irq_convert.jobs.export.report import ExportReport
 from irq_convert.jobs.quantize.options import QuantizeOptions
 from irq_convert.jobs.quantize.quantize import quantize
+from tests.folders import read_tensors
 
-from .compare import decoded, load_all, our_logits, tokens
+from .compare import decoded, our_logits, tokens
 from .make import put_on_grid, quantized, save_model
 
 pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
@@ -43,7 +44,7 @@ def stored_weights(folder: Path, bits: int, group: int) -> dict[str, torch.Tenso
     """`(q - zp) * step` in the steps' dtype from the file, unpacked by compressed-tensors."""
     from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 
-    tensors = load_all(folder)
+    tensors = read_tensors(folder)
     found = {}
     for name in [name for name in tensors if name.endswith(".weight_packed")]:
         stem = name.removesuffix("_packed")
@@ -93,7 +94,7 @@ def test_logits_are_ours(on_grid: Path, tmp_path: Path) -> None:
 def test_rounded_scales_cost_what_is_reported(on_grid: Path, tmp_path: Path) -> None:
     report = export_packed(on_grid, tmp_path / "out", dtype="bfloat16")
     stored, ours = stored_weights(tmp_path / "out", 4, 32), decoded(on_grid)
-    tensors = load_all(tmp_path / "out")
+    tensors = read_tensors(tmp_path / "out")
     scales = [tensor for name, tensor in tensors.items() if name.endswith("_scale")]
     assert {tensor.dtype for tensor in scales} == {torch.bfloat16}
     largest = max(float((stored[n].float() - ours[n]).abs().max()) for n in ours)
@@ -104,7 +105,7 @@ def test_rounded_scales_cost_what_is_reported(on_grid: Path, tmp_path: Path) -> 
 def test_tiles_and_shards_change_no_byte(on_grid: Path, tmp_path: Path) -> None:
     export_packed(on_grid, tmp_path / "one")
     export_packed(on_grid, tmp_path / "many", max_shard_bytes=60_000, tile_weights=3000)
-    one, many = load_all(tmp_path / "one"), load_all(tmp_path / "many")
+    one, many = read_tensors(tmp_path / "one"), read_tensors(tmp_path / "many")
     assert set(one) == set(many)
     assert all(torch.equal(one[name], many[name]) for name in one)
     load_with_transformers(tmp_path / "many", torch.float32)
@@ -160,7 +161,7 @@ def test_two_widths_are_two_groups(llama: Path, tmp_path: Path) -> None:
     raw = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     raw.pop("dequantize")
     config = QuantizationConfig.model_validate(raw)
-    tensors, ours, seen = load_all(tmp_path / "out"), decoded(artifact), set()
+    tensors, ours, seen = read_tensors(tmp_path / "out"), decoded(artifact), set()
     for scheme in config.config_groups.values():
         for module in scheme.targets:
             parts = {
@@ -183,7 +184,7 @@ def test_float_zero_points_are_refused(int4: Path, tmp_path: Path) -> None:
 
 
 def test_one_block_off_the_grid_is_found(on_grid: Path, tmp_path: Path) -> None:
-    from tests.hf.artifact import change_tensors
+    from tests.folders import change_tensors
 
     artifact = tmp_path / "irq"
     shutil.copytree(on_grid, artifact)

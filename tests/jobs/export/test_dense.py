@@ -17,9 +17,10 @@ from irq_convert.jobs.export.options import ExportOptions
 from irq_convert.jobs.export.report import ExportReport
 from irq_convert.jobs.quantize.options import QuantizeOptions
 from irq_convert.jobs.quantize.quantize import quantize
+from tests.folders import read_tensors
 from tests.paths import DEMO
 
-from .compare import decoded, load_all
+from .compare import decoded
 
 
 def export_dense(artifact: Path, out: Path, dtype: str = "auto", **more: int) -> ExportReport:
@@ -30,7 +31,7 @@ def export_dense(artifact: Path, out: Path, dtype: str = "auto", **more: int) ->
 def test_every_weight_rounded_once(nf4: Path, tmp_path: Path, dtype: str) -> None:
     report = export_dense(nf4, tmp_path / "out", dtype, tile_weights=5000, max_shard_bytes=200_000)
     wanted = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
-    ours, found = decoded(nf4), load_all(tmp_path / "out")
+    ours, found = decoded(nf4), read_tensors(tmp_path / "out")
     assert {tensor.dtype for tensor in found.values()} == {wanted}
     for name, weight in ours.items():
         assert torch.equal(found[name], weight.to(wanted)), name

@@ -18,9 +18,10 @@ from irq_convert.jobs.export.options import ExportOptions
 from irq_convert.jobs.export.report import ExportReport
 from irq_convert.jobs.quantize.options import QuantizeOptions
 from irq_convert.jobs.quantize.quantize import quantize
+from tests.folders import read_tensors
 from tests.paths import DEMO
 
-from .compare import decoded, load_all, our_logits, tokens
+from .compare import decoded, our_logits, tokens
 from .make import quantized, save_model
 
 mx = pytest.importorskip("mlx.core", reason="mlx is not installed")
@@ -138,7 +139,7 @@ def test_shards_and_metadata(int4: Path, tmp_path: Path) -> None:
     for path in paths:
         with safe_open(path, "pt") as file:
             assert file.metadata() == {"format": "mlx"}
-    one, many = load_all(tmp_path / "one"), load_all(tmp_path / "many")
+    one, many = read_tensors(tmp_path / "one"), read_tensors(tmp_path / "many")
     assert set(one) == set(many)
     assert all(torch.equal(one[name], many[name]) for name in one)
     assert torch.equal(mlx_logits(tmp_path / "one"), mlx_logits(tmp_path / "many"))

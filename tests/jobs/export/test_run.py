@@ -27,8 +27,9 @@ from irq_convert.jobs.export.target import (
     TargetResult,
 )
 from irq_convert.progress import Progress
+from tests.folders import listing, read_tensors
 
-from .compare import decoded, load_all, snapshot
+from .compare import decoded
 
 MINE = ("dense", "mlx", "compressed-tensors")
 
@@ -54,9 +55,9 @@ class Watching(Progress):
 @pytest.mark.parametrize("to", MINE)
 def test_the_estimate_is_exact(on_grid: Path, tmp_path: Path, to: str) -> None:
     options = ExportOptions(to, max_shard_bytes=150_000)
-    before = snapshot(tmp_path)
+    before = listing(tmp_path)
     found = estimate_export(on_grid, tmp_path / "out", options)
-    assert snapshot(tmp_path) == before
+    assert listing(tmp_path) == before
     watching = Watching()
     report = export(on_grid, tmp_path / "out", options, progress=watching)
     files = {
@@ -76,13 +77,13 @@ def test_threads_and_tiles_change_no_byte(on_grid: Path, tmp_path: Path, to: str
     for name, threads, tile in (("one", 1, 1 << 20), ("two", 2, 3000)):
         options = ExportOptions(to, threads=threads, tile_weights=tile)
         export(on_grid, tmp_path / name, options)
-    assert snapshot(tmp_path / "one") == snapshot(tmp_path / "two")
+    assert listing(tmp_path / "one") == listing(tmp_path / "two")
 
 
 def test_the_note_says_where_it_comes_from(int4: Path, tmp_path: Path) -> None:
-    before = snapshot(int4)
+    before = listing(int4)
     export(int4, tmp_path / "out", ExportOptions("mlx", dtype="float16"))
-    assert snapshot(int4) == before
+    assert listing(int4) == before
     note = json.loads((tmp_path / "out" / "irq_export.json").read_text())
     assert note["format"] == "irq-export"
     assert note["artifact"]["sha256"] == artifact_identity(int4)
@@ -126,7 +127,7 @@ def test_options_that_make_no_sense(
 
 
 def test_too_large_for_float16(int4: Path, tmp_path: Path) -> None:
-    from tests.hf.artifact import change_tensors
+    from tests.folders import change_tensors
 
     artifact = tmp_path / "irq"
     shutil.copytree(int4, artifact)
@@ -136,11 +137,11 @@ def test_too_large_for_float16(int4: Path, tmp_path: Path) -> None:
         tensors["model.layers.0.mlp.up_proj.weight_scale_grid"] *= 1e8
 
     change_tensors(artifact, enlarge)
-    before = snapshot(tmp_path)
+    before = listing(tmp_path)
     for to in ("dense", "mlx"):
         with pytest.raises(IrqError, match=r"up_proj.*too large for \w+16: choose --dtype bf"):
             export(artifact, tmp_path / "out", ExportOptions(to, dtype="float16"))
-    assert snapshot(tmp_path) == before
+    assert listing(tmp_path) == before
 
 
 def test_a_damaged_file_leaves_nothing(int4: Path, tmp_path: Path) -> None:
@@ -148,11 +149,11 @@ def test_a_damaged_file_leaves_nothing(int4: Path, tmp_path: Path) -> None:
     shutil.copytree(int4, artifact)
     path = artifact / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1000])
-    before = snapshot(tmp_path)
+    before = listing(tmp_path)
     for to in MINE:
         with pytest.raises(IrqError):
             export(artifact, tmp_path / "out", ExportOptions(to))
-    assert snapshot(tmp_path) == before
+    assert listing(tmp_path) == before
 
 
 @pytest.fixture(scope="module")
@@ -175,13 +176,13 @@ def test_a_merged_artifact_goes_to_dense_and_mlx(
     ours = decoded(merged)
     assert not all(torch.equal(weight, decoded(on_grid)[name]) for name, weight in ours.items())
     export(merged, tmp_path / "dense", ExportOptions("dense", dtype="float32"))
-    found = load_all(tmp_path / "dense")
+    found = read_tensors(tmp_path / "dense")
     assert all(torch.equal(found[name], weight) for name, weight in ours.items())
     report = export(merged, tmp_path / "mlx", ExportOptions("mlx", dtype="float32"))
     assert report.largest_relative < 2.0**-21
     assert report.changed_codes == 0
-    words = load_all(tmp_path / "mlx")["model.layers.1.mlp.down_proj.weight"]
-    stored = load_all(merged)["model.layers.1.mlp.down_proj.weight"]
+    words = read_tensors(tmp_path / "mlx")["model.layers.1.mlp.down_proj.weight"]
+    stored = read_tensors(merged)["model.layers.1.mlp.down_proj.weight"]
     assert torch.equal(words.view(torch.uint8), stored)
 
 

@@ -1,4 +1,4 @@
-"""The demo model quantized, once, and stories to train on."""
+"""Stories to train on, and a short training."""
 
 from __future__ import annotations
 
@@ -6,18 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from irq_convert.artifact.adapter_kinds import AdapterKind
-from irq_convert.core.spec import QuantSpec
 from irq_convert.jobs.demo.corpus import corpus
 from irq_convert.jobs.finetune.options import FinetuneOptions
-from irq_convert.jobs.quantize.options import QuantizeOptions
-from irq_convert.jobs.quantize.quantize import quantize
-from tests.paths import DEMO
-
-
-def make_artifact(folder: Path) -> Path:
-    """The demo model, tokenizer and all, at 3 bits."""
-    quantize(str(DEMO), folder, QuantizeOptions(QuantSpec("nf3", 64)))
-    return folder
 
 
 def write_tales(path: Path, stories: int = 10) -> Path:

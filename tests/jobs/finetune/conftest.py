@@ -12,12 +12,12 @@ from transformers import AutoTokenizer
 
 from tests.paths import DEMO
 
-from .base import make_artifact, write_tales
+from .base import write_tales
 
 
 @pytest.fixture(scope="session")
-def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_artifact(tmp_path_factory.mktemp("base") / "demo-nf3")
+def artifact(demo_nf3: Path) -> Path:
+    return demo_nf3
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from irq_convert.errors import UsageError
 from irq_convert.jobs.finetune.finetune import finetune
 
 from .base import quick
@@ -75,12 +76,12 @@ def test_an_interrupted_pair_saves(artifact: Path, tales: Path, tmp_path: Path) 
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=240)
     assert process.returncode != 0
-    assert err.count("holds the adapter so far, continue with --resume") == 1
+    assert err.count("holds the adapter so far: the same command continues there") == 1
     assert (out / "adapter_config.json").exists()
     assert len(list(out.glob(".training/checkpoint-*"))) == 1
-    code, _, err = run(1, *args, steps=None)
-    assert code == 2
-    assert "the number of processes was 2 and is 1 now" in err
+    settings = {"batch_size": 8, "dropout": 0.0, "learning_rate": None, "rank": 4}
+    with pytest.raises(UsageError, match="the number of processes was 2 and is 1 now"):
+        finetune(artifact, tales, out, quick(**settings, steps=None, epochs=1000))
 
 
 def test_an_error_is_said_once(artifact: Path, tmp_path: Path) -> None:

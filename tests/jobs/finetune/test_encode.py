@@ -10,9 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from irq_convert.errors import IrqError
-from irq_convert.jobs.finetune.encode import IGNORED, Collator, Example, encode, padding_id
+from irq_convert.jobs.finetune.encode import IGNORED, Collator, Example, encode_script, padding_id
 from irq_convert.jobs.finetune.prompts import script
-from irq_convert.jobs.finetune.rows import Row
+from irq_convert.jobs.finetune.rows import DataRow
 
 TEMPLATE = (
     "<s>{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}"
@@ -21,8 +21,8 @@ TEMPLATE = (
 )
 
 
-def row(**fields: Any) -> Row:
-    return Row("data.json: row 7", fields)
+def row(**fields: Any) -> DataRow:
+    return DataRow("data.json: row 7", fields)
 
 
 def learned(example: Example, tokenizer: Any) -> str:
@@ -38,7 +38,7 @@ def messages(*pairs: tuple[str, str]) -> list[dict[str, str]]:
 
 
 def test_an_instruction_row(tokenizer: Any) -> None:
-    example = encode(
+    example = encode_script(
         script(row(instruction="Count.", input="a cat", output="One cat."), tokenizer), tokenizer
     )
     assert read(example, tokenizer) == (
@@ -50,20 +50,22 @@ def test_an_instruction_row(tokenizer: Any) -> None:
 
 @pytest.mark.parametrize("empty", [{}, {"input": ""}, {"input": None}])
 def test_an_instruction_without_input(tokenizer: Any, empty: dict[str, Any]) -> None:
-    example = encode(
+    example = encode_script(
         script(row(instruction="Count.", output="One.", **empty), tokenizer), tokenizer
     )
     assert read(example, tokenizer) == "<s>### Instruction:\nCount.\n\n### Response:\n"
 
 
 def test_prompt_and_completion_are_taken_as_they_are(tokenizer: Any) -> None:
-    example = encode(script(row(prompt="Once upon", completion=" a time"), tokenizer), tokenizer)
+    example = encode_script(
+        script(row(prompt="Once upon", completion=" a time"), tokenizer), tokenizer
+    )
     assert read(example, tokenizer) == "<s>Once upon"
     assert learned(example, tokenizer) == " a time</s>"
 
 
 def test_text_is_learned_whole(tokenizer: Any) -> None:
-    example = encode(script(row(text="Once upon a time"), tokenizer), tokenizer)
+    example = encode_script(script(row(text="Once upon a time"), tokenizer), tokenizer)
     assert torch.equal(example.ids, example.labels)
     assert tokenizer.decode(example.ids) == "<s>Once upon a time</s>"
 
@@ -74,7 +76,7 @@ def test_the_prompts_tokens_are_those_of_the_prompt_alone(tokenizer: Any) -> Non
     prompt, answer = "the ca", "t sat"
     alone = tokenizer(prompt)["input_ids"]
     assert whole[: len(alone)] != alone  # the tokenizer does join them
-    example = encode(script(row(prompt=prompt, completion=answer), tokenizer), tokenizer)
+    example = encode_script(script(row(prompt=prompt, completion=answer), tokenizer), tokenizer)
     assert example.ids[: len(alone)].tolist() == alone
     assert learned(example, tokenizer) == f"{answer}</s>"
 
@@ -82,7 +84,7 @@ def test_the_prompts_tokens_are_those_of_the_prompt_alone(tokenizer: Any) -> Non
 def test_a_conversation_without_a_template(tokenizer: Any) -> None:
     chat = messages(("system", "Be kind."), ("user", "Hi"), ("assistant", "Hello"),
                     ("user", "Bye"), ("assistant", "Good bye"))  # fmt: skip
-    example = encode(script(row(messages=chat), tokenizer), tokenizer)
+    example = encode_script(script(row(messages=chat), tokenizer), tokenizer)
     assert tokenizer.decode(example.ids) == (
         "<s>### System:\nBe kind.\n\n### User:\nHi\n\n### Assistant:\nHello</s>"
         "### User:\nBye\n\n### Assistant:\nGood bye</s>"
@@ -93,7 +95,7 @@ def test_a_conversation_without_a_template(tokenizer: Any) -> None:
 def test_a_conversation_with_the_tokenizers_template(tokenizer: Any) -> None:
     tokenizer.chat_template = TEMPLATE
     chat = messages(("user", "Hi"), ("assistant", "Hello"), ("user", "Bye"), ("assistant", "Bye."))
-    example = encode(script(row(messages=chat), tokenizer), tokenizer)
+    example = encode_script(script(row(messages=chat), tokenizer), tokenizer)
     text = "<s>[user]Hi|[assistant]Hello</s>[user]Bye|[assistant]Bye.</s>"
     assert tokenizer.decode(example.ids) == text
     assert learned(example, tokenizer) == "Hello</s>Bye.</s>"
@@ -104,7 +106,7 @@ def test_a_conversation_with_the_tokenizers_template(tokenizer: Any) -> None:
 def test_what_follows_the_last_answer_is_left_out(tokenizer: Any) -> None:
     tokenizer.chat_template = TEMPLATE
     chat = messages(("user", "Hi"), ("assistant", "Hello"), ("user", "And?"))
-    example = encode(script(row(messages=chat), tokenizer), tokenizer)
+    example = encode_script(script(row(messages=chat), tokenizer), tokenizer)
     assert tokenizer.decode(example.ids) == "<s>[user]Hi|[assistant]Hello</s>"
 
 
@@ -116,7 +118,7 @@ def test_a_template_that_changes_earlier_turns_is_learned_at_its_last_answer(
         "'user' else '...' }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
     )
     chat = messages(("user", "Hi"), ("assistant", "Hello"), ("user", "Bye"), ("assistant", "Bye."))
-    example = encode(script(row(messages=chat), tokenizer), tokenizer)
+    example = encode_script(script(row(messages=chat), tokenizer), tokenizer)
     assert tokenizer.decode(example.ids) == "[user]Hi[assistant]...[user]Bye[assistant]Bye."
     assert learned(example, tokenizer) == "Bye."
 
@@ -170,7 +172,7 @@ words = st.text(st.sampled_from("abc \n#é本"), max_size=30)
 def test_nothing_is_lost_and_the_border_is_where_it_was(
     tokenizer: Any, prompt: str, answer: str
 ) -> None:
-    example = encode(script(row(prompt=prompt, completion=answer), tokenizer), tokenizer)
+    example = encode_script(script(row(prompt=prompt, completion=answer), tokenizer), tokenizer)
     assert read(example, tokenizer) == f"<s>{prompt}"
     assert learned(example, tokenizer) == f"{answer}</s>"
 
@@ -187,5 +189,14 @@ def test_batches_are_padded_on_the_right() -> None:
 
 def test_padding_needs_no_padding_token(tokenizer: Any) -> None:
     tokenizer.pad_token = None
-    assert padding_id(tokenizer) == tokenizer.eos_token_id
-    assert padding_id(object()) == 0
+    assert padding_id(tokenizer, 1024) == tokenizer.eos_token_id
+    assert padding_id(object(), 1024) == 0
+
+
+def test_a_padding_token_that_was_added_to_the_tokenizer_alone(tokenizer: Any) -> None:
+    """The embedding has no row for it."""
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    rows = tokenizer.pad_token_id
+    assert padding_id(tokenizer, rows + 1) == rows
+    assert padding_id(tokenizer, rows) == tokenizer.eos_token_id
+    assert padding_id(tokenizer, 1) == 0

@@ -24,6 +24,7 @@ from irq_convert.jobs.finetune.finetune import finetune
 from irq_convert.jobs.finetune.folder import STATE
 from irq_convert.jobs.finetune.options import Connection
 from irq_convert.jobs.finetune.progress import TrainingProgress
+from irq_convert.jobs.finetune.report import FinetuneReport
 
 from .base import quick, write_tales
 
@@ -131,13 +132,22 @@ def test_the_dry_run_counts_what_is_trained(
     assert found.memory.total > 0
 
 
+@pytest.fixture(scope="module")
+def undisturbed(
+    artifact: Path, tales: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, FinetuneReport]:
+    """Seven steps without an interruption."""
+    whole = tmp_path_factory.mktemp("undisturbed") / "whole"
+    return whole, finetune(artifact, tales, whole, quick(steps=7))
+
+
 @pytest.mark.parametrize(("at", "number"), [(1, signal.SIGINT), (4, signal.SIGTERM)])
 def test_an_interrupted_run_ends_like_one_that_was_not(
-    artifact: Path, tales: Path, tmp_path: Path, at: int, number: int
-) -> None:
+    artifact: Path, tales: Path, undisturbed: tuple[Path, FinetuneReport], tmp_path: Path,
+    at: int, number: int,
+) -> None:  # fmt: skip
     options = quick(steps=7)
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    report = finetune(artifact, tales, whole, options)
+    (whole, report), parts = undisturbed, tmp_path / "parts"
     steps = report.recipe.steps
     stopped = finetune(artifact, tales, parts, options, progress=stop_at(at, number))
     assert (stopped.end, stopped.signal, stopped.step) == ("interrupted", number, at + 1)
@@ -157,6 +167,7 @@ def test_an_interrupted_run_ends_like_one_that_was_not(
     assert [(p.step, p.loss) for p in resumed.curve] == [(p.step, p.loss) for p in report.curve]
 
 
+@pytest.mark.slow
 def test_a_second_epoch_is_resumed_where_it_stood(artifact: Path, tmp_path: Path) -> None:
     few = write_tales(tmp_path / "few.txt", 1)
     options = quick(epochs=2.0, steps=None, holdout=0.0)

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from irq_convert.jobs.finetune.encode import IGNORED, Collator, Example
-from irq_convert.jobs.finetune.loss import Loss, measure
-from tests.hf.artifact import tiny_llama
+from irq_convert.jobs.finetune.loss import Loss, measure_loss
+from tests.tiny import tiny_model
 
 
 def examples(lengths: list[int]) -> list[Example]:
@@ -25,8 +25,8 @@ def examples(lengths: list[int]) -> list[Example]:
 
 @pytest.mark.parametrize("batch", [1, 3, 8])
 def test_the_mean_is_over_tokens_not_over_batches(batch: int) -> None:
-    model, some = tiny_llama().train(), examples([5, 40, 7, 12, 33, 2, 9])
-    loss = measure(model, some, Collator(0), batch, compute=nullcontext)
+    model, some = tiny_model().train(), examples([5, 40, 7, 12, 33, 2, 9])
+    loss = measure_loss(model, some, Collator(0), batch, compute=nullcontext)
     assert model.training
     total = tokens = 0.0
     model.eval()
@@ -57,12 +57,12 @@ def test_what_is_not_finite_is_seen() -> None:
 
 
 def test_a_tick_can_end_it_and_the_model_trains_on() -> None:
-    model = tiny_llama().train()
+    model = tiny_model().train()
 
     def tick(done: int, total: int) -> None:
         if done:
             raise InterruptedError
 
     with pytest.raises(InterruptedError):
-        measure(model, examples([5, 5, 5]), Collator(0), 1, compute=nullcontext, tick=tick)
+        measure_loss(model, examples([5, 5, 5]), Collator(0), 1, compute=nullcontext, tick=tick)
     assert model.training

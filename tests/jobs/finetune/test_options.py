@@ -20,8 +20,8 @@ from irq_convert.jobs.finetune.recipe import (
     Base,
     Recipe,
     decide,
-    differences,
     holdout_fraction,
+    recipe_differences,
     sequence_length,
 )
 
@@ -145,14 +145,14 @@ def test_refused_options(changes: dict[str, Any], says: str) -> None:
 
 def test_differences_name_the_option_and_both_values() -> None:
     old = recipe()
-    assert differences(old.to_dict(), old.to_dict()) == []
+    assert recipe_differences(old.to_dict(), old.to_dict()) == []
     free = replace(old, eval_every=3, save_every=4, device="cuda:0")
-    assert differences(old.to_dict(), free.to_dict()) == []
-    assert differences(old.to_dict(), replace(old, processes=2).to_dict()) == [
+    assert recipe_differences(old.to_dict(), free.to_dict()) == []
+    assert recipe_differences(old.to_dict(), replace(old, processes=2).to_dict()) == [
         "the number of processes was 1 and is 2 now"
     ]
     other = replace(old, learning_rate=1e-3, target_modules=("q_proj",))
-    assert differences(old.to_dict(), other.to_dict()) == [
+    assert recipe_differences(old.to_dict(), other.to_dict()) == [
         "--target-modules was None and is ['q_proj'] now",
         "--learning-rate was 0.0002 and is 0.001 now",
     ]

@@ -11,9 +11,8 @@ from .make import make_artifact, write_adapter
 
 
 @pytest.fixture(scope="session")
-def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """nf4 in blocks of 32, from float32."""
-    return make_artifact(tmp_path_factory.mktemp("nf4") / "tiny-irq")
+def artifact(tiny_nf4: Path) -> Path:
+    return tiny_nf4
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,9 @@ from irq_convert.core.elastic import elastic_matrix
 from irq_convert.core.spec import QuantSpec
 from irq_convert.jobs.quantize.options import QuantizeOptions
 from irq_convert.jobs.quantize.quantize import quantize
-from tests.jobs.quantize.models import LLAMA, llama_tensors, numpy_reader, write_source
+from tests.folders import read_json
+from tests.formats import numpy_reader
+from tests.tiny import LLAMA, llama_tensors, write_source
 
 PREFIX = "base_model.model."
 WEIGHTS = "adapter_model.safetensors"
@@ -176,11 +178,6 @@ def change_weights(adapter: Path, change: Any) -> Path:
     change(tensors)
     save_file(tensors, adapter / WEIGHTS, {"format": "pt"})
     return adapter
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(path.read_text())
-    return found
 
 
 def adapted(artifact: Path, adapter: Path) -> list[tuple[str, int, int]]:

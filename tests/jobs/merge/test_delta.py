@@ -26,7 +26,7 @@ def make_values(
     return LayerValues(a, torch.randn(out, rank, generator=generator, dtype=torch.float64), beta)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(sizes, sizes, sizes, numbers, numbers, st.sampled_from([None, 4, 16]), st.integers(0, 99))
 def test_delta_is_what_the_matrices_of_the_method_give(
     rank: int, cols: int, out: int, one: float, two: float, block: int | None, seed: int
@@ -46,7 +46,7 @@ def test_delta_is_what_the_matrices_of_the_method_give(
         assert torch.equal(delta.block_rows(0, out)[:, owner], delta.rows(0, out))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(sizes, sizes, sizes, numbers, numbers, st.sampled_from([None, 4, 16]), st.integers(0, 99))
 def test_folded_and_unfolded_layers_compute_the_same(
     rank: int, cols: int, out: int, one: float, two: float, block: int | None, seed: int
@@ -59,7 +59,7 @@ def test_folded_and_unfolded_layers_compute_the_same(
     assert torch.allclose(folded, unfolded, rtol=1e-11, atol=1e-12 * max(1.0, size))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(sizes, sizes, numbers, st.integers(0, 99))
 def test_folding_the_negative_unfolds(rows: int, cols: int, beta: float, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)

@@ -15,7 +15,8 @@ from irq_convert.errors import IrqError, UsageError
 from irq_convert.jobs.export.export import export
 from irq_convert.jobs.merge.merge import merge
 from irq_convert.jobs.merge.options import Check, Dtype, MergeOptions, MergeTo
-from tests.jobs.quantize.models import load_all, numpy_reader, snapshot
+from tests.folders import listing, read_tensors
+from tests.formats import numpy_reader
 
 from .make import DOWN0, exact_delta, linear_shapes, make_artifact, matches, write_adapter
 
@@ -28,7 +29,7 @@ CODEBOOKS = ("nf2", "nf3", "nf4", "int2", "int3", "int4")
 def exact_weights(artifact: Path, adapter: Path | None) -> dict[str, torch.Tensor]:
     """Every tensor of base plus adapter in float64 (others as they are), by the other reader."""
     dense = {n: torch.from_numpy(np.array(a)) for n, a in _read(artifact).items()}
-    copied = load_all(artifact)
+    copied = read_tensors(artifact)
     settings = None
     if adapter is not None:
         settings = json.loads((adapter / "adapter_config.json").read_text())
@@ -59,8 +60,8 @@ def test_within_one_rounding(artifact: Path, tmp_path: Path, kind: str, dtype: D
     adapter = write_adapter(tmp_path / "adapter", artifact, kind=kind, rank=5)
     options = MergeOptions(dtype=dtype, check=LAYERS, tile_weights=5000, max_shard_bytes=100_000)
     report = merge(artifact, adapter, tmp_path / "out", options)
-    merged, exact = load_all(tmp_path / "out"), exact_weights(artifact, adapter)
-    base = load_all(artifact)
+    merged, exact = read_tensors(tmp_path / "out"), exact_weights(artifact, adapter)
+    base = read_tensors(artifact)
     quantized = {t.name for t in open_artifact(artifact).quantized}
     assert set(merged) == {t for t in base if "_scale" not in t and "_tau" not in t}
     for name, tensor in merged.items():
@@ -82,7 +83,7 @@ def test_within_one_rounding(artifact: Path, tmp_path: Path, kind: str, dtype: D
 def test_every_codebook_and_no_adapter(tmp_path: Path, codebook: str) -> None:
     artifact = make_artifact(tmp_path / "art", codebook)
     report = export(artifact, tmp_path / "out", to="dense")
-    dense, exact = load_all(tmp_path / "out"), exact_weights(artifact, None)
+    dense, exact = read_tensors(tmp_path / "out"), exact_weights(artifact, None)
     for name, value in exact.items():
         assert torch.equal(dense[name].double(), value)
     assert report.largest == 0
@@ -91,7 +92,11 @@ def test_every_codebook_and_no_adapter(tmp_path: Path, codebook: str) -> None:
 def test_auto_keeps_what_the_source_had(half: Path, tmp_path: Path) -> None:
     adapter = write_adapter(tmp_path / "adapter", half, rank=6)
     merge(half, adapter, tmp_path / "out", MergeOptions(check=LAYERS))
-    merged, base, exact = load_all(tmp_path / "out"), load_all(half), exact_weights(half, adapter)
+    merged, base, exact = (
+        read_tensors(tmp_path / "out"),
+        read_tensors(half),
+        exact_weights(half, adapter),
+    )
     assert f"{DOWN0}.weight_scale" not in base  # the layer that was kept is merged like the rest
     changed = 0
     for name, tensor in merged.items():
@@ -112,12 +117,12 @@ def test_without_a_manifest_config_json_decides(half: Path, tmp_path: Path) -> N
     shutil.copytree(half, artifact)
     (artifact / "irq_manifest.json").unlink()
     export(artifact, tmp_path / "out", to="dense")
-    assert {t.dtype for t in load_all(tmp_path / "out").values()} == {torch.bfloat16}
+    assert {t.dtype for t in read_tensors(tmp_path / "out").values()} == {torch.bfloat16}
 
 
 def test_files_beside_the_weights_are_carried(artifact: Path, iec: Path, tmp_path: Path) -> None:
     merge(artifact, iec, tmp_path / "out", MergeOptions(check=LAYERS))
-    before, after = snapshot(artifact), snapshot(tmp_path / "out")
+    before, after = listing(artifact), listing(tmp_path / "out")
     written = {"config.json", "model.safetensors", "irq_merge.json"}
     assert set(after) == (set(before) - {"irq_manifest.json"}) | written
     assert all(after[name] == before[name] for name in set(after) - written)
@@ -137,7 +142,7 @@ def test_patterns_and_rslora(artifact: Path, tmp_path: Path, rslora: bool) -> No
         alpha_pattern={"down_proj": 3, "q_proj": 50},
     )
     merge(artifact, adapter, tmp_path / "out", MergeOptions(check=LAYERS))
-    merged, exact = load_all(tmp_path / "out"), exact_weights(artifact, adapter)
+    merged, exact = read_tensors(tmp_path / "out"), exact_weights(artifact, adapter)
     for name, value in exact.items():
         assert_one_rounding(merged[name], value)
 
@@ -146,7 +151,7 @@ def test_patterns_and_rslora(artifact: Path, tmp_path: Path, rslora: bool) -> No
 def test_connections_that_are_switched_off(artifact: Path, tmp_path: Path, connection: str) -> None:
     adapter = write_adapter(tmp_path / "adapter", artifact, connection=connection)
     merge(artifact, adapter, tmp_path / "out", MergeOptions(check=LAYERS))
-    merged, exact = load_all(tmp_path / "out"), exact_weights(artifact, adapter)
+    merged, exact = read_tensors(tmp_path / "out"), exact_weights(artifact, adapter)
     for name, value in exact.items():
         assert_one_rounding(merged[name], value)
 
@@ -154,7 +159,7 @@ def test_connections_that_are_switched_off(artifact: Path, tmp_path: Path, conne
 def test_pooled_on_a_dense_layer(half: Path, tmp_path: Path) -> None:
     adapter = write_adapter(tmp_path / "adapter", half, kind="block", block_size=32)
     merge(half, adapter, tmp_path / "out", MergeOptions(check=LAYERS))
-    merged, exact = load_all(tmp_path / "out"), exact_weights(half, adapter)
+    merged, exact = read_tensors(tmp_path / "out"), exact_weights(half, adapter)
     assert_one_rounding(merged[f"{DOWN0}.weight"], exact[f"{DOWN0}.weight"])
 
 
@@ -167,16 +172,16 @@ def test_saved_modules_take_the_place(half: Path, tmp_path: Path, dtype: Dtype) 
     options = MergeOptions(dtype=dtype, check=LAYERS)
     report = merge(half, adapter, tmp_path / "out", options)
     wanted = torch.bfloat16 if dtype == Dtype.AUTO else torch.float16
-    assert torch.equal(load_all(tmp_path / "out")["lm_head.weight"], head.to(wanted))
+    assert torch.equal(read_tensors(tmp_path / "out")["lm_head.weight"], head.to(wanted))
     assert report.saved == ("lm_head.weight",)
 
 
 def test_too_large_for_the_dtype(artifact: Path, tmp_path: Path) -> None:
     adapter = write_adapter(tmp_path / "adapter", artifact, alpha=1e9)
-    before = snapshot(tmp_path)
+    before = listing(tmp_path)
     with pytest.raises(IrqError, match=r"too large for float16: choose --dtype bfloat16"):
         merge(artifact, adapter, tmp_path / "out", MergeOptions(dtype=Dtype.FLOAT16))
-    assert snapshot(tmp_path) == before
+    assert listing(tmp_path) == before
 
 
 def test_tiles_and_shards_do_not_change_a_number(artifact: Path, iec: Path, tmp_path: Path) -> None:
@@ -185,7 +190,7 @@ def test_tiles_and_shards_do_not_change_a_number(artifact: Path, iec: Path, tmp_
             dtype=Dtype.BFLOAT16, check=Check.NONE, tile_weights=tile, max_shard_bytes=shard
         )
         merge(artifact, iec, tmp_path / name, options)
-    one, many = load_all(tmp_path / "one"), load_all(tmp_path / "many")
+    one, many = read_tensors(tmp_path / "one"), read_tensors(tmp_path / "many")
     assert all(torch.equal(one[name], many[name]) for name in one)
 
 

@@ -16,18 +16,9 @@ from irq_convert.checkpoint.source import open_checkpoint
 from irq_convert.errors import IrqError, UsageError
 from irq_convert.jobs.merge.merge import merge
 from irq_convert.jobs.merge.options import Check, MergeOptions, MergeTo, TauDtype
-from tests.jobs.quantize.models import load_all, snapshot
+from tests.folders import listing, read_json, read_tensors
 
-from .make import (
-    DOWN0,
-    Q0,
-    adapted,
-    exact_delta,
-    make_artifact,
-    read_json,
-    values_of,
-    write_adapter,
-)
+from .make import DOWN0, Q0, adapted, exact_delta, make_artifact, values_of, write_adapter
 
 CODEBOOKS = ("nf2", "nf3", "nf4", "int2", "int3", "int4")
 PARTS = ("", "_scale", "_scale_grid")
@@ -42,7 +33,7 @@ def test_codes_and_scales_stay_bit_for_bit(tmp_path: Path, codebook: str) -> Non
     artifact = make_artifact(tmp_path / "art", codebook)
     adapter = write_adapter(tmp_path / "adapter", artifact, kind="block", rank=5)
     report = merge(artifact, adapter, tmp_path / "out", options(tile_weights=3000))
-    before, after = load_all(artifact), load_all(tmp_path / "out")
+    before, after = read_tensors(artifact), read_tensors(tmp_path / "out")
     moved = adapted(artifact, adapter)
     assert len(moved) == 8
     for module, _, _ in moved:
@@ -74,7 +65,7 @@ def test_the_moved_artifact_is_exact(tmp_path: Path, codebook: str) -> None:
     adapter = write_adapter(tmp_path / "adapter", artifact, kind="block")
     merge(artifact, adapter, tmp_path / "out", options())
     before, after = values_of(artifact), values_of(tmp_path / "out")
-    taus = load_all(tmp_path / "out")
+    taus = read_tensors(tmp_path / "out")
     for module, cols, own in adapted(artifact, adapter):
         name = f"{module}.weight"
         delta = exact_delta(adapter, module, cols, own).numpy()
@@ -90,7 +81,7 @@ def test_the_cost_of_storing_tau_is_what_is_printed(
 ) -> None:
     report = merge(artifact, block, tmp_path / "out", options(tau=tau))
     assert report.tau is not None
-    before, after = load_all(artifact), load_all(tmp_path / "out")
+    before, after = read_tensors(artifact), read_tensors(tmp_path / "out")
     parts, moved = [], []
     for module, cols, own in adapted(artifact, block):
         name = f"{module}.weight"
@@ -171,7 +162,7 @@ def test_dense_layers_are_merged_in_their_dtype(half: Path, tmp_path: Path, kind
     more = {"block_size": 32} if kind == "block" else {}
     adapter = write_adapter(tmp_path / "adapter", half, kind=kind, **more)
     merge(half, adapter, tmp_path / "out", options(min_survival=-9))
-    before, after = load_all(half), load_all(tmp_path / "out")
+    before, after = read_tensors(half), read_tensors(tmp_path / "out")
     name = f"{DOWN0}.weight"
     delta = exact_delta(adapter, DOWN0, before[name].shape[1], more.get("block_size"))
     exact = before[name].double() + delta
@@ -191,7 +182,7 @@ def test_saved_modules(half: Path, tmp_path: Path) -> None:
         saved={"lm_head.weight": head},
     )
     merge(half, adapter, tmp_path / "out", options())
-    assert torch.equal(load_all(tmp_path / "out")["lm_head.weight"], head.bfloat16())
+    assert torch.equal(read_tensors(tmp_path / "out")["lm_head.weight"], head.bfloat16())
     assert verify_artifact(tmp_path / "out").ok
 
 
@@ -209,7 +200,7 @@ def test_a_second_adapter_on_a_merged_artifact(artifact: Path, block: Path, tmp_
     second = write_adapter(tmp_path / "second", tmp_path / "once", kind="block", seed=9)
     merge(tmp_path / "once", second, tmp_path / "twice", options())
     before, after = values_of(artifact), values_of(tmp_path / "twice")
-    codes, kept = load_all(artifact), load_all(tmp_path / "twice")
+    codes, kept = read_tensors(artifact), read_tensors(tmp_path / "twice")
     for module, cols, own in adapted(artifact, second):
         name = f"{module}.weight"
         delta = exact_delta(block, module, cols, own) + exact_delta(second, module, cols, own)
@@ -240,16 +231,16 @@ def test_tiles_and_threads_do_not_change_a_byte(artifact: Path, tmp_path: Path, 
     adapter = write_adapter(tmp_path / "adapter", artifact, kind=kind)
     for name, tile, threads in (("one", 1 << 20, 1), ("many", 2000, 2)):
         merge(artifact, adapter, tmp_path / name, options(tile_weights=tile, threads=threads))
-    one, many = load_all(tmp_path / "one"), load_all(tmp_path / "many")
+    one, many = read_tensors(tmp_path / "one"), read_tensors(tmp_path / "many")
     assert all(torch.equal(one[name], many[name]) for name in one)
 
 
 def test_a_tau_that_does_not_fit(artifact: Path, tmp_path: Path) -> None:
     adapter = write_adapter(tmp_path / "adapter", artifact, kind="block", alpha=1e6)
-    before = snapshot(tmp_path)
+    before = listing(tmp_path)
     with pytest.raises(IrqError, match=r"_proj\.weight: its tau cannot be stored as float16"):
         merge(artifact, adapter, tmp_path / "no", options(tau=TauDtype.FLOAT16))
-    assert snapshot(tmp_path) == before
+    assert listing(tmp_path) == before
     report = merge(artifact, adapter, tmp_path / "out", options())
     assert report.tau is not None
     assert report.tau["stored"]["float16"] == {"max": None, "rms": None}

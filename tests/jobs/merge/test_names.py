@@ -16,7 +16,7 @@ from irq_convert.jobs.export.export import export
 from irq_convert.jobs.merge.match import match
 from irq_convert.jobs.merge.merge import merge
 from irq_convert.jobs.merge.options import Check, MergeOptions
-from tests.jobs.quantize.models import load_all
+from tests.folders import read_tensors
 
 from .make import Q0, change_weights, exact_delta, linear_shapes, make_artifact, write_adapter
 
@@ -36,7 +36,7 @@ def test_a_checkpoint_whose_names_the_class_changes(tmp_path: Path) -> None:
     assert found.layers[f"{Q0}.weight"].layer.module == Q0.removeprefix("model.")
     merge(artifact, adapter, tmp_path / "out", LAYERS)
     export(artifact, tmp_path / "base", to="dense")
-    base, merged = load_all(tmp_path / "base"), load_all(tmp_path / "out")
+    base, merged = read_tensors(tmp_path / "base"), read_tensors(tmp_path / "out")
     for module, (_, cols, _) in shortened(artifact).items():
         if module.rsplit(".", 1)[-1] not in ("q_proj", "v_proj", "down_proj", "gate_proj"):
             continue
@@ -95,7 +95,7 @@ def test_the_head_is_merged_like_any_linear(artifact: Path, tmp_path: Path) -> N
     )
     report = merge(artifact, adapter, tmp_path / "out", LAYERS)
     assert "lm_head.weight" in {layer.tensor for layer in report.layers}
-    before, after = load_all(artifact), load_all(tmp_path / "out")
+    before, after = read_tensors(artifact), read_tensors(tmp_path / "out")
     wanted = before["lm_head.weight"] + exact_delta(adapter, "lm_head", 96)
     assert torch.allclose(after["lm_head.weight"].double(), wanted, atol=1e-6)
     change_weights(adapter, lambda t: [t.pop(k) for k in list(t) if "lm_head" in k])

@@ -22,7 +22,7 @@ from irq_convert.jobs.merge.check_logits import relative_difference
 from irq_convert.jobs.merge.estimate import estimate_merge
 from irq_convert.jobs.merge.merge import merge
 from irq_convert.jobs.merge.options import Check, MergeOptions, MergeTo
-from tests.jobs.quantize.models import snapshot
+from tests.folders import listing
 
 from .make import PREFIX, Q0, WEIGHTS, exact_delta, linear_shapes, matches, write_adapter
 
@@ -131,9 +131,9 @@ def test_the_settings_are_those_of_a_plain_lora(artifact: Path, tmp_path: Path, 
     (adapter / "training_loss.csv").write_text("1,2\n")
     (adapter / "checkpoint-5").mkdir()
     (adapter / "checkpoint-5" / "optimizer.pt").write_text("")
-    before = snapshot(adapter)
+    before = listing(adapter)
     report = merge(artifact, adapter, tmp_path / "out", OPTIONS)
-    assert snapshot(adapter) == before
+    assert listing(adapter) == before
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "adapter_config.json",
         "adapter_model.safetensors",

@@ -18,9 +18,9 @@ from irq_convert.jobs.merge.options import Check, MergeOptions, MergeTo
 from irq_convert.jobs.quantize.options import QuantizeOptions
 from irq_convert.jobs.quantize.quantize import quantize
 from irq_convert.progress import Progress
-from tests.jobs.quantize.models import load_all, snapshot
+from tests.folders import listing, read_json, read_tensors
 
-from .make import Q0, adapted, exact_delta, make_artifact, read_json, values_of, write_adapter
+from .make import Q0, adapted, exact_delta, make_artifact, values_of, write_adapter
 
 
 def options(**more: Any) -> MergeOptions:
@@ -57,7 +57,7 @@ def test_what_survives_quantizing_again(tmp_path: Path, kind: str, codebook: str
     manifest = read_json(tmp_path / "out" / "irq_manifest.json")
     entry = manifest["tensors"][f"{Q0}.weight"]
     assert entry["survived"] == pytest.approx(wanted[f"{Q0}.weight"], abs=1e-6)
-    before, after = load_all(artifact), load_all(tmp_path / "out")
+    before, after = read_tensors(artifact), read_tensors(tmp_path / "out")
     assert {n: (t.dtype, t.shape) for n, t in before.items()} == {
         n: (t.dtype, t.shape) for n, t in after.items()
     }
@@ -65,14 +65,14 @@ def test_what_survives_quantizing_again(tmp_path: Path, kind: str, codebook: str
 
 def test_too_little_survives(artifact: Path, tmp_path: Path) -> None:
     adapter = write_adapter(tmp_path / "adapter", artifact, kind="plain", size=1e-5)
-    before = snapshot(tmp_path)
+    before = listing(tmp_path)
     with pytest.raises(IrqError) as caught:
         merge(artifact, adapter, tmp_path / "out", options())
     message = str(caught.value)
     for word in ("--min-survival 0.5", "--to dense", "block-pooled"):
         assert word in message
     assert "\n" not in message
-    assert snapshot(tmp_path) == before
+    assert listing(tmp_path) == before
 
 
 def test_another_objective(artifact: Path, iec: Path, tmp_path: Path) -> None:
@@ -80,7 +80,8 @@ def test_another_objective(artifact: Path, iec: Path, tmp_path: Path) -> None:
         merge(artifact, iec, tmp_path / name, options(objective=name))
     merge(artifact, iec, tmp_path / "default", options())
     codes = {
-        name: load_all(tmp_path / name)[f"{Q0}.weight"] for name in ("entropy", "mse", "default")
+        name: read_tensors(tmp_path / name)[f"{Q0}.weight"]
+        for name in ("entropy", "mse", "default")
     }
     assert torch.equal(codes["default"], codes["entropy"])
     assert not torch.equal(codes["mse"], codes["entropy"])
@@ -97,7 +98,7 @@ def test_a_change_of_nothing_leaves_the_bytes(artifact: Path, tmp_path: Path) ->
     adapter = write_adapter(tmp_path / "adapter", artifact, kind="plain", size=0.0)
     report = merge(artifact, adapter, tmp_path / "out", options())
     assert {layer.how for layer in report.layers} == {"unchanged"}
-    before, after = load_all(artifact), load_all(tmp_path / "out")
+    before, after = read_tensors(artifact), read_tensors(tmp_path / "out")
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 

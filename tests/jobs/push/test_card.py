@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from irq_convert.cli.main import app
 from irq_convert.errors import IrqError
 from irq_convert.jobs.push.card import BEGIN, END, make_card
-from irq_convert.jobs.push.card_body import quantize_command, table
+from irq_convert.jobs.push.card_body import command_again, table
 from irq_convert.jobs.push.card_metadata import (
     inherited_metadata,
     merge_metadata,
@@ -44,9 +44,7 @@ def card(subject: PushedFolder, existing: str | None, source: str | None = None)
     )
 
 
-@settings(
-    suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60
-)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
 @given(before=WORDS, after=WORDS)
 @example(before="---\n", after="---")
 def test_text_around_our_part_survives_and_the_update_is_stable(
@@ -99,6 +97,11 @@ def test_what_is_inherited() -> None:
     assert both == {"license": "mit", "language": ["en"]}
 
 
+def test_a_byte_order_mark_hides_no_licence() -> None:
+    text = "\ufeff---\nlicense: mit\nlanguage: en\n---\n# Model\n"
+    assert inherited_metadata(text) == {"license": "mit", "language": ["en"]}
+
+
 @pytest.mark.parametrize("text", [BEGIN, END, END + BEGIN, BEGIN + END + BEGIN + END])
 def test_marks_that_are_no_pair(subject: PushedFolder, text: str) -> None:
     with pytest.raises(IrqError, match="not one pair"):
@@ -114,7 +117,7 @@ def test_the_command_is_one_that_the_program_takes(subject: PushedFolder) -> Non
     options = dict(subject.note["options"]) | {"keep": ["a|b", "c d"], "include_towers": True}
     note = dict(subject.note) | {"options": options}
     made = PushedFolder(subject.folder, FolderKind.ARTIFACT, subject.files, note, {})
-    words = shlex.split(quantize_command(made))
+    words = shlex.split(command_again(made))
     assert words[:3] == ["irq-convert", "quantize", "org/base"]
     assert words[words.index("--keep") + 1] == "a|b"
     assert "--include-towers" in words

@@ -8,13 +8,15 @@ from pathlib import Path
 import pytest
 from huggingface_hub import RepoCard
 
-from irq_convert.artifact.manifest import MANIFEST_NAME
+import irq_convert
+from irq_convert.artifact.manifest import MANIFEST_NAME, SEAL, manifest_sha256
 from irq_convert.core.spec import QuantSpec
 from irq_convert.errors import IrqError, UsageError
 from irq_convert.jobs.export.export import export
 from irq_convert.jobs.export.options import ExportOptions
 from irq_convert.jobs.merge.merge import merge
 from irq_convert.jobs.merge.options import Check, MergeOptions, MergeTo
+from irq_convert.jobs.push.local_paths import is_local
 from irq_convert.jobs.push.push import PushOptions, push
 from irq_convert.jobs.quantize.options import QuantizeOptions
 from irq_convert.jobs.quantize.quantize import quantize
@@ -117,6 +119,8 @@ def test_a_path_in_an_adapter_is_told(world: World, adapter: Path, base: str, to
     progress.note = notes.append  # type: ignore[method-assign]
     push(adapter, "org/x", progress=progress)
     assert [base in note for note in notes] == [True] * told
+    sent = json.loads(world.repos["org/x"].main["adapter_config.json"])
+    assert sent["base_model_name_or_path"] == ("base-irq" if told else base)
 
 
 def test_an_adapter_with_nan_or_damage_is_not_pushed(world: World, adapter: Path) -> None:
@@ -196,7 +200,7 @@ def test_a_base_that_is_not_on_the_hub_is_not_invented(world: World, artifact: P
     path = artifact / MANIFEST_NAME
     manifest = json.loads(path.read_text())
     manifest["source"] |= {"model": "org/looks-like-an-id", "revision": None}
-    path.write_text(json.dumps(manifest))
+    path.write_text(json.dumps(manifest | {SEAL: manifest_sha256(manifest)}))
     found, text = pushed(world, artifact)
     assert "base_model" not in found
     assert "base_model_relation" not in found
@@ -204,3 +208,58 @@ def test_a_base_that_is_not_on_the_hub_is_not_invented(world: World, artifact: P
     again = push(artifact, "org/x", PushOptions(base_model=BASE))
     assert again.uploaded == ("README.md",)
     assert RepoCard(again.card).data["base_model"] == BASE
+
+
+def test_an_adapter_that_peft_saved_says_nothing_of_the_machine(
+    world: World, artifact: Path, tmp_path: Path
+) -> None:
+    """PEFT's own files and card, Trainer's state: the base is a local folder."""
+    from peft import LoraConfig, get_peft_model
+
+    model = irq_convert.load(artifact)
+    folder = tmp_path / "by-peft"
+    model.config._name_or_path = str(artifact)
+    get_peft_model(model, LoraConfig(target_modules=["q_proj"])).save_pretrained(folder)
+    card = (folder / "README.md").read_text()
+    assert f"base_model: {artifact}" in card
+    assert f"base_model:adapter:{artifact}" in card
+    (folder / "README.md").write_text(card + f"\nTuned from [{artifact}](https://hf/{artifact}).\n")
+    (folder / "trainer_state.json").write_text(
+        json.dumps({"best_model_checkpoint": str(tmp_path / "run" / "checkpoint-5"), "epoch": 1.5})
+    )
+    found, text = pushed(world, folder)
+    assert "base_model" not in found
+    assert "lora" in found["tags"]
+    assert f"Tuned from [{artifact.name}]" in text
+    sent = world.repos["org/x"].main
+    for name, content in sent.items():
+        assert str(tmp_path).encode() not in content, name
+        assert str(artifact).encode() not in content, name
+    assert json.loads(sent["trainer_state.json"])["epoch"] == 1.5
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == str(artifact)  # the folder is untouched
+    assert json.loads(sent["adapter_config.json"]) == settings | {
+        "base_model_name_or_path": artifact.name
+    }
+
+
+def test_an_adapter_that_peft_saved_names_its_base_on_the_hub(world: World, adapter: Path) -> None:
+    (adapter / "irq_adapter.json").unlink()
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(
+        json.dumps(settings | {"base_model_name_or_path": "org/base-irq"})
+    )
+    found, _ = pushed(world, adapter)
+    assert found["base_model"] == "org/base-irq"
+
+
+@pytest.mark.parametrize(
+    ("name", "local"),
+    [
+        *(("org/model", False), ("gpt2", False), ("", False), (None, False)),
+        *(("/home/me/x", True), ("./x", True), ("~/x", True), ("a/b/c", True)),
+        *((r"C:\models\x", True), (r"models\x", True), (str(DEMO), True)),
+    ],
+)
+def test_what_is_a_path(name: str | None, local: bool) -> None:
+    assert is_local(name) is local

@@ -16,27 +16,19 @@ import transformers as tf
 from irq_convert.artifact.config import module_name
 from irq_convert.checkpoint.source import Checkpoint, open_checkpoint
 from irq_convert.hf.linears import Linears, find_linears
+from tests.tiny import (
+    LINEARS,
+    LLAMA,
+    SMALL,
+    UNKNOWN,
+    VISION,
+    llama_tensors,
+    tiny_config,
+    write_source,
+)
 
-from .models import LINEARS, LLAMA, UNKNOWN, llama_tensors, open_meta, write_source
+from .models import open_meta
 
-TEXT: dict[str, Any] = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "vocab_size": 50,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-VISION: dict[str, Any] = {
-    "hidden_size": 64,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "image_size": 28,
-    "patch_size": 14,
-}
 ATTENTION = [f"self_attn.{x}_proj" for x in "qkvo"]
 MLP = [f"mlp.{x}_proj" for x in ("gate", "up", "down")]
 
@@ -68,7 +60,7 @@ def check_whole(checkpoint: Checkpoint, model: torch.nn.Module) -> None:
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("kind", ["Llama", "Mistral", "Qwen2"])
 def test_dense_causal_models(tmp_path: Path, kind: str, tied: bool) -> None:
-    config = getattr(tf, f"{kind}Config")(**TEXT, tie_word_embeddings=tied)
+    config = tiny_config(kind.lower(), **SMALL, tie_word_embeddings=tied)
     model = getattr(tf, f"{kind}ForCausalLM")(config)
     checkpoint = save(model, tmp_path)
     found = linears_of(checkpoint)
@@ -80,7 +72,7 @@ def test_dense_causal_models(tmp_path: Path, kind: str, tied: bool) -> None:
 
 
 def test_a_base_model_without_a_head(tmp_path: Path) -> None:
-    found = linears_of(save(tf.LlamaModel(tf.LlamaConfig(**TEXT)), tmp_path))
+    found = linears_of(save(tf.LlamaModel(tiny_config(**SMALL)), tmp_path))
     assert found.tensors == layers("", ATTENTION + MLP)
     assert found.modules_kept == ()
 
@@ -95,8 +87,12 @@ def test_files_of_a_base_model_under_the_config_of_the_whole(tmp_path: Path) -> 
 
 
 def test_mixture_of_experts_keeps_routers(tmp_path: Path) -> None:
-    config = tf.Qwen2MoeConfig(
-        **TEXT, num_experts=4, moe_intermediate_size=32, shared_expert_intermediate_size=48
+    config = tiny_config(
+        "qwen2_moe",
+        **SMALL,
+        num_experts=4,
+        moe_intermediate_size=32,
+        shared_expert_intermediate_size=48,
     )
     model = tf.Qwen2MoeForCausalLM(config)
     checkpoint = save(model, tmp_path)
@@ -123,7 +119,7 @@ def test_convolutions_in_disguise_are_linears_the_other_way_round(tmp_path: Path
 
 def test_towers_are_kept_and_renamed_modules_found(tmp_path: Path) -> None:
     config = tf.LlavaConfig(
-        vision_config=tf.CLIPVisionConfig(**VISION), text_config=tf.LlamaConfig(**TEXT)
+        vision_config=tf.CLIPVisionConfig(**VISION), text_config=tiny_config(**SMALL)
     )
     model = tf.LlavaForConditionalGeneration(config)
     checkpoint = save(model, tmp_path)

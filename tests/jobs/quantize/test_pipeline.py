@@ -20,8 +20,7 @@ from irq_convert.jobs.quantize.options import QuantizeOptions
 from irq_convert.jobs.quantize.pipeline import quantize_shard
 from irq_convert.jobs.quantize.plan import QuantizePlan, plan_quantize
 from irq_convert.progress import Progress
-
-from .models import UNKNOWN, write_source
+from tests.tiny import UNKNOWN, write_source
 
 SHAPES = {"layers.0.a": (300, 172), "layers.0.b": (520, 64), "layers.1.c": (64, 1100)}
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from irq_convert.artifact.manifest import total_stats
@@ -30,8 +30,8 @@ from irq_convert.jobs.quantize.options import QuantizeOptions
 from irq_convert.jobs.quantize.pipeline import quantize_shard
 from irq_convert.jobs.quantize.quantize import quantize
 from irq_convert.progress import Progress
-
-from .models import UNKNOWN, snapshot, write_source
+from tests.folders import listing
+from tests.tiny import UNKNOWN, write_source
 
 SHARD_BYTES = 25_000
 
@@ -69,7 +69,7 @@ def source(tmp_path: Path) -> Path:
 def whole(source: Path, tmp_path: Path) -> dict[str, bytes]:
     """The undisturbed result."""
     convert(source, tmp_path / "whole")
-    return snapshot(tmp_path / "whole")
+    return listing(tmp_path / "whole")
 
 
 def convert(source: Path, out: Path, progress: Progress | None = None, **more: Any) -> Any:
@@ -126,7 +126,7 @@ def test_a_run_is_continued(
     assert len(times) == shards
     course = Course()
     convert(source, out, course)
-    assert snapshot(out) == whole
+    assert listing(out) == whole
     assert {n: (out / n).stat().st_mtime_ns for n in times} == times  # not made again
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "source", "whole"]
     assert course.notes == [f"continuing {partial}: {shards} of {total} shards are finished"]
@@ -139,7 +139,7 @@ def test_what_does_not_decide_a_byte_may_change(
     out = tmp_path / "out"
     stop(source, out)
     convert(source, out, threads=1, tile_weights=5000, overwrite=True, resume=Resume.REQUIRED)
-    assert snapshot(out) == whole
+    assert listing(out) == whole
 
 
 def test_many_stops_in_a_row(source: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
@@ -148,20 +148,20 @@ def test_many_stops_in_a_row(source: Path, whole: dict[str, bytes], tmp_path: Pa
         partial = stop(source, out, 1)
         assert count_shards(partial / "files") == shards
     convert(source, out)
-    assert snapshot(out) == whole
+    assert listing(out) == whole
 
 
 def test_an_old_artifact_stays_until_the_new_one_is_whole(source: Path, tmp_path: Path) -> None:
     out, two = tmp_path / "out", QuantSpec("nf2")
     convert(source, out, spec=two)
-    before = snapshot(out)
+    before = listing(out)
     stop(source, out, overwrite=True)
-    assert snapshot(out) == before
+    assert listing(out) == before
     with pytest.raises(UsageError, match="not empty"):
         convert(source, out)
     convert(source, out, overwrite=True)
     convert(source, tmp_path / "other")
-    assert snapshot(out) == snapshot(tmp_path / "other") != before
+    assert listing(out) == listing(tmp_path / "other") != before
 
 
 def test_files_beside_the_weights_are_those_of_the_end(
@@ -173,23 +173,23 @@ def test_files_beside_the_weights_are_those_of_the_end(
     (partial / "files" / "deep").mkdir()
     (partial / "files" / ".model.safetensors.tmp-1-2").write_text("half")
     convert(source, out)
-    assert snapshot(out) == whole
+    assert listing(out) == whole
 
 
 # --- what is kept, and when -----------------------------------------------------------------------
 
 
 def test_before_the_first_shard_nothing_is_kept(source: Path, tmp_path: Path) -> None:
-    before = snapshot(tmp_path)
+    before = listing(tmp_path)
     stop(source, tmp_path / "new" / "out", 0)
-    assert snapshot(tmp_path) == before
+    assert listing(tmp_path) == before
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(143), IrqError("x"), OSError()])
 def test_never_keeps_nothing(source: Path, tmp_path: Path, error: BaseException) -> None:
-    before, course = snapshot(tmp_path), Course()
+    before, course = listing(tmp_path), Course()
     stop(source, tmp_path / "out", error=error, resume=Resume.NEVER, progress=course)
-    assert snapshot(tmp_path) == before
+    assert listing(tmp_path) == before
     assert not course.notes
 
 
@@ -201,7 +201,7 @@ def test_any_failure_keeps_what_is_finished(
     stop(source, tmp_path / "out", error=error, progress=course)
     assert "2 of" in course.notes[0]
     convert(source, tmp_path / "out")
-    assert snapshot(tmp_path / "out") == whole
+    assert listing(tmp_path / "out") == whole
 
 
 def test_an_error_says_how_to_go_on(source: Path, tmp_path: Path) -> None:
@@ -246,7 +246,7 @@ def test_a_full_disk(source: Path, tmp_path: Path, small_disk: Callable[[int], N
         path.name for path in shards[:kept]
     ]
     convert(source, out, resume=Resume.REQUIRED, **each)
-    assert snapshot(out) == snapshot(tmp_path / "whole")
+    assert listing(out) == listing(tmp_path / "whole")
 
 
 def test_the_room_asked_for_is_for_the_rest(
@@ -264,7 +264,7 @@ def test_the_room_asked_for_is_for_the_rest(
     assert str(needed - there) in str(caught.value)
     monkeypatch.setattr(disk, "free_bytes", lambda folder: needed - there)
     convert(source, out)
-    assert snapshot(out) == whole
+    assert listing(out) == whole
 
 
 # --- what is trusted ------------------------------------------------------------------------------
@@ -294,7 +294,7 @@ def test_a_damaged_shard_is_made_again(
     victim = sorted(partial.glob("files/*.safetensors"))[1]
     damage(victim)
     convert(source, out, course)
-    assert snapshot(out) == whole
+    assert listing(out) == whole
     assert course.notes[0] == f"{victim}: damaged since it was written; made again"
     assert "2 of" in course.notes[1]
 
@@ -308,7 +308,7 @@ def test_a_damaged_record_is_none(
     victim = sorted(partial.glob("records/model*"))[1]
     damage(victim)
     convert(source, out, course)
-    assert snapshot(out) == whole
+    assert listing(out) == whole
     # A cut of the last line feed loses nothing.
     assert ("made again" in course.notes[0]) is (damage is not cut)
 
@@ -325,7 +325,7 @@ def test_without_the_record_of_the_run_all_is_made_again(
     with pytest.raises(UsageError, match="nothing to resume"):
         convert(source, out, resume=Resume.REQUIRED)
     convert(source, out, course)
-    assert snapshot(out) == whole
+    assert listing(out) == whole
     assert not course.before
 
 
@@ -336,7 +336,7 @@ def test_a_link_is_no_finished_shard(source: Path, whole: dict[str, bytes], tmp_
     victim.rename(tmp_path / "elsewhere")
     victim.symlink_to(tmp_path / "elsewhere")
     convert(source, out)
-    assert snapshot(out) == whole
+    assert listing(out) == whole
     assert not (out / victim.name).is_symlink()
 
 
@@ -376,7 +376,7 @@ def test_another_run_is_refused(
     partial = stop(source, out, 2)
     if change is not None:
         change(source)
-    before = snapshot(partial)
+    before = listing(partial)
     for attempt in (
         lambda: convert(source, out, **more),
         lambda: convert(source, out, **{**more, "resume": Resume.REQUIRED}),
@@ -391,11 +391,11 @@ def test_another_run_is_refused(
         assert "--resume never" in message
         assert f"{partial}: holds 2 finished shards of another run" in message
         assert "\n" not in message
-        after = snapshot(partial)
+        after = listing(partial)
         assert {n for n in after if before[n] != after[n]} <= {".output.lock"}
     convert(source, out, **more, resume=Resume.NEVER)
     convert(source, tmp_path / "other", **more)
-    assert snapshot(out) == snapshot(tmp_path / "other")
+    assert listing(out) == listing(tmp_path / "other")
 
 
 def test_another_version_is_refused(
@@ -427,14 +427,14 @@ def test_other_options_replace_a_run_that_finished_nothing(source: Path, tmp_pat
         path.unlink()
     convert(source, tmp_path / "out", spec=QuantSpec("nf3"))
     convert(source, tmp_path / "other", spec=QuantSpec("nf3"))
-    assert snapshot(tmp_path / "out") == snapshot(tmp_path / "other")
+    assert listing(tmp_path / "out") == listing(tmp_path / "other")
 
 
 def test_required_with_nothing_there(source: Path, tmp_path: Path) -> None:
-    before = snapshot(tmp_path)
+    before = listing(tmp_path)
     with pytest.raises(UsageError, match="nothing to resume"):
         convert(source, tmp_path / "new" / "out", resume=Resume.REQUIRED)
-    assert snapshot(tmp_path) == before
+    assert listing(tmp_path) == before
     partial = stop(source, tmp_path / "out", 1)
     flip(next(partial.glob("files/*.safetensors")))
     with pytest.raises(UsageError, match="nothing to resume"):
@@ -446,9 +446,9 @@ def test_a_dry_run_says_what_is_there(source: Path, tmp_path: Path) -> None:
     fresh = estimate_quantize(str(source), out, options)
     assert fresh.finished == 0
     partial = stop(source, out, 3)
-    before = snapshot(partial)
+    before = listing(partial)
     found = estimate_quantize(str(source), out, options)
-    assert snapshot(partial) == before
+    assert listing(partial) == before
     assert found.finished == 3
     size = sum(path.stat().st_size for path in partial.glob("files/*"))
     assert found.disk_needed == fresh.disk_needed - size
@@ -463,7 +463,6 @@ def test_a_dry_run_says_what_is_there(source: Path, tmp_path: Path) -> None:
 FINITE = st.floats(0, 1e300)
 
 
-@settings(deadline=None)
 @given(
     st.integers(1, 9),
     st.integers(1, 200),

@@ -28,18 +28,20 @@ from irq_convert.jobs.quantize.estimate import estimate_quantize
 from irq_convert.jobs.quantize.options import QuantizeOptions
 from irq_convert.jobs.quantize.quantize import quantize
 from irq_convert.progress import Progress
-
-from .models import (
+from tests.folders import listing, read_tensors
+from tests.formats import numpy_reader
+from tests.tiny import (
     LLAMA,
     OTHER_FILES,
+    SMALL,
     UNKNOWN,
-    is_linear,
+    VISION,
     llama_tensors,
-    load_all,
-    numpy_reader,
-    snapshot,
+    tiny_config,
     write_source,
 )
+
+from .models import is_linear
 
 DOWN = "model.layers.0.mlp.down_proj.weight"
 QUICK = UNKNOWN  # decided by name: no class has to be imported and built
@@ -58,13 +60,13 @@ def test_the_artifact(
     tensors = llama_tensors(dtype) | {"steps": torch.tensor(5), "none": torch.zeros(0, 3)}
     source, out = tmp_path / "source", tmp_path / "out"
     write_source(source, tensors, shards=source_shards)
-    before = snapshot(source)
+    before = listing(source)
     spec = QuantSpec("nf3", 32)
     report = convert(
         source, out, spec=spec, bits_for=(("down", 2),), max_shard_bytes=max_shard_bytes
     )
-    assert snapshot(source) == before
-    stored = load_all(out)
+    assert listing(source) == before
+    stored = read_tensors(out)
     expected: dict[str, torch.Tensor] = {}
     dense: dict[str, NDArray[Any]] = {}
     for name, tensor in tensors.items():
@@ -103,7 +105,7 @@ def check_layout(out: Path, source: Path, max_shard_bytes: int) -> None:
             with safe_open(out / name, "pt") as file:
                 held |= dict.fromkeys(file.keys(), name)
         assert index["weight_map"] == held
-        size = sum(tensor.nbytes for tensor in load_all(out).values())
+        size = sum(tensor.nbytes for tensor in read_tensors(out).values())
         assert index["metadata"] == {"total_size": size}
     for name in shards:
         with safe_open(out / name, "pt") as file:
@@ -169,7 +171,7 @@ def test_the_manifest(tmp_path: Path, spec: QuantSpec) -> None:
     }
     assert manifest["options"] == QuantizeOptions(spec, max_shard_bytes=30_000).to_dict()
     assert list(manifest["tensors"]) == sorted(n for n in tensors if is_linear(n))
-    dense, packed = numpy_reader.read_artifact(out), load_all(out)
+    dense, packed = numpy_reader.read_artifact(out), read_tensors(out)
     sums = np.zeros(5)
     for name, entry in manifest["tensors"].items():
         w = tensors[name].float().numpy()
@@ -239,7 +241,7 @@ def test_same_bytes_whatever_the_threads_and_tiles(tmp_path: Path) -> None:
     folders = []
     for number, options in enumerate(runs):
         convert(source, tmp_path / str(number), **options)
-        folders.append(snapshot(tmp_path / str(number)))
+        folders.append(listing(tmp_path / str(number)))
     assert folders[0] == folders[1] == folders[2]
 
 
@@ -252,17 +254,17 @@ def test_overwrite_replaces_an_artifact_and_nothing_else(tmp_path: Path) -> None
         convert(source, precious)
     with pytest.raises(UsageError, match="holds no artifact"):
         convert(source, precious, overwrite=True)
-    assert snapshot(precious) == {"thesis.tex": b"42"}
+    assert listing(precious) == {"thesis.tex": b"42"}
     out = tmp_path / "out"
     convert(source, out)
-    old = snapshot(out)
+    old = listing(out)
     (out / "mine.txt").write_text("goes with the folder")
     with pytest.raises(UsageError, match="not empty"):
         convert(source, out)
     convert(source, out, overwrite=True)
-    assert snapshot(out) == old
+    assert listing(out) == old
     convert(source, out, overwrite=True, spec=QuantSpec("nf2"))
-    assert snapshot(out) != old
+    assert listing(out) != old
     assert sorted(p.name for p in tmp_path.iterdir()) == ["home", "out", "source"]
 
 
@@ -273,10 +275,10 @@ def test_a_failed_overwrite_leaves_the_old_artifact(tmp_path: Path) -> None:
     bad = write_source(tmp_path / "bad", tensors, QUICK)
     out = tmp_path / "out"
     convert(good, out)
-    before = snapshot(tmp_path)
+    before = listing(tmp_path)
     with pytest.raises(IrqError, match="down_proj"):
         convert(bad, out, overwrite=True)
-    assert snapshot(tmp_path) == before
+    assert listing(tmp_path) == before
 
 
 @pytest.mark.parametrize("where", ["copy", "checksum", "manifest", "progress"])
@@ -284,7 +286,7 @@ def test_a_failure_anywhere_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     source = write_source(tmp_path / "source", None, QUICK)
-    before = snapshot(tmp_path)
+    before = listing(tmp_path)
 
     def fail(*_: object, **__: object) -> None:
         raise IrqError("the disk fails")
@@ -301,7 +303,7 @@ def test_a_failure_anywhere_leaves_nothing(
         monkeypatch.setattr(room, name, fail)
     with pytest.raises(IrqError, match="the disk fails"):
         quantize(str(source), tmp_path / "new" / "out", progress=progress)
-    assert snapshot(tmp_path) == before
+    assert listing(tmp_path) == before
     assert not [
         t
         for t in threading.enumerate()
@@ -356,9 +358,9 @@ def test_progress_is_told_in_order(tmp_path: Path) -> None:
 def test_estimate_says_what_will_be(tmp_path: Path) -> None:
     source = write_source(tmp_path / "source", None, LLAMA, shards=2)
     options = QuantizeOptions(QuantSpec("nf2"), max_shard_bytes=40_000)
-    before = snapshot(tmp_path)
+    before = listing(tmp_path)
     found = estimate_quantize(str(source), tmp_path / "new" / "out", options)
-    assert snapshot(tmp_path) == before
+    assert listing(tmp_path) == before
     report = quantize(str(source), tmp_path / "new" / "out", options)
     manifest = (tmp_path / "new" / "out" / "irq_manifest.json").stat().st_size
     assert found.bytes_out + manifest == report.bytes_out
@@ -389,26 +391,6 @@ def test_the_artifact_loads_and_computes(tmp_path: Path) -> None:
         torch.testing.assert_close(model(ids).logits, dense(ids).logits, rtol=1e-5, atol=1e-5)
 
 
-TEXT: dict[str, Any] = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 50,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-VISION: dict[str, Any] = {
-    "hidden_size": 64,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "image_size": 28,
-    "patch_size": 14,
-}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["Mixtral", "Llava", "T5", "Bert"])
 def test_other_classes_load_and_compute(tmp_path: Path, kind: str) -> None:
@@ -418,16 +400,19 @@ def test_other_classes_load_and_compute(tmp_path: Path, kind: str) -> None:
 
     from irq_convert import load
 
-    text = tf.LlamaConfig(**TEXT)
+    grouped = SMALL | {"num_key_value_heads": 2}
+    text = tiny_config(**SMALL)
     model = {
-        "Mixtral": lambda: tf.MixtralForCausalLM(tf.MixtralConfig(**TEXT, num_local_experts=4)),
+        "Mixtral": lambda: tf.MixtralForCausalLM(
+            tiny_config("mixtral", **grouped, num_local_experts=4)
+        ),
         "Llava": lambda: tf.LlavaForConditionalGeneration(
             tf.LlavaConfig(vision_config=tf.CLIPVisionConfig(**VISION), text_config=text)
         ),
         "T5": lambda: tf.T5ForConditionalGeneration(
             tf.T5Config(d_model=64, d_ff=96, num_layers=1, num_heads=4, vocab_size=50, d_kv=16)
         ),
-        "Bert": lambda: tf.BertForMaskedLM(tf.BertConfig(**TEXT)),
+        "Bert": lambda: tf.BertForMaskedLM(tiny_config("bert", **SMALL)),
     }[kind]()
     source, out = tmp_path / "source", tmp_path / "out"
     model.save_pretrained(source)

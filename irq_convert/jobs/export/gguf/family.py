@@ -13,8 +13,7 @@ from gguf import MODEL_ARCH
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from irq_convert.errors import UsageError
-
-ATTENTION_BIASES = frozenset(("q_proj", "k_proj", "v_proj"))
+from irq_convert.jobs.export.biases import ATTENTION, MLP, QUERY_KEY_VALUE
 
 
 @dataclass(frozen=True)
@@ -30,12 +29,12 @@ class ModelFamily:
     classes: tuple[str, ...]
     arch: MODEL_ARCH
     interleaved: bool = False
-    biases: frozenset[str] = ATTENTION_BIASES
+    biases: frozenset[str] = QUERY_KEY_VALUE
     head_norms: bool = False
     square: bool = False
 
 
-_LLAMA_BIASES = ATTENTION_BIASES | {"o_proj", "gate_proj", "up_proj", "down_proj"}
+_LLAMA_BIASES = ATTENTION | MLP
 FAMILIES = {
     family.model_type: family
     for family in (

@@ -11,11 +11,13 @@ import torch
 from gguf import GGMLQuantizationType as GgmlType
 
 from irq_convert.artifact.contents import Artifact
-from irq_convert.artifact.dense import dense_tensors
+from irq_convert.artifact.dense import dense_config, dense_tensors
+from irq_convert.artifact.dense_dtype import Dtype
 from irq_convert.artifact.structure import StoredTensor
 from irq_convert.checkpoint.header import TensorInfo
 from irq_convert.core.codebook import get_codebook
 from irq_convert.errors import UsageError
+from irq_convert.jobs.export.biases import check_biases
 from irq_convert.jobs.export.gguf.encode import BLOCK, fits_q4_1, row_nbytes
 from irq_convert.jobs.export.gguf.family import Model, read_model
 from irq_convert.jobs.export.gguf.metadata import (
@@ -87,7 +89,7 @@ class GgufFile:
 
 def plan_gguf(artifact: Artifact, options: ExportOptions, progress: Progress) -> ExportPlan:
     """Decide everything; `UsageError` for a model or tokenizer that has no place in the file."""
-    model = read_model(artifact.checkpoint.config)
+    model = read_model(dense_config(artifact, Dtype.AUTO))
     tensors = _tensors(artifact, model, options)
     progress.stage("reading the tokenizer")
     vocabulary = read_vocabulary(artifact.folder, model.vocab)
@@ -126,6 +128,7 @@ def _model_name(artifact: Artifact) -> str:
 def _tensors(artifact: Artifact, model: Model, options: ExportOptions) -> list[GgufTensor]:
     tensors = dense_tensors(artifact)
     places = find_places(model, {t.base.name: t.shape for t in tensors})
+    check_biases(model.config.to_dict(), places, "llama.cpp")
     found = []
     divisors = rope_divisors(model)
     if divisors is not None:

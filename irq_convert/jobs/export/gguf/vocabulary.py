@@ -16,7 +16,7 @@ from typing import Any
 from gguf import TokenType
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from irq_convert.checkpoint.source import read_json_object
+from irq_convert.checkpoint.json_files import read_json_object
 from irq_convert.errors import UsageError
 from irq_convert.jobs.export.gguf.pretokenizer import choose_rule
 from irq_convert.jobs.export.gguf.spm_scores import merge_scores, spm_encoder

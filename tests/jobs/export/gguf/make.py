@@ -9,14 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from irq_convert.artifact.config import ModuleFormat
 from irq_convert.jobs.export.export import export
 from irq_convert.jobs.export.options import ExportOptions
 from tests.hf.artifact import write_artifact
 from tests.paths import DEMO
+from tests.tiny import tiny_model
 
 pytest.importorskip("gguf", reason="the package gguf is not installed")
 
@@ -24,14 +23,10 @@ INT4 = ModuleFormat("int4", 32)
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 
-def tiny_model(family: str, tied: bool = False, **changes: Any) -> Any:
-    """Two layers, grouped heads, rows of whole blocks of 32, random norms and biases."""
+def readable_model(family: str, tied: bool = False, **changes: Any) -> Any:
+    """A model that llama.cpp takes: rows of whole blocks of 32, random norms and biases."""
     sizes: dict[str, Any] = {
-        "hidden_size": 96,
         "intermediate_size": 160,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 2,
         # transformers takes qwen3's heads to have 128, whatever a GGUF file says.
         "head_dim": 128 if family == "qwen3" else 16,
         "vocab_size": 1024,
@@ -41,17 +36,9 @@ def tiny_model(family: str, tied: bool = False, **changes: Any) -> Any:
         "bos_token_id": 0,
         "eos_token_id": 1,
         "tie_word_embeddings": tied,
-        "dtype": "float32",
     }
-    torch.manual_seed(0)
-    config = CONFIG_MAPPING[family](**sizes | changes)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    for name, parameter in model.named_parameters():
-        if name.endswith((".bias", "norm.weight")):
-            torch.nn.init.normal_(parameter, 0.5, 0.5)
-        else:
-            torch.nn.init.normal_(parameter, 0.0, 0.2)
-    return model
+    spread = {".bias": (0.5, 0.5), "norm.weight": (0.5, 0.5), "": (0.0, 0.2)}
+    return tiny_model(family, spread=spread, **sizes | changes)
 
 
 def make_artifact(

@@ -39,7 +39,7 @@ def random_tile(seed: int, codebook: str, block: int, rows: int, cols: int) -> Q
     return QuantizedTensor(pack_codes(codes, bits), scale, tau, None, None, cols, codebook, block)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 2**31),
     codebook=st.sampled_from(("int2", "int3", "int4")),

@@ -17,12 +17,12 @@ from irq_convert.jobs.export.gguf.family import read_model
 from irq_convert.jobs.export.gguf.metadata import rope_divisors
 from irq_convert.jobs.export.gguf.names import find_places, interleave, separate
 
-from .make import FAMILIES, tiny_model
+from .make import FAMILIES, readable_model
 
 
 def raw_config(family: str = "llama", **changes: object) -> dict[str, object]:
-    raw = tiny_model(family).config.to_dict()
-    return raw | {"architectures": [type(tiny_model(family)).__name__]} | changes
+    raw = readable_model(family).config.to_dict()
+    return raw | {"architectures": [type(readable_model(family)).__name__]} | changes
 
 
 @given(st.integers(1, 5), st.integers(1, 6), st.integers(1, 4))
@@ -37,7 +37,7 @@ def test_interleave_and_separate_are_twins(heads: int, pairs: int, cols: int) ->
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tied", [False, True])
 def test_every_tensor_has_its_place(family: str, tied: bool) -> None:
-    model = tiny_model(family, tied)
+    model = readable_model(family, tied)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     found = find_places(read_model(raw_config(family, tie_word_embeddings=tied)), shapes)
     assert set(found) == set(shapes)
@@ -57,7 +57,7 @@ def test_every_tensor_has_its_place(family: str, tied: bool) -> None:
 
 def test_tensors_that_do_not_belong() -> None:
     model = read_model(raw_config())
-    shapes = {name: tuple(p.shape) for name, p in tiny_model("llama").named_parameters()}
+    shapes = {name: tuple(p.shape) for name, p in readable_model("llama").named_parameters()}
     for extra, words in (
         ("model.layers.0.mlp.experts.0.up_proj.weight", "no mixtures of experts"),
         ("score.weight", "llama.cpp has no such tensor in llama"),
