@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from irq_convert.cli.console import quiet_libraries
+from irq_convert.cli.shared import TrustRemoteCode
 from irq_convert.jobs.evaluate.options import EvalDtype, EvalOptions
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ def eval_command(
     tokenizer: Annotated[
         str | None, typer.Option(help="Folder or Hub id of the tokenizer, if not the model's.")
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads.  \\[default: torch's]")
     ] = None,
@@ -68,6 +70,7 @@ def eval_command(
         from_fraction=from_fraction,
         dtype=dtype,
         device=device,
+        trust_remote_code=trust_remote_code,
     )
 
     from irq_convert.cli.bar import ProgressBar

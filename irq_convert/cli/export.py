@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from irq_convert.artifact.export_targets import TARGETS
-from irq_convert.cli.shared import AsJson, DryRun, MaxShardSize, Overwrite, Threads, shard_bytes
+from irq_convert.cli.shared import (
+    AsJson,
+    DryRun,
+    MaxShardSize,
+    Overwrite,
+    Threads,
+    TrustRemoteCode,
+    shard_bytes,
+)
 
 if TYPE_CHECKING:
     from irq_convert.jobs.export.options import ExportOptions
@@ -47,6 +55,7 @@ def export_command(
         bool,
         typer.Option("--refit", help="compressed-tensors: fit integer zero points, with a loss."),
     ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     threads: Threads = None,
     max_shard_size: MaxShardSize = 5.0,
     dry_run: DryRun = False,
@@ -69,6 +78,7 @@ def export_command(
         fallback=fallback,
         refit=refit,
         threads=threads,
+        trust_remote_code=trust_remote_code,
         overwrite=overwrite,
         max_shard_bytes=shard_bytes(max_shard_size),
     )

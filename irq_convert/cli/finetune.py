@@ -10,7 +10,7 @@ import typer
 
 from irq_convert.artifact.adapter_kinds import AdapterKind, Connection
 from irq_convert.cli.console import quiet_libraries
-from irq_convert.cli.shared import RESUMING, AsJson
+from irq_convert.cli.shared import RESUMING, AsJson, TrustRemoteCode
 from irq_convert.errors import IrqError
 from irq_convert.jobs.common.resume import Resume
 from irq_convert.jobs.finetune.options import (
@@ -112,6 +112,7 @@ def finetune_command(
         _run("Of activations; auto is bfloat16 on GPUs that are good at it, else float32."),
     ] = TrainDtype.AUTO,
     device: Annotated[str, _run("cpu, cuda, cuda:1 or auto.")] = "auto",
+    trust_remote_code: TrustRemoteCode = False,
     threads: Annotated[int | None, _run("CPU threads.  \\[default: torch's]", min=1)] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Count and estimate, write nothing.")
@@ -149,6 +150,7 @@ def finetune_command(
         optimizer=optimizer,
         device=device,
         gradient_checkpointing=gradient_checkpointing,
+        trust_remote_code=trust_remote_code,
     )
     quiet_libraries(threads)
     files: dict[str, Any] = {"eval_data": eval_data, "tokenizer": tokenizer}

@@ -21,6 +21,7 @@ from irq_convert.cli.shared import (
     PushToHub,
     Resuming,
     Threads,
+    TrustRemoteCode,
     shard_bytes,
 )
 from irq_convert.core.objective import Objective
@@ -66,6 +67,7 @@ def merge_command(
     any_base: Annotated[
         bool, typer.Option("--any-base", help="Merge an adapter that records no base, or another.")
     ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     threads: Threads = None,
     max_shard_size: MaxShardSize = 5.0,
     resume: Resuming = Resume.AUTO,
@@ -94,6 +96,7 @@ def merge_command(
             min_survival=min_survival,
             check=check,
             any_base=any_base,
+            trust_remote_code=trust_remote_code,
             threads=threads,
             overwrite=overwrite,
             max_shard_bytes=shard_bytes(max_shard_size),

@@ -30,6 +30,9 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be writt
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace OUT once the new one is whole.")
 ]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the report as JSON.")]
 
 

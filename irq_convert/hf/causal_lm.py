@@ -13,8 +13,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from irq_convert.checkpoint.locate import locate
 from irq_convert.errors import IrqError, UsageError, one_line
 from irq_convert.hf.loading import load, model_class
+from irq_convert.remote_code import trusted, why_refused
 
-_AS_IT_LIES: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+
+def _as_it_lies() -> dict[str, Any]:
+    """How transformers reads a folder: from the disk alone, with the code that is trusted."""
+    return {"local_files_only": True, "trust_remote_code": trusted()}
 
 
 def load_config(source: str | Path) -> Any:
@@ -25,7 +29,7 @@ def load_config(source: str | Path) -> Any:
     """
     folder = locate(str(source), headers_only=True).folder
     with _one_line_errors(f"{source}: cannot be loaded as a model"):
-        return AutoConfig.from_pretrained(folder, **_AS_IT_LIES)
+        return AutoConfig.from_pretrained(folder, **_as_it_lies())
 
 
 def require_causal_lm(source: str | Path, config: Any) -> None:
@@ -79,7 +83,7 @@ def load_tokenizer(source: str | Path) -> Any:
     """
     folder = locate(str(source), headers_only=True).folder
     with _one_line_errors(f"{source}: has no usable tokenizer, name one with --tokenizer PATH"):
-        return AutoTokenizer.from_pretrained(folder, **_AS_IT_LIES)
+        return AutoTokenizer.from_pretrained(folder, **_as_it_lies())
 
 
 def check_device(device: str) -> None:
@@ -104,7 +108,7 @@ def _one_line_errors(what: str) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        raise IrqError(f"{what}: {one_line(error)}") from error
+        raise IrqError(f"{what}: {why_refused(error) or one_line(error)}") from error
 
 
 def _predicts(cls: Any, config: Any) -> bool:
@@ -127,7 +131,7 @@ def _load_dense(folder: Path, cls: Any, dtype: torch.dtype, device: str) -> PreT
             device_map=device,
             use_safetensors=True,
             output_loading_info=True,
-            **_AS_IT_LIES,
+            **_as_it_lies(),
         )
     model, info = loaded
     missing = sorted(info["missing_keys"])

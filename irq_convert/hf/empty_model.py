@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from irq_convert.errors import one_line
+from irq_convert.remote_code import trusted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -69,7 +70,9 @@ def empty_causal_lm(config: PreTrainedConfig) -> PreTrainedModel:
 
     try:
         with quiet_transformers(), torch.device("meta"):
-            found: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+            found: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, trust_remote_code=trusted()
+            )
             return found
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise NoModel(one_line(error)) from error

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from irq_convert.errors import IrqError, UsageError, one_line
+from irq_convert.remote_code import trusted, why_refused
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +30,7 @@ def load(
     when it cannot be read or when the files lack a tensor that the model needs.
     """
     where = str(path)
+    kwargs.setdefault("trust_remote_code", trusted())
     older = kwargs.pop("torch_dtype", None)
     dtype = older if dtype is None else dtype
     config = kwargs.pop("config", None)
@@ -59,6 +61,9 @@ def _explained(what: str, error: Exception) -> Exception:
 
     if isinstance(error, IrqError | MemoryError | torch.OutOfMemoryError):
         return error
+    refused = why_refused(error)
+    if refused is not None:
+        return IrqError(f"{what}: {refused}")
     line = one_line(Exception(" ".join(str(error).split()) or type(error).__name__))
     if isinstance(error, OSError):
         return IrqError(f"{what}: {line}")

@@ -13,6 +13,7 @@ import json
 import shlex
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -100,8 +101,10 @@ def measure(work: Path, layers: int, args: argparse.Namespace, base: int) -> lis
     """One row: peak memory above torch's own, seconds, their ratio, and whether bytes agree."""
     source, twin = work / f"Llama-2-{layers}", work / "twin"
     note(f"writing {layers} layers")
-    write_meta(source, layers, args.hidden, args.intermediate)
-    write_twin(source, twin)
+    # By another process: a child's peak counts what its parent held when it was made.
+    sizes = ("--hidden", str(args.hidden), "--intermediate", str(args.intermediate))
+    line = [sys.executable, __file__, "--write", str(work), "--layers", str(layers), *sizes]
+    subprocess.run(line, check=True)
     ours: list[Usage] = []
     theirs: list[Usage] = []
     for number in range(args.repeat):
@@ -129,7 +132,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--intermediate", type=int, default=13824)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--scratch", type=Path, help="where to write; by default the system's")
+    parser.add_argument("--write", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    if args.write is not None:
+        source = args.write / f"Llama-2-{args.layers[0]}"
+        write_meta(source, args.layers[0], args.hidden, args.intermediate)
+        write_twin(source, args.write / "twin")
+        return
     console = Console()
     console.print(describe_machine(["torch"]))
     base = torch_rss()

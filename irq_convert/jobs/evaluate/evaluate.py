@@ -20,6 +20,7 @@ from irq_convert.jobs.evaluate.options import EvalOptions
 from irq_convert.jobs.evaluate.report import EvalReport
 from irq_convert.jobs.evaluate.windows import evaluate_windows
 from irq_convert.progress import Progress
+from irq_convert.remote_code import remote_code
 
 LONGEST_DEFAULT_CONTEXT = 2048
 
@@ -51,6 +52,19 @@ def evaluate(
     check_device(options.device)
     if adapter is not None and not isinstance(adapter, CheckedAdapter):
         adapter = check_adapter(adapter, model, any_base)
+    with remote_code(options.trust_remote_code):
+        return _evaluate(model, text, adapter, against, tokenizer, options, progress)
+
+
+def _evaluate(
+    model: str | Path,
+    text: str | Path,
+    adapter: CheckedAdapter | None,
+    against: str | Path | None,
+    tokenizer: str | Path | None,
+    options: EvalOptions,
+    progress: Progress | None,
+) -> EvalReport:
     kept = split_text(read_text(text), options.from_fraction)[1]
     sources = [model] if against is None else [model, against]
     configs = [load_config(source) for source in sources]

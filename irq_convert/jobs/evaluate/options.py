@@ -30,6 +30,7 @@ class EvalOptions:
         from_fraction: skip this fraction of the text's characters (0.9 keeps the last tenth).
         dtype: floating-point type of both models.
         device: a torch device (`cpu`, `cuda`, `cuda:1`, `mps`), or `auto` to spread over devices.
+        trust_remote_code: run code that comes with the models, which is refused else.
 
     Raises `UsageError` where a value is out of its range.
     """
@@ -40,6 +41,7 @@ class EvalOptions:
     from_fraction: float = 0.0
     dtype: EvalDtype = EvalDtype.FLOAT32
     device: str = "cpu"
+    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         fix_choices(self, dtype=EvalDtype)

@@ -27,6 +27,7 @@ from irq_convert.jobs.export.registry import find_target
 from irq_convert.jobs.export.report import ExportEstimate, ExportReport, storages
 from irq_convert.jobs.export.target import ExportPlan, Target
 from irq_convert.progress import Progress
+from irq_convert.remote_code import remote_code
 from irq_convert.version import PRODUCER
 
 _NOTE_BYTES = 1 << 16
@@ -52,7 +53,7 @@ def export(
     begun = time.perf_counter()
     options, progress = chosen(ExportOptions, options, settings), progress or Progress()
     remove_leftovers(Path(out))
-    with torch_threads(options.threads):
+    with torch_threads(options.threads), remote_code(options.trust_remote_code):
         job = _prepare(Path(folder), Path(out), options, progress)
         require_space(job.out, job.plan.bytes_out + _NOTE_BYTES, "write the export")
         with output_folder(job.out, job.plan.artifact.folder, options.overwrite) as staging:
@@ -86,7 +87,7 @@ def estimate_export(
     Raises what the export would raise before it writes, but for a full disk.
     """
     options = chosen(ExportOptions, options, settings)
-    with torch_threads(options.threads):
+    with torch_threads(options.threads), remote_code(options.trust_remote_code):
         job = _prepare(Path(folder), Path(out), options, progress or Progress())
     return ExportEstimate(
         artifact=str(folder),

@@ -17,7 +17,8 @@ class ExportOptions:
     the model has. `fallback` (None: the target's default) says how tensors are stored that the
     target cannot hold exactly, where it offers a choice. `refit` allows to change scales, zero
     points and codes where the target needs others. `threads` is for all computing, None for all
-    cores; `tile_weights` bounds memory and never changes a byte.
+    cores; `tile_weights` bounds memory and never changes a byte. `trust_remote_code` runs code that
+    comes with the tokenizer, which is refused else.
     """
 
     to: str
@@ -28,6 +29,7 @@ class ExportOptions:
     overwrite: bool = False
     max_shard_bytes: int = MAX_SHARD_BYTES
     tile_weights: int = TILE_WEIGHTS
+    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         check_sizes(self.threads, self.max_shard_bytes, self.tile_weights)

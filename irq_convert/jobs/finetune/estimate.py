@@ -12,6 +12,7 @@ from irq_convert.jobs.finetune.options import FinetuneOptions
 from irq_convert.jobs.finetune.prepare import Preparation, prepare
 from irq_convert.jobs.finetune.progress import TrainingProgress
 from irq_convert.jobs.finetune.recipe import Recipe
+from irq_convert.remote_code import remote_code
 
 ADAPTER_BYTES = 16  # float32: the parameter, its gradient and AdamW's two moments
 LOGIT_BYTES = 12  # float32: logits, their softmax and gradient
@@ -79,7 +80,8 @@ def estimate_finetune(
     """
     options = chosen(FinetuneOptions, options, settings)
     more = {"eval_data": eval_data, "tokenizer": tokenizer}
-    return estimate_plan(prepare(model, data, options, **more, progress=progress))
+    with remote_code(options.trust_remote_code):
+        return estimate_plan(prepare(model, data, options, **more, progress=progress))
 
 
 def estimate_plan(plan: Preparation) -> FinetuneEstimate:

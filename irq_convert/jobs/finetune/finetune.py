@@ -6,6 +6,7 @@ Everything that can be refused is looked at before Trainer is imported, which ta
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from irq_convert.jobs.finetune.processes import Processes
 from irq_convert.jobs.finetune.progress import TrainingProgress
 from irq_convert.jobs.finetune.recipe import recipe_differences
 from irq_convert.jobs.finetune.report import FinetuneReport
+from irq_convert.remote_code import remote_code
 
 if TYPE_CHECKING:
     from irq_convert.jobs.finetune.training_run import Run
@@ -58,15 +60,38 @@ def finetune(
     begun = time.perf_counter()
     resume = as_choice(Resume, resume, "resume")
     options, out = chosen(FinetuneOptions, options, settings), Path(out)
-    progress = progress or TrainingProgress()
+    with remote_code(options.trust_remote_code):
+        return _finetune(
+            model,
+            data,
+            out,
+            options,
+            {"eval_data": eval_data, "tokenizer": tokenizer},
+            resume=resume,
+            overwrite=overwrite,
+            progress=progress or TrainingProgress(),
+            begun=begun,
+        )
+
+
+def _finetune(
+    model: str | Path,
+    data: str | Path,
+    out: Path,
+    options: FinetuneOptions,
+    beside: Mapping[str, Any],
+    *,
+    resume: Resume,
+    overwrite: bool,
+    progress: TrainingProgress,
+    begun: float,
+) -> FinetuneReport:
     processes = Processes.from_environment()
     if processes.first:
         check_folder(
             out, locate(str(model), headers_only=True).folder, resume=resume, overwrite=overwrite
         )
-    plan = prepare(
-        model, data, options, eval_data=eval_data, tokenizer=tokenizer, progress=progress
-    )
+    plan = prepare(model, data, options, **beside, progress=progress)
     base = _base(plan)
     try:
         if not processes.first:

@@ -59,6 +59,7 @@ class FinetuneOptions:
         dtype, optimizer: see the enums.
         device: `cpu`, `cuda`, `cuda:1`, or `auto` for a GPU where there is one.
         gradient_checkpointing: compute activations twice to keep fewer of them.
+        trust_remote_code: run code that comes with the model, which is refused else.
 
     Raises `UsageError` where a value is out of its range, or two of them contradict each other.
     """
@@ -87,6 +88,7 @@ class FinetuneOptions:
     optimizer: Optimizer = Optimizer.AUTO
     device: str = "auto"
     gradient_checkpointing: bool = False
+    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         fix_choices(

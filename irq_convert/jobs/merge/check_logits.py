@@ -28,6 +28,7 @@ from irq_convert.jobs.merge.memory import available_memory, logits_memory
 from irq_convert.jobs.merge.options import Check, MergeOptions, MergeTo, TauDtype
 from irq_convert.jobs.merge.report import LogitsCheck
 from irq_convert.progress import Progress
+from irq_convert.remote_code import trusted
 
 ROWS, TOKENS = 2, 16
 FLOOR = 1e-4
@@ -207,13 +208,15 @@ def _dense_model(folder: Path) -> Any:
 
     from irq_convert.hf.loading import model_class
 
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    code = {"trust_remote_code": trusted()}
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, **code)
     loaded: Any = model_class(config).from_pretrained(
         folder,
         config=config,
         dtype=torch.float32,
         local_files_only=True,
         output_loading_info=True,
+        **code,
     )
     model, info = loaded
     missing = sorted(info["missing_keys"])

@@ -21,6 +21,7 @@ from irq_convert.jobs.merge.options import Check, MergeOptions, MergeTo
 from irq_convert.jobs.merge.report import LogitsCheck, MergedLayer, MergeReport
 from irq_convert.jobs.merge.write import write_merged
 from irq_convert.progress import Progress
+from irq_convert.remote_code import remote_code
 
 
 def merge(
@@ -46,7 +47,7 @@ def merge(
     """
     begun = time.perf_counter()
     options, out = chosen(MergeOptions, options, settings), Path(out)
-    with RunProcesses() as processes:
+    with RunProcesses() as processes, remote_code(options.trust_remote_code):
         ranks = processes.ranks
         if ranks.first:
             remove_leftovers(out)

@@ -48,7 +48,8 @@ class MergeOptions:
     `dtype` is for `MergeTo.DENSE`; `tau`, `objective` (None: the artifact's) and `min_survival`
     for `MergeTo.IRQ`. `any_base` merges an adapter that records no base, or another. `threads` is
     for all computing, None for all cores; `tile_weights` bounds memory. `resume` says whether
-    shards that an earlier run has left are used; a folded adapter has none.
+    shards that an earlier run has left are used; a folded adapter has none. `trust_remote_code`
+    lets the check run code that comes with the model, without which such a model is not compared.
     """
 
     to: MergeTo = MergeTo.DENSE
@@ -63,6 +64,7 @@ class MergeOptions:
     max_shard_bytes: int = MAX_SHARD_BYTES
     tile_weights: int = TILE_WEIGHTS
     resume: Resume = Resume.AUTO
+    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         fix_choices(self, to=MergeTo, dtype=Dtype, tau=TauDtype, check=Check, resume=Resume)

@@ -21,6 +21,7 @@ from irq_convert.errors import UsageError
 from irq_convert.jobs.export.gguf.pretokenizer import choose_rule
 from irq_convert.jobs.export.gguf.spm_scores import merge_scores, spm_encoder
 from irq_convert.jobs.export.gguf.tokenizer_samples import agreement
+from irq_convert.remote_code import trusted
 
 ROLES = ("bos", "eos", "unk", "sep", "pad", "mask")
 
@@ -81,7 +82,9 @@ def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
 
 def _load(folder: Path) -> PreTrainedTokenizerBase:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=trusted()
+        )
     except Exception as error:  # whatever a broken file or a missing class makes transformers raise
         detail = " ".join(str(error).split())[:200]
         raise UsageError(
