@@ -307,20 +307,3 @@ def _check_cover(path: Path, infos: list[TensorInfo], data_start: int, file_size
         raise IrqError(
             f"{path}: {file_size - cursor} bytes after the last tensor belong to none; {_DAMAGED}"
         )
-
-
-_FIRST_READ = 1 << 20  # most headers fit, so one request a file is enough
-
-
-def fetch_header(fetch: Callable[[int, int], bytes], path: Path, size: int) -> bytes:
-    """The first 8 + N bytes of a safetensors file of `size` bytes, checked.
-
-    `fetch` gives bytes `start` to `stop` of it. Raises `IrqError` as `read_header`.
-    """
-    head = fetch(0, min(_FIRST_READ, size))
-    stop = 8 + header_length(path, head)
-    if stop > len(head):
-        head += fetch(len(head), stop)
-    head = head[:stop]
-    parse_header(path, head[8:], size)
-    return head

@@ -17,11 +17,10 @@ from irq_convert.checkpoint.files import copy_file_atomic, sha256_file, write_by
 from irq_convert.checkpoint.header import TensorInfo
 from irq_convert.checkpoint.reader import TileReader
 from irq_convert.checkpoint.shards import INDEX_NAME, build_index, plan_shards, shard_name
-from irq_convert.checkpoint.source import Checkpoint
+from irq_convert.checkpoint.source import CONFIG_NAME, Checkpoint
 from irq_convert.checkpoint.system import os_errors
 from irq_convert.checkpoint.writer import TensorSpec, build_header
 
-CONFIG_NAME = "config.json"
 COPY_CHUNK = 4 << 20
 METADATA = {"format": "pt"}
 """What transformers looks for in the header of a shard."""

@@ -26,6 +26,8 @@ from irq_convert.checkpoint.source_formats import SourceFormat, find_format
 from irq_convert.checkpoint.system import os_errors
 from irq_convert.errors import IrqError, UsageError
 
+CONFIG_NAME = "config.json"
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -91,14 +93,7 @@ def open_checkpoint(
     inside a Hub cache are fine), a header is damaged, or `config.json` is not a JSON object.
     """
     folder = Path(folder)
-    with os_errors("look at it", folder):
-        exists, is_folder = folder.exists(), folder.is_dir()
-    if not exists:
-        raise UsageError(f"{folder}: no such folder")
-    if not is_folder:
-        raise UsageError(f"{folder}: a file, not a folder; give the folder that holds it")
-    with os_errors("list it", folder):
-        files = _list_files(folder)
+    files = _list_folder(folder)
     fence = _Fence(folder)
     sizes = _headers_only_sizes(folder)
     source_format, selection = find_format(files, str(folder))
@@ -107,17 +102,13 @@ def open_checkpoint(
     if not set(names) <= set(weight_map.values()):  # the index is not the one of these files
         selection, weight_map, index_metadata = Selection(names), {}, {}
     headers = [_open_shard(source_format, fence, name, selection.index, sizes) for name in names]
-    raw = _read_config(folder) if "config.json" in files else None
+    _check_index(weight_map, dict(zip(names, headers, strict=True)), selection)
+    beside = [fence.check(name) for name in files if not is_weight_file(name)]
+    raw = read_json_object(folder / CONFIG_NAME) if CONFIG_NAME in beside else None
     hints = replace(
         hints or SourceHints(), called=repo_id or folder.resolve().name, headers_only=bool(sizes)
     )
     arranged = decode_source(source_format.arrange(headers, folder, raw, hints), str(folder))
-    _check_index(weight_map, dict(zip(names, headers, strict=True)), selection)
-    other = tuple(
-        fence.check(name)
-        for name in files
-        if not is_weight_file(name) and name not in arranged.gone
-    )
     used = {*names, selection.index}
     return Checkpoint(
         folder=folder,
@@ -125,7 +116,7 @@ def open_checkpoint(
         tensors=arranged.tensors,
         config=arranged.config,
         index_metadata=index_metadata,
-        other_files=other,
+        other_files=tuple(name for name in beside if name not in arranged.gone),
         repo_id=repo_id,
         revision=revision,
         left_out=tuple(name for name in files if is_weight_file(name) and name not in used),
@@ -162,6 +153,18 @@ class _Fence:
         return name
 
 
+def _list_folder(folder: Path) -> list[str]:
+    """The files of a checkpoint; `UsageError` where `folder` is none that can be listed."""
+    with os_errors("look at it", folder):
+        exists, is_folder = folder.exists(), folder.is_dir()
+    if not exists:
+        raise UsageError(f"{folder}: no such folder")
+    if not is_folder:
+        raise UsageError(f"{folder}: a file, not a folder; give the folder that holds it")
+    with os_errors("list it", folder):
+        return _list_files(folder)
+
+
 def _list_files(folder: Path) -> list[str]:
     """Return the sorted relative paths of all regular files; links to folders are not entered."""
     found: list[str] = []
@@ -182,10 +185,6 @@ def _list_files(folder: Path) -> list[str]:
             if path.is_file():
                 found.append(relative)
     return sorted(found)
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    return read_json_object(folder / "config.json")
 
 
 def _headers_only_sizes(folder: Path) -> dict[str, int] | None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from irq_convert.checkpoint.arranged import Arranged, SourceHints, merged
-from irq_convert.checkpoint.header import ShardHeader, fetch_header, read_header
+from irq_convert.checkpoint.header import ShardHeader, read_header
 from irq_convert.checkpoint.layout import (
     Selection,
     select_meta,
@@ -24,6 +24,7 @@ from irq_convert.checkpoint.layout import (
 )
 from irq_convert.checkpoint.meta_layout import arrange_meta
 from irq_convert.checkpoint.pickled import read_pickle
+from irq_convert.checkpoint.remote_header import fetch_header
 from irq_convert.checkpoint.remote_pickle import Fetch, fetch_pickle
 from irq_convert.checkpoint.state_dict import arrange_pickles
 from irq_convert.errors import IrqError

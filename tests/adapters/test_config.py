@@ -177,6 +177,7 @@ print(type(config).__name__, config.connection, config.rank_pattern)
 """
 
 
+@pytest.mark.slow
 def test_read_in_a_fresh_process(python: Forks, tmp_path: Path) -> None:
     full().save_pretrained(tmp_path)
     imports = "import irq_convert; from transformers import Trainer; from peft import PeftConfig"

@@ -152,6 +152,7 @@ for codebook in ("nf4", "int3", "nf2"):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("features", "lanes"), [("+avx,+avx2", 8), ("", 0)])
 def test_machines_with_fewer_instructions(tmp_path: Path, features: str, lanes: int) -> None:
     if platform.machine() not in ("x86_64", "AMD64"):

@@ -225,6 +225,7 @@ def test_options_that_make_no_sense(bad: dict[str, object], words: str) -> None:
     assert words in str(caught.value)
 
 
+@pytest.mark.slow
 def test_saved_modules_in_the_logits(artifact: Path, tmp_path: Path) -> None:
     """Through PEFT's own wrapper of a saved module, in the models as they are used."""
     head = torch.randn(80, 96, generator=torch.Generator().manual_seed(5))

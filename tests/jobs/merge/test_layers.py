@@ -96,6 +96,7 @@ def test_a_folded_adapter_is_checked(artifact: Path, iec: Path, tmp_path: Path) 
         check_folded(inputs.adapter, inputs.match, tmp_path / "out", Progress())
 
 
+@pytest.mark.slow
 def test_logits_find_a_file_that_was_lost(artifact: Path, iec: Path, tmp_path: Path) -> None:
     """A setting that no layer's check looks at: the wrong rope, or a norm that was not carried."""
     options = MergeOptions(check=Check.LOGITS)
