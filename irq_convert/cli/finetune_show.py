@@ -97,7 +97,8 @@ class TrainingBar(TrainingProgress):
         self._held = f", held out {loss:.3f}"
 
     def note(self, text: str) -> None:
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        line = f"irq-convert: {text}"
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def print_estimate(found: FinetuneEstimate) -> None:

@@ -13,8 +13,9 @@ from irq_convert.checkpoint.locate import Located, locate
 from irq_convert.checkpoint.source import open_checkpoint
 from irq_convert.errors import UsageError
 from tests.folders import assert_one_line
+from tests.fresh import Forks
 
-from .helpers import make_checkpoint, run_python, snapshot
+from .helpers import make_checkpoint, snapshot
 from .hub_server import COMMIT, ERRORS, FakeHub, serve
 
 LOCATE = """
@@ -35,11 +36,11 @@ for request in json.loads(sys.argv[1]):
 class Client:
     """Runs `locate` in a process of its own with its own Hub cache."""
 
-    def __init__(self, home: Path) -> None:
-        self.home = home
+    def __init__(self, python: Forks, home: Path) -> None:
+        self.python, self.home = python, home
 
     def __call__(self, *requests: list[object], hub: str, **env: str) -> list[list[str]]:
-        result = run_python(
+        result = self.python(
             LOCATE,
             json.dumps(requests),
             **{
@@ -60,8 +61,8 @@ class Client:
 
 
 @pytest.fixture
-def client(tmp_path: Path) -> Client:
-    return Client(tmp_path / "home")
+def client(python: Forks, tmp_path: Path) -> Client:
+    return Client(python, tmp_path / "home")
 
 
 @pytest.fixture
@@ -183,7 +184,7 @@ def test_headers_only(client: Client, hub: FakeHub, model: Path) -> None:
     assert opened.nbytes == big.nbytes + 65
     assert opened.other_files == ("LICENSE", "README.md", "config.json", "sub/a [1].txt")
     assert sum(size for name, size in hub.sent.items() if "model-0" in name) < big.nbytes // 4
-    check = run_python(
+    check = client.python(
         "import sys, pathlib\n"
         "from irq_convert.checkpoint import source, reader\n"
         "info = source.open_checkpoint(pathlib.Path(sys.argv[1])).tensors['layer.1.a']\n"
@@ -208,7 +209,7 @@ def test_headers_only_from_a_server_without_ranges(client: Client, model: Path) 
     (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     for ranges in (True, False):
         with serve(model, ranges) as hub:
-            home = Client(client.home / str(ranges))
+            home = Client(client.python, client.home / str(ranges))
             (found,) = home(["org/model", None, "headers"], hub=hub.url)
         assert len(open_checkpoint(Path(found[0])).tensors) == 8000
 
@@ -256,13 +257,17 @@ def test_repositories_that_cannot_be_used(client: Client, model: Path) -> None:
         path.unlink()
     (model / "tf_model.h5").write_bytes(b"x")
     with serve(model) as hub:
-        ((kind, message),) = Client(client.home / "2")(["org/model", None], hub=hub.url)
+        ((kind, message),) = Client(client.python, client.home / "2")(
+            ["org/model", None], hub=hub.url
+        )
         assert kind == "IrqError"
         assert_one_line(message, "org/model", "no *.safetensors files")
 
 
-def test_cache_that_cannot_be_written_is_one_line(tmp_path: Path, hub: FakeHub) -> None:
+def test_cache_that_cannot_be_written_is_one_line(
+    client: Client, tmp_path: Path, hub: FakeHub
+) -> None:
     (tmp_path / "home").touch()
-    ((kind, message),) = Client(tmp_path / "home")(["org/model", None], hub=hub.url)
+    ((kind, message),) = client(["org/model", None], hub=hub.url)
     assert kind == "IrqError"
     assert_one_line(message, str(tmp_path / "home"), "not a folder")

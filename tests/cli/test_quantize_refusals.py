@@ -139,7 +139,7 @@ def no_weights(folder: Path) -> None:
     (folder / SHARD).unlink()
 
 
-def pickles_only(folder: Path) -> None:
+def no_pickle(folder: Path) -> None:
     (folder / SHARD).rename(folder / "pytorch_model.bin")
 
 
@@ -265,7 +265,7 @@ def a_part_of_that_name(folder: Path) -> None:
 
 DAMAGES: list[tuple[Callable[[Path], None], list[str]]] = [
     (no_weights, ["no *.safetensors"]),
-    (pickles_only, ["pytorch_model.bin", "pickle", "save_pretrained"]),
+    (no_pickle, ["pytorch_model.bin", "no file of torch.save"]),
     (truncated, [SHARD, "truncated"]),
     (truncated_in_the_header, [SHARD, "damaged"]),
     (empty_file, [SHARD, "shorter"]),

@@ -177,7 +177,7 @@ def test_the_whole_way(tmp_path: Path) -> None:
     source.mkdir()
     weight = make("gauss", 40, 100, 2)
     save_file({"layers.0.up.weight": weight}, source / "model.safetensors", {"format": "pt"})
-    (source / "config.json").write_text('{"architectures": ["Unknown"]}')
+    (source / "config.json").write_text('{"model_type": "unknown"}')
     spec = QuantSpec("int4", 32, "entropy", 0, "integer")
     quantize(str(source), out, QuantizeOptions(spec, tile_weights=1))
     assert not verify_artifact(out, against=open_source(str(source))).failures

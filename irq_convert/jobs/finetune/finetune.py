@@ -139,7 +139,6 @@ def _open(
     if old is None:
         folder.write(RUN, settings)
         return
-    progress.note(f"continuing the run in {out}")
     what = {"base": "the base model", "data": "the data file", "eval_data": "the held-out file"}
     changed = [f"{what[key]} is another one" for key in what if old.get(key) != settings[key]]
     changed += recipe_differences(old.get("recipe") or {}, settings["recipe"])
@@ -148,3 +147,4 @@ def _open(
             f"{out}: holds an unfinished run of another kind: {'; '.join(changed)}; ask for the "
             "same again, or start anew with --resume never"
         )
+    progress.note(f"continuing the run in {out}")

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,8 +12,8 @@ from irq_convert.jobs.quantize.options import QuantizeOptions
 from irq_convert.jobs.quantize.quantize import quantize
 from irq_convert.jobs.verify import verify
 from tests.folders import listing
-from tests.paths import ROOT
-from tests.tiny import write_source
+from tests.fresh import Forks
+from tests.tiny import UNKNOWN, write_source
 
 SCRIPT = """
 import os, shutil, signal, sys
@@ -51,7 +48,7 @@ STEPS = [("rename", 1), ("rename", 2), ("rename", 3), ("rmtree", 1)]
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_source(tmp_path_factory.mktemp("replaced") / "m")
+    return write_source(tmp_path_factory.mktemp("replaced") / "m", config=UNKNOWN)
 
 
 @pytest.fixture(scope="module")
@@ -62,21 +59,23 @@ def both(source: Path) -> dict[str, dict[str, object]]:
     return {name: listing(source.parent / name) for name in ("before", "after")}
 
 
-def killed(source: Path, out: Path, step: tuple[str, int]) -> list[str]:
+def killed(python: Forks, source: Path, out: Path, step: tuple[str, int]) -> list[str]:
     """Replace OUT in a process that is killed at `step`; returns what lies there."""
     quantize(source, out, BEFORE)
-    command = [sys.executable, "-c", SCRIPT, step[0], str(step[1]), str(source), str(out)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, timeout=300, check=False)
+    done = python(SCRIPT, *step, source, out)
     assert done.returncode == -signal.SIGKILL
     return sorted(path.name for path in out.parent.iterdir())
 
 
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: f"{step[0]} {step[1]}")
 def test_the_same_command_ends_with_the_new_folder_alone(
-    tmp_path: Path, source: Path, both: dict[str, dict[str, object]], step: tuple[str, int]
+    python: Forks,
+    tmp_path: Path,
+    source: Path,
+    both: dict[str, dict[str, object]],
+    step: tuple[str, int],
 ) -> None:
-    left = killed(source, tmp_path / "out", step)
+    left = killed(python, source, tmp_path / "out", step)
     assert len(left) == (2 if step == ("rename", 1) else 3) or "out" not in left
     quantize(source, tmp_path / "out", AFTER)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -85,10 +84,14 @@ def test_the_same_command_ends_with_the_new_folder_alone(
 
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: f"{step[0]} {step[1]}")
 def test_a_command_that_refuses_clears_up_all_the_same(
-    tmp_path: Path, source: Path, both: dict[str, dict[str, object]], step: tuple[str, int]
+    python: Forks,
+    tmp_path: Path,
+    source: Path,
+    both: dict[str, dict[str, object]],
+    step: tuple[str, int],
 ) -> None:
     """Without --overwrite, which is what somebody tries who believes that it was finished."""
-    killed(source, tmp_path / "out", step)
+    killed(python, source, tmp_path / "out", step)
     with pytest.raises(UsageError, match="not empty"):
         quantize(source, tmp_path / "out", BEFORE)
     there = {path.name for path in tmp_path.iterdir()}
@@ -99,10 +102,10 @@ def test_a_command_that_refuses_clears_up_all_the_same(
 
 
 def test_the_only_whole_copy_stays_whatever_took_its_place(
-    tmp_path: Path, source: Path, both: dict[str, dict[str, object]]
+    python: Forks, tmp_path: Path, source: Path, both: dict[str, dict[str, object]]
 ) -> None:
     """Killed between the two renames; then somebody puts another folder there."""
-    killed(source, tmp_path / "out", ("rename", 2))
+    killed(python, source, tmp_path / "out", ("rename", 2))
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("mine")
     with pytest.raises(UsageError):
