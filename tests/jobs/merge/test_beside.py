@@ -113,6 +113,7 @@ def test_a_larger_vocabulary_beside_an_adapter(kind: str, causal: Path, tmp_path
     assert_merges(causal, tmp_path / "adapter", outputs(model, 520), 520)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("saved", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]])
 @pytest.mark.parametrize("rows", [None, 520])
 @pytest.mark.parametrize("kind", KINDS)
@@ -124,6 +125,7 @@ def test_trained_embeddings_and_heads(
     assert_merges(untied, tmp_path / "adapter", outputs(model, rows or 512), rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_lora_of_the_head_with_a_copy_of_its_base(kind: str, untied: Path, tmp_path: Path) -> None:
     config = KINDS[kind](r=4, target_modules=["q_proj", "lm_head"])
@@ -132,6 +134,7 @@ def test_lora_of_the_head_with_a_copy_of_its_base(kind: str, untied: Path, tmp_p
     assert_merges(untied, tmp_path / "adapter", outputs(model), None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_lora_of_a_head_that_grew(kind: str, untied: Path, tmp_path: Path) -> None:
     config = KINDS[kind](r=4, target_modules=["lm_head"], modules_to_save=["embed_tokens"])
@@ -139,6 +142,7 @@ def test_lora_of_a_head_that_grew(kind: str, untied: Path, tmp_path: Path) -> No
     assert_merges(untied, tmp_path / "adapter", outputs(model, 520), 520)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_embeddings_saved_unchanged(kind: str, causal: Path, tmp_path: Path) -> None:
     config = KINDS[kind](r=4, target_modules=["q_proj"])
@@ -215,6 +219,7 @@ TASKS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("task", TASKS)
 def test_heads_of_a_task(task: str, kind: str, tmp_path: Path) -> None:

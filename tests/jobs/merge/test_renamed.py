@@ -36,6 +36,7 @@ def causal(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return artifact(tmp_path_factory.mktemp("causal"), tiny_model(**SIZES))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("targets", TARGETS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_trained_on_the_base_model(kind: str, targets: str, causal: Path, tmp_path: Path) -> None:

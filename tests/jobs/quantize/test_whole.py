@@ -110,6 +110,7 @@ def test_the_files_of_a_base_model_are_whole_under_the_name_of_its_class(tmp_pat
     assert_loads_right(write_source(tmp_path / "base" / "m", tensors, base))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 def test_every_architecture_is_whole_and_without_any_tensor_is_not(
     tmp_path: Path, kind: Kind
