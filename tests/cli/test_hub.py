@@ -82,6 +82,7 @@ def test_models_that_the_hub_refuses(
 LAST = "model-00003-of-00003.safetensors"
 
 
+@pytest.mark.slow
 def test_a_streamed_conversion_that_is_killed_goes_on(irq: Commands, tmp_path: Path) -> None:
     work = tmp_path / "work"
     work.mkdir()

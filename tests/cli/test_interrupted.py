@@ -21,6 +21,8 @@ from .process import Commands, assert_fails, nothing_left
 from .sources import make_source
 from .stopping import stop_at
 
+pytestmark = pytest.mark.slow
+
 ARGS = ("--objective", "mse", "--block-size", 16, "--max-shard-size", "1e-4", "--threads", 1)
 SHARDS = 6
 

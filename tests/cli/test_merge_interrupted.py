@@ -17,6 +17,8 @@ from tests.jobs.merge.make import write_adapter
 from .process import Commands, assert_fails, nothing_left
 from .stopping import await_moment, stop_at
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def artifact(tiny_nf4: Path) -> Path:

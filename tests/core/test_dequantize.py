@@ -129,6 +129,7 @@ raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
 def test_works_after_a_fork() -> None:
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", FORK], timeout=120, check=False)

@@ -19,6 +19,8 @@ from irq_convert.errors import IrqError, UsageError
 
 from .blocks import kinds, make_blocks
 
+pytestmark = pytest.mark.slow
+
 BOOKS = pytest.mark.parametrize("book", CODEBOOKS.values(), ids=list(CODEBOOKS))
 KINDS = pytest.mark.parametrize("kind", kinds())
 

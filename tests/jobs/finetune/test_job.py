@@ -141,6 +141,7 @@ def undisturbed(
     return whole, finetune(artifact, tales, whole, quick(steps=7))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("at", "number"), [(1, signal.SIGINT), (4, signal.SIGTERM)])
 def test_an_interrupted_run_ends_like_one_that_was_not(
     artifact: Path, tales: Path, undisturbed: tuple[Path, FinetuneReport], tmp_path: Path,
@@ -232,6 +233,7 @@ def test_a_model_that_is_broken_from_the_start(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_changes_nothing(
     artifact: Path, tales: Path, tmp_path: Path
 ) -> None:
@@ -243,6 +245,7 @@ def test_gradient_checkpointing_changes_nothing(
     assert all(torch.allclose(found[name], expected[name], atol=1e-7) for name in expected)
 
 
+@pytest.mark.slow
 def test_bfloat16_trains_float32_parameters(artifact: Path, tales: Path, tmp_path: Path) -> None:
     from irq_convert.jobs.finetune.options import TrainDtype
 

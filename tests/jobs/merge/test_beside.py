@@ -106,6 +106,7 @@ def assert_merges(art: Path, adapter: Path, wanted: torch.Tensor, rows: int | No
     assert irq_convert.verify(out / "irq").ok
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_larger_vocabulary_beside_an_adapter(kind: str, causal: Path, tmp_path: Path) -> None:
     config = KINDS[kind](r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
