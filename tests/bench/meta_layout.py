@@ -9,6 +9,7 @@ of the two artifacts have to be the same. `--hidden` and `--intermediate` make i
 from __future__ import annotations
 
 import argparse
+import filecmp
 import json
 import shlex
 import shutil
@@ -93,7 +94,7 @@ def same_bytes(one: Path, other: Path) -> bool:
     """Whether two artifacts have the same weight files."""
     names = sorted(path.name for path in one.glob("*.safetensors"))
     return names == sorted(path.name for path in other.glob("*.safetensors")) and all(
-        (one / name).read_bytes() == (other / name).read_bytes() for name in names
+        filecmp.cmp(one / name, other / name, shallow=False) for name in names
     )
 
 
