@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from irq_convert.artifact.adapter_config import StoredConfig
-from irq_convert.artifact.head import EMBEDDINGS, HEADS
+from irq_convert.artifact.head import EMBEDDINGS
 from irq_convert.checkpoint.header import TensorInfo
+from irq_convert.checkpoint.state_dict import HEADS
 from irq_convert.errors import IrqError
 
 _AGAIN, _BEFORE, _BASE = ".modules_to_save.", ".original_module.", ".base_layer."

@@ -6,8 +6,8 @@ from irq_convert.artifact.contents import Artifact
 from irq_convert.checkpoint.header import TensorInfo
 from irq_convert.checkpoint.planned_folder import copied
 from irq_convert.checkpoint.reader import TileReader
+from irq_convert.checkpoint.state_dict import HEADS
 
-HEADS = ("lm_head", "embed_out", "output")
 EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings")
 
 

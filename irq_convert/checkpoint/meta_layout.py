@@ -122,12 +122,12 @@ def _put_together(
     name: str, ours: str, headers: Sequence[ShardHeader], params: MetaParams
 ) -> TensorInfo:
     slices = tuple(_slices(headers, name))
-    stem = name.removesuffix(".weight").partition(".")[2].partition(".")[2] or name
+    stem = _stem(name)
     rows, cols = _shape(name, params)
     lazy: LazyTensor
     if cols is None:
         lazy, shape = Replicas(slices), slices[0].shape
-    elif stem in _SIDE_BY_SIDE or (name.startswith("tok_") and slices[0].shape[-1] != cols):
+    elif stem in _SIDE_BY_SIDE or (stem == "tok_embeddings" and slices[0].shape[-1] != cols):
         lazy, shape = ColumnParts(slices), (slices[0].shape[0], sum(s.shape[-1] for s in slices))
     else:
         lazy, shape = RowParts(slices), (sum(s.shape[0] for s in slices), slices[0].shape[-1])
@@ -143,7 +143,6 @@ def _put_together(
 
 def _shape(name: str, params: MetaParams) -> tuple[int, int | None]:
     """Rows and columns of the whole matrix by params.json; columns None for a vector."""
-    stem = re.sub(r"^layers\.\d+\.", "", name).removesuffix(".weight")
     keys = params.kv_heads * params.head_dim
     return {
         "attention.wq": (params.dim, params.dim),
@@ -155,7 +154,12 @@ def _shape(name: str, params: MetaParams) -> tuple[int, int | None]:
         "feed_forward.w2": (params.dim, params.ffn),
         "tok_embeddings": (params.vocab, params.dim),
         "output": (params.vocab, params.dim),
-    }.get(stem, (params.dim, None))
+    }.get(_stem(name), (params.dim, None))
+
+
+def _stem(name: str) -> str:
+    """Meta's name of a tensor without its layer and ending."""
+    return re.sub(r"^layers\.\d+\.", "", name).removesuffix(".weight")
 
 
 def _contradiction(

@@ -116,10 +116,9 @@ def _load(path: Path) -> Any:
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        name = next((word for word in str(error).split() if word.startswith("GLOBAL")), None)
-        named = _named_code(str(error))
+        named = _named_code(str(error)) or "something"
         raise IrqError(
-            f"{path}: its pickle asks for {named or name or 'something'} that is no weight, which "
+            f"{path}: its pickle asks for {named} that is no weight, which "
             "is not run: take another copy of the model, in safetensors if there is one"
         ) from None
     except Exception as error:  # of a damaged pickle: nearly every kind

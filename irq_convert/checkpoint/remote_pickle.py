@@ -16,7 +16,7 @@ from pathlib import Path
 from irq_convert.checkpoint.pickled import OFFSETS, entry_start
 from irq_convert.errors import IrqError, one_line
 
-Fetch = Callable[[int, int], bytes]
+FetchRange = Callable[[int, int], bytes]
 """Bytes `start` to `stop` of a file."""
 
 _BLOCK = 1 << 18
@@ -27,7 +27,7 @@ _DESCRIPTORS = (0, 16, 24)  # behind the data of an entry, without and with 64-b
 _ALIGNED = 64
 
 
-def fetch_pickle(fetch: Fetch, path: Path, size: int) -> bytes:
+def fetch_pickle(fetch: FetchRange, path: Path, size: int) -> bytes:
     """The small file for the one of `size` bytes at `path`.
 
     Raises `IrqError` where the file is no zip file of torch.
@@ -42,7 +42,7 @@ def fetch_pickle(fetch: Fetch, path: Path, size: int) -> bytes:
         ) from None
 
 
-def _small_copy(archive: zipfile.ZipFile, fetch: Fetch, size: int) -> bytes:
+def _small_copy(archive: zipfile.ZipFile, fetch: FetchRange, size: int) -> bytes:
     entries = archive.infolist()
     ends = [entry.header_offset for entry in entries[1:]] + [archive.start_dir or size]
     starts = {}
@@ -62,7 +62,7 @@ def _small_copy(archive: zipfile.ZipFile, fetch: Fetch, size: int) -> bytes:
     return buffer.getvalue()
 
 
-def _start(entry: zipfile.ZipInfo, end: int, fetch: Fetch) -> int:
+def _start(entry: zipfile.ZipInfo, end: int, fetch: FetchRange) -> int:
     """Where the data of an entry begins: by its end, as torch aligns it, else by asking."""
     first = entry.header_offset + 30 + len(entry.filename.encode())
     found = [end - entry.file_size - behind for behind in _DESCRIPTORS]
@@ -75,7 +75,7 @@ def _start(entry: zipfile.ZipInfo, end: int, fetch: Fetch) -> int:
 class _Ranges(io.RawIOBase):
     """A file that is read by blocks as they are asked for."""
 
-    def __init__(self, fetch: Fetch, size: int) -> None:
+    def __init__(self, fetch: FetchRange, size: int) -> None:
         self._fetch, self._size, self._at = fetch, size, 0
         self._blocks: dict[int, bytes] = {}
 

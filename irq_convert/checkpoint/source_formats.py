@@ -25,7 +25,7 @@ from irq_convert.checkpoint.layout import (
 from irq_convert.checkpoint.meta_layout import arrange_meta
 from irq_convert.checkpoint.pickled import read_pickle
 from irq_convert.checkpoint.remote_header import fetch_header
-from irq_convert.checkpoint.remote_pickle import Fetch, fetch_pickle
+from irq_convert.checkpoint.remote_pickle import FetchRange, fetch_pickle
 from irq_convert.checkpoint.state_dict import arrange_pickles
 from irq_convert.errors import IrqError
 
@@ -48,7 +48,7 @@ class SourceFormat:
     name: str
     select: Callable[[Collection[str]], Selection | None]
     read_header: Callable[[Path, int | None], ShardHeader]
-    fetch_header: Callable[[Fetch, Path, int], bytes]
+    fetch_header: Callable[[FetchRange, Path, int], bytes]
     arrange: Callable[[Sequence[ShardHeader], Path, dict[str, Any] | None, SourceHints], Arranged]
 
 

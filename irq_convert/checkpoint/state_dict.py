@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from irq_convert.checkpoint.arranged import Arranged, SourceHints, merged
 from irq_convert.checkpoint.header import ShardHeader, TensorInfo
 
-WRAPPERS = ("module.", "_orig_mod.", "model.")
+PREFIXES = ("module.", "_orig_mod.", "model.")
 """What DistributedDataParallel, torch.compile and Lightning put before every name."""
 _OWN_MODEL = ("model.model.", "model.lm_head.", "model.transformer.")
-_HEADS = ("lm_head", "embed_out", "output")
+HEADS = ("lm_head", "embed_out", "output")
+"""Last parts of the names of output heads."""
 
 
 def arrange_pickles(
@@ -26,7 +28,7 @@ def arrange_pickles(
     tensors = merged(headers)
     prefix = _common_prefix(list(tensors))
     named = {name.removeprefix(prefix): info for name, info in tensors.items()}
-    named = {name: _renamed(info, name) for name, info in named.items()}
+    named = {name: replace(info, name=name) for name, info in named.items()}
     dropped = []
     if (config or {}).get("tie_word_embeddings") is True:
         for name in _second_names(named):
@@ -41,15 +43,11 @@ def _common_prefix(names: list[str]) -> str:
     while True:
         rest = [name.removeprefix(found) for name in names]
         own = any(name.startswith(_OWN_MODEL) for name in rest)
-        wraps = [w for w in WRAPPERS if all(name.startswith(w) for name in rest)]
+        wraps = [w for w in PREFIXES if all(name.startswith(w) for name in rest)]
         wraps = [w for w in wraps if w != "model." or own]
         if not wraps:
             return found
         found += wraps[0]
-
-
-def _renamed(info: TensorInfo, name: str) -> TensorInfo:
-    return TensorInfo(name, info.dtype, info.shape, info.shard, info.offset, info.nbytes, info.lazy)
 
 
 def _second_names(tensors: dict[str, TensorInfo]) -> list[str]:
@@ -58,4 +56,4 @@ def _second_names(tensors: dict[str, TensorInfo]) -> list[str]:
     for name, info in tensors.items():
         places.setdefault((info.shard, info.offset, info.shape, info.lazy), []).append(name)
     shared = [name for names in places.values() if len(names) > 1 for name in names]
-    return [name for name in shared if name.split(".")[-2:-1] and name.split(".")[-2] in _HEADS]
+    return [name for name in shared if name.rpartition(".")[0].rpartition(".")[2] in HEADS]

@@ -12,7 +12,7 @@ from torch import nn
 from irq_convert.adapters.kinds import adapter_config
 from irq_convert.artifact.adapter_kinds import AdapterKind
 from irq_convert.artifact.config import QuantizationConfig
-from irq_convert.artifact.head import HEADS
+from irq_convert.checkpoint.state_dict import HEADS
 from irq_convert.errors import IrqError, UsageError, one_line
 from irq_convert.hf.empty_model import NoModel, empty_causal_lm
 from irq_convert.hf.loading import load
