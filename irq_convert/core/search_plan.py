@@ -7,8 +7,9 @@ import functools
 import numpy as np
 
 from irq_convert.core.codebook import MOST_LEVELS, get_codebook
+from irq_convert.core.importance import SHARE_BITS
 from irq_convert.core.kernels.group import INTEGER, JOINT, PLAIN, RANGE, SHIFT
-from irq_convert.core.kernels.search import ENTROPY, ERROR, LEVEL_BITS, Plan, Tables
+from irq_convert.core.kernels.search import ENTROPY, ERROR, Plan, Tables
 from irq_convert.core.kernels.sort import merge_network
 from irq_convert.core.objective import Objective, ZeroPoint
 from irq_convert.core.spec import QuantSpec
@@ -19,6 +20,7 @@ INT_RADIUS = 0.1
 JOINT_RADIUS = 0.2
 SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
 REFINE_FLOOR = 0.5
+LEVEL_BITS = 20
 ZERO_POINT_SCALES = {
     Objective.NONE: (1.0, 1.0),
     Objective.ENTROPY: (1.0 + INT_RADIUS, 1.0 - INT_RADIUS),
@@ -27,8 +29,8 @@ ZERO_POINT_SCALES = {
 """Largest and smallest factor on the fitting scale, with integer zero points."""
 
 
-def plan_search(spec: QuantSpec) -> Plan:
-    """The search that `spec` asks for, in the kernel's terms."""
+def plan_search(spec: QuantSpec, weighted: bool = False) -> Plan:
+    """The search that `spec` asks for, in the kernel's terms; `weighted` by importance."""
     uniform, wanted = spec.book.uniform, Objective(spec.objective)
     shrinks: tuple[float, ...] = (1.0,)
     floor, objective = 1.0, ENTROPY
@@ -49,7 +51,8 @@ def plan_search(spec: QuantSpec) -> Plan:
     if spec.refine:
         floor = min(floor, REFINE_FLOOR)
     # Sums of a block in fixed point have to stay inside int32 with three bits of headroom.
-    fixed_bits = min(20, 28 - (spec.block_size - 1).bit_length())
+    room = 28 - (spec.block_size - 1).bit_length()
+    plain_bits = min(20, room)
     return Plan(
         path=path,
         objective=objective,
@@ -58,7 +61,9 @@ def plan_search(spec: QuantSpec) -> Plan:
         floor=np.float32(floor),
         shrinks=np.array(shrinks, np.float32),
         rounds=spec.refine,
-        fixed_bits=fixed_bits,
+        fixed_bits=min(20, room - SHARE_BITS) if weighted else plain_bits,
+        weighted=weighted,
+        plain_bits=plain_bits,
     )
 
 
@@ -75,7 +80,7 @@ def entropy_table(block_size: int) -> np.ndarray:
 
 
 @functools.cache
-def make_tables(codebook: str, block_size: int) -> Tables:
+def make_tables(codebook: str, block_size: int, weighted: bool = False) -> Tables:
     """Constants for a codebook and block size, padded to whole vectors."""
     book = get_codebook(codebook)
     levels = np.zeros(MOST_LEVELS, np.float32)
@@ -83,13 +88,18 @@ def make_tables(codebook: str, block_size: int) -> Tables:
     mids = np.full(MOST_LEVELS, 2.0, np.float32)
     mids[: len(book.levels) - 1] = book.midpoint_array()
     table = entropy_table(block_size)
+    # Products of two sums over a block of level times share have to stay inside int64.
+    level_bits = (
+        min(LEVEL_BITS, 31 - SHARE_BITS - block_size.bit_length()) if weighted else LEVEL_BITS
+    )
     return Tables(
         mids=mids,
         levels=levels,
-        level_fixed=np.rint(levels.astype(np.float64) * 2**LEVEL_BITS).astype(np.int64),
+        level_fixed=np.rint(levels.astype(np.float64) * 2**level_bits).astype(np.int64),
         entropy=table,
         pairs=table[:, None] + table[None, :],
         network=merge_network(block_size),
         n_levels=len(book.levels),
         bits=book.bits,
+        level_bits=level_bits,
     )

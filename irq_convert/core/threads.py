@@ -1,4 +1,4 @@
-"""How many threads torch computes with, for as long as a job takes."""
+"""How many threads torch and numba compute with, for as long as a job takes."""
 
 from __future__ import annotations
 
@@ -17,3 +17,19 @@ def torch_threads(threads: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def numba_threads(threads: int | None) -> Iterator[None]:
+    """At most `threads` of numba's; torch, which may share their library, keeps its own count."""
+    import numba
+
+    # Not numba.get_num_threads(): that starts its threads, and with them changes torch's count.
+    most: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
+    of_torch, before = torch.get_num_threads(), numba.get_num_threads()
+    numba.set_num_threads(min(threads or before, most))
+    try:
+        yield
+    finally:
+        numba.set_num_threads(before)
+        torch.set_num_threads(of_torch)

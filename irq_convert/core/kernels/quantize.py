@@ -9,10 +9,11 @@ from __future__ import annotations
 import numpy as np
 from numba import prange
 
+from irq_convert.core.kernels.fixed import fixed_point
 from irq_convert.core.kernels.group import INTEGER, fit_group, load_sorted, profile
 from irq_convert.core.kernels.jit import entry_point, kernel
 from irq_convert.core.kernels.score import bin_edges, table_sum
-from irq_convert.core.kernels.search import make_scratch, search_block
+from irq_convert.core.kernels.search import make_scratch, search_block, stored_error
 from irq_convert.core.kernels.sort import LANES
 from irq_convert.core.kernels.zero import zero_profile
 
@@ -64,8 +65,8 @@ def sort_group(weights, first, blocks, block_size, plan, tables, work):
 
 @kernel
 def search_group(
-    weights, first, blocks, block_size, plan, tables, work, packed, tau_codes, scale_codes,
-    counts, energies,
+    weights, shares, owners, first, blocks, block_size, plan, tables, work, packed, tau_codes,
+    scale_codes, counts, energies,
 ):  # fmt: skip
     """Search every block of a group and emit its codes, with the group's statistics."""
     cols = weights.shape[1]
@@ -80,8 +81,16 @@ def search_group(
         lanes, lane, seen = work.lanes[b // LANES], b % LANES, work.profiles[b]
         for i in range(n):
             key[i] = lanes[i * LANES + lane]
-        error, factor = search_block(key, n, seen, plan, tables, work)
+        source = weights[row, start : start + n]
+        of_row = shares[owners[row]] if plan.weighted else shares[0]
+        error, factor = search_block(
+            key, n, source, of_row[start : start + n], seen, plan, tables, work
+        )
         t, s = work.best[0], work.best[1]
+        if plan.weighted:
+            factor, squares = fixed_point(key, n, plan.plain_bits, work.prefix)
+            error = stored_error(key, n, tables, work, t, s, factor, False) + squares
+            work.squares[0] = squares
         tau_codes[block] = np.uint8(work.best_code[0])
         scale_codes[block] = np.uint8(work.best_code[1])
         bin_edges(key, n, n_mids, tables.mids, t, s, work.edges)
@@ -93,18 +102,20 @@ def search_group(
         energies[0] += np.float64(work.squares[0]) * unit
         energies[1] += np.float64(error) * unit
         emit_codes(
-            weights[row, start : start + n], t, s, tables.mids, n_mids, tables.bits, work.codes,
+            source, t, s, tables.mids, n_mids, tables.bits, work.codes,
             packed[row, start * tables.bits // 8 :],
         )  # fmt: skip
 
 
 def _make_quantize_tile(digest):
     def quantize_tile(
-        weights, block_size, plan, tables, packed, tau_codes, scale_codes, tau_grids, scale_grids,
-        counts, energies,
+        weights, shares, owners, block_size, plan, tables, packed, tau_codes, scale_codes, tau_grids,
+        scale_grids, counts, energies,
     ):  # fmt: skip
         """Quantize `weights`, float32 `[rows, cols]`, whose first block starts a group.
 
+        `shares`, int32 `[matrices, cols]`, weigh the errors of columns where `plan.weighted`;
+        `owners`, int32 `[rows]`, says which of the matrices a row belongs to.
         Fills `packed` uint8 `[rows, row_bytes]`, `tau_codes` and `scale_codes` uint8 `[blocks]`,
         `tau_grids` and `scale_grids` float32 `[groups, 2]`, `counts` int64 `[groups, 3]` (entropy
         table sums uncalibrated and stored, unusable weights) and `energies` float64 `[groups, 2]`
@@ -124,8 +135,8 @@ def _make_quantize_tile(digest):
                 tau_grids[group] = work.tau_grid[:2]
                 scale_grids[group] = work.scale_grid[:2]
                 search_group(
-                    weights, first, blocks, block_size, plan, tables, work, packed, tau_codes,
-                    scale_codes, counts[group], energies[group],
+                    weights, shares, owners, first, blocks, block_size, plan, tables, work, packed,
+                    tau_codes, scale_codes, counts[group], energies[group],
                 )  # fmt: skip
 
     return quantize_tile

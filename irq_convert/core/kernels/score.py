@@ -68,14 +68,19 @@ def table_sum(edges, n_levels, table):
 
 
 @kernel
-def pair_error(keys, n, n_mids, mids, levels, tau, scale, fixed, prefix, edges):
+def pair_error(
+    keys, n, n_mids, mids, levels, tau, scale, fixed, weighted, mass, prefix, edges
+):  # fmt: skip
     """`score_error` of one pair; lanes are levels. Leaves `bin_edges` in `edges`."""
     bin_edges(keys, n, n_mids, mids, tau, scale, edges)
     before, below = iload_levels(edges, 0), iload_levels(edges, 1)
     value = fadd(fmul(load_levels(levels, 0), splat_levels(scale)), splat_levels(tau))
     value = round_to_int(fmul(value, splat_levels(fixed)))
     twice = isub(gather(prefix, below), gather(prefix, before))
-    pull = isub(imul(isub(below, before), value), iadd(twice, twice))
+    many = isub(below, before)
+    if weighted:
+        many = isub(gather(mass, below), gather(mass, before))
+    pull = isub(imul(many, value), iadd(twice, twice))
     return lane_sum(widen_mul(value, pull))
 
 
@@ -140,13 +145,16 @@ def score_entropy(keys, n, n_mids, mids, tau, scale, size, slack, table, low, hi
 
 @kernel
 def score_error(
-    keys, n, n_mids, mids, levels, tau, scale, size, slack, fixed, prefix, low, high, out
-):
+    keys, n, n_mids, mids, levels, tau, scale, size, slack, fixed, weighted, mass, prefix, low,
+    high, out,
+):  # fmt: skip
     """`out[j]` = squared error of candidate j minus the sum of squares of the block, int64.
 
     In fixed point of factor `fixed` (a power of two): with `V_k` the rounded value of level k and
     `S_k` the sum of the weights in its bin, the error is `sum_k V_k * (n_k * V_k - 2 * S_k)`.
-    `prefix[i]` is the int32 sum of the first i fixed-point keys.
+    `prefix[i]` is the int32 sum of the first i fixed-point keys. With `weighted` each key counts
+    for its column's share: `n_k` becomes a sum of shares, whose sums `mass[i]` are, and `prefix`
+    sums keys times shares.
     """
     unit = splat16(fixed)
     for j in range(0, size, 16):
@@ -168,8 +176,11 @@ def score_error(
             weight = gather(prefix, below)
             value = round_to_int(fmul(fadd(fmul(splat16(levels[k]), scales), taus), unit))
             twice = isub(weight, passed)
-            pull = isub(imul(isub(below, before), value), iadd(twice, twice))
+            count_or_mass = below
+            if weighted:
+                count_or_mass = gather(mass, below)
+            pull = isub(imul(isub(count_or_mass, before), value), iadd(twice, twice))
             total = iadd(total, widen_mul(value, pull))
-            before = below
+            before = count_or_mass
             passed = weight
         store(out, j, total)

@@ -8,6 +8,7 @@ import numpy as np
 
 from irq_convert.core.codebook import MOST_LEVELS
 from irq_convert.core.kernels.candidates import ROOM, pad, range_path, shift_path, single
+from irq_convert.core.kernels.fixed import fixed_point, solve, weighted_fixed_point
 from irq_convert.core.kernels.grid import F32
 from irq_convert.core.kernels.group import INTEGER, JOINT, PLAIN, RANGE
 from irq_convert.core.kernels.jit import allocator, kernel
@@ -18,11 +19,9 @@ from irq_convert.core.kernels.score import (
     score_error,
     table_sum,
 )
-from irq_convert.core.kernels.simd import bits_float, float_bits
 from irq_convert.core.kernels.zero import solve_scale, zero_path, zero_single
 
 ENTROPY, ERROR = 0, 1
-LEVEL_BITS = 20
 EDGES = MOST_LEVELS + 1
 
 
@@ -31,12 +30,13 @@ class Tables(NamedTuple):
 
     mids: np.ndarray  # float32 [MOST_LEVELS]
     levels: np.ndarray  # float32 [MOST_LEVELS]
-    level_fixed: np.ndarray  # int64 [MOST_LEVELS], levels times 2**LEVEL_BITS
+    level_fixed: np.ndarray  # int64 [MOST_LEVELS], levels times 2**level_bits
     entropy: np.ndarray  # int32 [block_size + 1], fixed-point c * log2(c)
     pairs: np.ndarray  # int32 [block_size + 1, block_size + 1], sums of two entries
     network: np.ndarray  # int64 [comparators, 2]
     n_levels: int
     bits: int
+    level_bits: int
 
 
 class Plan(NamedTuple):
@@ -50,6 +50,8 @@ class Plan(NamedTuple):
     shrinks: np.ndarray  # float32 [factors]
     rounds: int
     fixed_bits: int
+    weighted: bool
+    plain_bits: int  # fixed bits of the error that is reported, which no share weighs
 
 
 class Scratch(NamedTuple):
@@ -75,6 +77,7 @@ class Scratch(NamedTuple):
     edges: np.ndarray  # int32 [EDGES]
     fixed_edges: np.ndarray  # int32 [EDGES], of the codes that a round of refining starts from
     prefix: np.ndarray  # int32 [block_size + 1]
+    mass: np.ndarray  # int32 [block_size + 1], sums of shares
     squares: np.ndarray  # int64 [1]
     codes: np.ndarray  # uint8 [block_size]
     best: np.ndarray  # float32 [2], the (tau, scale) that a block settles on
@@ -105,27 +108,12 @@ def make_scratch(block_size):
         np.empty(EDGES, np.int32),
         np.empty(EDGES, np.int32),
         np.empty(block_size + 1, np.int32),
+        np.empty(block_size + 1, np.int32),
         np.empty(1, np.int64),
         np.empty(block_size, np.uint8),
         np.empty(2, np.float32),
         np.empty(2, np.int32),
     )
-
-
-@kernel
-def fixed_point(keys, n, bits, prefix):
-    """Prefix sums of the keys in fixed point; returns the factor and the sum of squares."""
-    exponent = max(float_bits(max(abs(keys[0]), abs(keys[n - 1]))) >> 23, 27) - 126
-    factor = bits_float(np.int32((bits - exponent + 127) << 23))
-    squares = np.int64(0)
-    running = np.int32(0)
-    prefix[0] = running
-    for i in range(n):
-        value = np.int32(np.rint(keys[i] * factor))
-        running += value
-        squares += np.int64(value) * np.int64(value)
-        prefix[i + 1] = running
-    return factor, squares
 
 
 @kernel
@@ -135,31 +123,11 @@ def _distance(path, profile, t, s):
 
 
 @kernel
-def solve(edges, n, n_levels, prefix, level_fixed, factor):
-    """Least-squares (tau, scale) for fixed codes: the 2 x 2 normal equations, exact sums."""
-    sum_l = np.int64(0)
-    sum_ll = np.int64(0)
-    sum_lw = np.int64(0)
-    for k in range(n_levels):
-        level, many = level_fixed[k], np.int64(edges[k + 1] - edges[k])
-        sum_l += level * many
-        sum_ll += level * level * many
-        sum_lw += level * np.int64(prefix[edges[k + 1]] - prefix[edges[k]])
-    sum_w = np.int64(prefix[n])
-    det = np.int64(n) * sum_ll - sum_l * sum_l
-    if det <= 0:
-        return F32(0.0), F32(-1.0)
-    unit = 1.0 / (1 << LEVEL_BITS)
-    scale = np.float64(np.int64(n) * sum_lw - sum_l * sum_w) / np.float64(det) / unit
-    tau = (np.float64(sum_w) - np.float64(sum_l) * unit * scale) / np.float64(n)
-    return F32(tau / factor), F32(scale / factor)
-
-
-@kernel
-def _pair_error(keys, n, tables, work, tau, scale, factor):
+def stored_error(keys, n, tables, work, tau, scale, factor, weighted):
+    """`pair_error` with what `work` holds of the block."""
     return pair_error(
-        keys, n, tables.n_levels - 1, tables.mids, tables.levels, tau, scale, factor,
-        work.prefix, work.edges,
+        keys, n, tables.n_levels - 1, tables.mids, tables.levels, tau, scale, factor, weighted,
+        work.mass, work.prefix, work.edges,
     )  # fmt: skip
 
 
@@ -192,14 +160,16 @@ def _best_on_path(keys, n, profile, plan, tables, work, size, slack, factor):
     ties = _shortlist(keys, n, plan, tables, work, size, slack)
     if ties == 1:
         best = work.tie[0]
-        return best, _pair_error(keys, n, tables, work, work.tau[best], work.scale[best], factor)
+        tau, scale = work.tau[best], work.scale[best]
+        return best, stored_error(keys, n, tables, work, tau, scale, factor, plan.weighted)
     for i in range(ties):
         work.tie_tau[i] = work.tau[work.tie[i]]
         work.tie_scale[i] = work.scale[work.tie[i]]
     pad(work.tie_tau, work.tie_scale, ties)
     score_error(
         keys, n, tables.n_levels - 1, tables.mids, tables.levels, work.tie_tau, work.tie_scale,
-        ties, slack, factor, work.prefix, work.low, work.high, work.error,
+        ties, slack, factor, plan.weighted, work.mass, work.prefix, work.low, work.high,
+        work.error,
     )  # fmt: skip
     best, error, near = work.tie[0], work.error[0], F32(np.inf)
     for i in range(ties):
@@ -221,11 +191,13 @@ def refine(keys, n, plan, tables, work, factor, error):
     """Alternate least squares and new codes until the stored error stops falling."""
     for _ in range(plan.rounds):
         bin_edges(keys, n, tables.n_levels - 1, tables.mids, work.best[0], work.best[1], work.edges)
-        t, s = solve(work.edges, n, tables.n_levels, work.prefix, tables.level_fixed, factor)
+        t, s = solve(work.edges, n, tables, plan.weighted, work.mass, work.prefix, factor)
         if not s > F32(0.0):
             break
         single(t, s, work)
-        found = _pair_error(keys, n, tables, work, work.tau[0], work.scale[0], factor)
+        found = stored_error(
+            keys, n, tables, work, work.tau[0], work.scale[0], factor, plan.weighted
+        )
         if found >= error:
             break
         error = found
@@ -270,13 +242,14 @@ def _refine_zero_points(keys, n, plan, tables, work, factor, error):
             if z < 0 or z >= tables.n_levels:
                 continue
             s = solve_scale(
-                work.fixed_edges, z, tables.n_levels, work.prefix, tables.level_fixed,
-                LEVEL_BITS, factor,
-            )  # fmt: skip
+                work.fixed_edges, z, tables, plan.weighted, work.mass, work.prefix, factor
+            )
             if not s > F32(0.0):
                 continue
             zero_single(z, s, tables.levels, work)
-            found = _pair_error(keys, n, tables, work, work.tau[0], work.scale[0], factor)
+            found = stored_error(
+                keys, n, tables, work, work.tau[0], work.scale[0], factor, plan.weighted
+            )
             if found < error:
                 error = found
                 _keep(work, 0)
@@ -286,13 +259,20 @@ def _refine_zero_points(keys, n, plan, tables, work, factor, error):
 
 
 @kernel
-def search_block(keys, n, profile, plan, tables, work):
+def search_block(keys, n, source, shares, profile, plan, tables, work):
     """Find the stored pair of one block; `keys` are sorted, `profile` is `group.profile`'s.
+
+    `source` are its weights in their own order, which `shares` weigh where `plan.weighted`.
 
     Leaves the pair in `work.best` and `work.best_code`. Returns its squared error in units of
     `1 / factor**2`, and the factor.
     """
-    factor, squares = fixed_point(keys, n, plan.fixed_bits, work.prefix)
+    if plan.weighted:
+        factor, squares = weighted_fixed_point(
+            keys, n, plan.fixed_bits, source, shares, work.mass, work.prefix
+        )
+    else:
+        factor, squares = fixed_point(keys, n, plan.fixed_bits, work.prefix)
     work.squares[0] = squares
     slack = F32(2.0) * (work.tau_grid[0] + work.scale_grid[0])
     error = np.int64(0)
@@ -301,7 +281,9 @@ def search_block(keys, n, profile, plan, tables, work):
         if flat:
             zero_single(int(profile[6]), profile[4], tables.levels, work)
             _keep(work, 0)
-            error = _pair_error(keys, n, tables, work, work.tau[0], work.scale[0], factor)
+            error = stored_error(
+                keys, n, tables, work, work.tau[0], work.scale[0], factor, plan.weighted
+            )
             return error + squares, factor
         error = _search_zero_points(keys, n, profile, plan, tables, work, slack, factor)
         return _refine_zero_points(keys, n, plan, tables, work, factor, error) + squares, factor

@@ -105,6 +105,7 @@ load_levels = _make_load("f32", MOST_LEVELS)
 iload_levels = _make_load("i32", MOST_LEVELS)
 
 fadd = _make_binary(lambda b, x, y: b.fadd(x, y))
+fsub = _make_binary(lambda b, x, y: b.fsub(x, y))
 fmul = _make_binary(lambda b, x, y: b.fmul(x, y))
 fless = _make_binary(lambda b, x, y: b.fcmp_ordered("<", x, y), "i1")
 fmin = _make_binary(lambda b, x, y: b.select(b.fcmp_ordered("<", x, y), x, y))
@@ -134,6 +135,12 @@ def count(typingctx, total, mask):
         return builder.sub(args[0], builder.sext(args[1], args[0].type))
 
     return total(total, mask), codegen
+
+
+@intrinsic
+def choose(typingctx, mask, yes, no):
+    """`yes` where the mask is set, `no` elsewhere."""
+    return yes(mask, yes, no), lambda c, b, s, a: b.select(a[0], a[1], a[2])
 
 
 @intrinsic

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from irq_convert.core.kernels.fixed import bin_mass
 from irq_convert.core.kernels.grid import F32, decode, encode
 from irq_convert.core.kernels.jit import kernel
 
@@ -81,17 +82,18 @@ def zero_single(z, scale, levels, work):
 
 
 @kernel
-def solve_scale(edges, z, n_levels, prefix, level_fixed, level_bits, factor):
+def solve_scale(edges, z, tables, weighted, mass, prefix, factor):
     """Least-squares scale for fixed codes and zero point: `sum(l w) / sum(l l)`, exact sums.
 
     `l` is the level less that of the zero point.
     """
     top = np.int64(0)
     bottom = np.int64(0)
-    for k in range(n_levels):
-        level, many = level_fixed[k] - level_fixed[z], np.int64(edges[k + 1] - edges[k])
+    for k in range(tables.n_levels):
+        level = tables.level_fixed[k] - tables.level_fixed[z]
+        many = bin_mass(edges, k, weighted, mass)
         top += level * np.int64(prefix[edges[k + 1]] - prefix[edges[k]])
         bottom += level * level * many
     if bottom <= 0 or top <= 0:
         return F32(-1.0)
-    return F32(np.float64(top) / np.float64(bottom) * np.float64(1 << level_bits) / factor)
+    return F32(np.float64(top) / np.float64(bottom) * np.float64(1 << tables.level_bits) / factor)

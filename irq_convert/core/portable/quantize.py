@@ -6,7 +6,7 @@ integers, so both give the same bytes. It is written to be read, over all blocks
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -14,10 +14,10 @@ import torch.nn.functional as F
 
 from irq_convert.core.blocks import GROUP_SIZE, BlockShape
 from irq_convert.core.kernels.group import INTEGER, LIMIT, RANGE
-from irq_convert.core.kernels.search import Plan
+from irq_convert.core.kernels.search import Plan, Tables
 from irq_convert.core.packing import pack_codes
 from irq_convert.core.portable.grid import Grid, fit_grid
-from irq_convert.core.portable.search import Blocks, search
+from irq_convert.core.portable.search import Best, Blocks, Fixed, search
 from irq_convert.core.portable.zero import profile_zero_points, search_zero_points
 from irq_convert.core.search_plan import make_tables, plan_search
 from irq_convert.core.spec import QuantSpec
@@ -25,15 +25,22 @@ from irq_convert.core.spec import QuantSpec
 CHUNK_GROUPS = 16
 
 
-def quantize_portable(weights: torch.Tensor, shape: BlockShape, spec: QuantSpec) -> tuple:
-    """Quantize float32 `[rows, cols]` on any device; the parts as `core.quantize` wants them."""
+def quantize_portable(
+    weights: torch.Tensor, shape: BlockShape, spec: QuantSpec, shares: torch.Tensor | None = None
+) -> tuple:
+    """Quantize float32 `[rows, cols]` on any device; the parts as `core.quantize` wants them.
+
+    `shares`, int32 `[rows, cols]`, weigh the squared errors.
+    """
     device = weights.device
-    flat, lengths = _to_blocks(weights, shape)
+    flat, lengths = _to_blocks(weights, shape, float("inf"))
+    weighing = None if shares is None else _to_blocks(shares, shape, 0)[0].to(device)
     packed_codes = torch.empty((shape.blocks, shape.block_size), dtype=torch.uint8, device=device)
     found = []
     for start in range(0, shape.blocks, CHUNK_GROUPS * GROUP_SIZE):
         part = slice(start, min(shape.blocks, start + CHUNK_GROUPS * GROUP_SIZE))
-        chunk = _quantize_groups(flat[part], lengths[part], spec)
+        own = None if weighing is None else weighing[part].long()
+        chunk = _quantize_groups(flat[part], lengths[part], spec, own)
         packed_codes[part] = chunk.codes
         found.append(chunk)
     codes = packed_codes.reshape(shape.rows, -1)[:, : shape.cols]
@@ -59,23 +66,30 @@ class _Chunk:
     energies: np.ndarray
 
 
-def _to_blocks(weights: torch.Tensor, shape: BlockShape) -> tuple[torch.Tensor, torch.Tensor]:
-    """Blocks `[blocks, block_size]`, short ones filled with infinity, and their lengths."""
+def _to_blocks(
+    weights: torch.Tensor, shape: BlockShape, filling: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Blocks `[blocks, block_size]`, short ones filled up, and their lengths."""
     width = shape.blocks_per_row * shape.block_size
-    padded = F.pad(weights, (0, width - shape.cols), value=float("inf"))
+    padded = F.pad(weights, (0, width - shape.cols), value=filling)
     lengths = torch.full((shape.rows, shape.blocks_per_row), shape.block_size)
     lengths[:, -1] = shape.tail
     return padded.reshape(-1, shape.block_size), lengths.reshape(-1).to(weights.device)
 
 
-def _quantize_groups(flat: torch.Tensor, lengths: torch.Tensor, spec: QuantSpec) -> _Chunk:
+def _quantize_groups(
+    flat: torch.Tensor, lengths: torch.Tensor, spec: QuantSpec, shares: torch.Tensor | None
+) -> _Chunk:
     groups = -(-flat.shape[0] // GROUP_SIZE)
     inside = torch.arange(flat.shape[1], device=flat.device) < lengths[:, None]
     bad = (inside & ~(flat.abs() < float(LIMIT))).sum(1)
     if int(bad.sum()):
         return _refused(flat, groups, _per_group(bad.cpu().numpy()))
-    plan, tables = plan_search(spec), make_tables(spec.codebook, spec.block_size)
-    blocks = Blocks.profile(torch.where(inside, flat + 0.0, flat), lengths, plan)
+    weighted = shares is not None
+    plan = plan_search(spec, weighted)
+    tables = make_tables(spec.codebook, spec.block_size, weighted)
+    own = inside.long() if shares is None else shares
+    blocks = Blocks.profile(torch.where(inside, flat + 0.0, flat), own, lengths, plan)
     integer = plan.path == INTEGER
     if integer:
         blocks = profile_zero_points(blocks, plan, tables)
@@ -88,8 +102,7 @@ def _quantize_groups(flat: torch.Tensor, lengths: torch.Tensor, spec: QuantSpec)
     plain_tau = blocks.center if plan.uniform else torch.zeros_like(blocks.center)
     plain = blocks.table_sum(plain_tau[:, None], blocks.plain[:, None], tables)[:, 0]
     stored = blocks.table_sum(best.tau[:, None], best.scale[:, None], tables)[:, 0]
-    unit = 1.0 / (best.factor.double() * best.factor.double())
-    energy, error = best.squares.double() * unit, best.error.double() * unit
+    energy, error = _energies(blocks, best, plan, tables)
     counts = [plain.cpu().numpy(), stored.cpu().numpy(), bad.cpu().numpy()]
     return _Chunk(
         codes=torch.where(inside, codes, torch.zeros_like(codes)),
@@ -100,6 +113,22 @@ def _quantize_groups(flat: torch.Tensor, lengths: torch.Tensor, spec: QuantSpec)
         counts=np.stack([_per_group(c) for c in counts], 1),
         energies=np.stack([_per_group(e.cpu().numpy()) for e in (energy, error)], 1),
     )
+
+
+def _energies(
+    blocks: Blocks, best: Best, plan: Plan, tables: Tables
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums of squares of the weights and of the errors, which no share weighs."""
+    if plan.weighted:
+        ones = (blocks.shares > 0).long()
+        blocks = replace(blocks, shares=ones)
+        fixed = Fixed(blocks, plan.plain_bits)
+        error = fixed.error(blocks, best.tau[:, None], best.scale[:, None], tables)[:, 0]
+        best = replace(
+            best, factor=fixed.factor, squares=fixed.squares, error=error + fixed.squares
+        )
+    unit = 1.0 / (best.factor.double() * best.factor.double())
+    return best.squares.double() * unit, best.error.double() * unit
 
 
 def _refused(flat: torch.Tensor, groups: int, bad: np.ndarray) -> _Chunk:

@@ -8,15 +8,19 @@ import torch
 
 from irq_convert.core.kernels.candidates import STRIDED
 from irq_convert.core.kernels.group import INTEGER, JOINT, PLAIN, RANGE
-from irq_convert.core.kernels.search import ERROR, LEVEL_BITS, Plan, Tables
+from irq_convert.core.kernels.search import ERROR, Plan, Tables
 from irq_convert.core.portable.grid import Grid
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """Sorted blocks `[n, block_size]` (infinity behind short ones) and their profiles `[n]`."""
+    """Sorted blocks `[n, block_size]` (infinity behind short ones) and their profiles `[n]`.
+
+    `shares`, int64 `[n, block_size]`: what an error of each key counts for, 0 behind short ones.
+    """
 
     keys: torch.Tensor
+    shares: torch.Tensor
     lengths: torch.Tensor
     lo: torch.Tensor
     hi: torch.Tensor
@@ -31,9 +35,12 @@ class Blocks:
         return self.keys.shape[0]
 
     @classmethod
-    def profile(cls, flat: torch.Tensor, lengths: torch.Tensor, plan: Plan) -> Blocks:
+    def profile(
+        cls, flat: torch.Tensor, shares: torch.Tensor, lengths: torch.Tensor, plan: Plan
+    ) -> Blocks:
         """Sort and profile (kernel: `group.profile`)."""
-        keys = flat.sort(dim=1).values
+        keys, order = flat.sort(dim=1)
+        shares = shares.gather(1, order)
         lo, hi, med = (
             keys.gather(1, at[:, None])[:, 0]
             for at in (torch.zeros_like(lengths), lengths - 1, (lengths - 1) // 2)
@@ -44,12 +51,12 @@ class Blocks:
             ranged = plan.path == RANGE
             radius = fraction * (mid.abs() if ranged else half)
             widest = half + fraction * half if ranged else half
-            return cls(keys, lengths, lo, hi, mid, half, half, widest, radius)
+            return cls(keys, shares, lengths, lo, hi, mid, half, half, widest, radius)
         reach = torch.maximum(hi - med, med - lo)
         plain, radius = torch.maximum(lo.abs(), hi.abs()), fraction * reach
         if plan.path == PLAIN:
-            return cls(keys, lengths, lo, hi, med * 0.0 + 0.0, half, plain, plain, radius)
-        return cls(keys, lengths, lo, hi, med, half, plain, reach + radius, radius)
+            return cls(keys, shares, lengths, lo, hi, med * 0.0 + 0.0, half, plain, plain, radius)
+        return cls(keys, shares, lengths, lo, hi, med, half, plain, reach + radius, radius)
 
     def narrowest(self, plan: Plan) -> torch.Tensor:
         """The smallest scale that the search of each block may ask for."""
@@ -106,8 +113,13 @@ class Fixed:
         inside = torch.arange(blocks.keys.shape[1], device=top.device) < blocks.lengths[:, None]
         keys = torch.where(inside, blocks.keys, torch.zeros_like(blocks.keys))
         values = torch.round(keys * self.factor[:, None]).long()
-        self.squares = (values * values).sum(1)
-        self.prefix = torch.nn.functional.pad(values.cumsum(1), (1, 0))
+        self.squares = (blocks.shares * values * values).sum(1)
+        self.prefix = torch.nn.functional.pad((blocks.shares * values).cumsum(1), (1, 0))
+        self.mass = torch.nn.functional.pad(blocks.shares.cumsum(1), (1, 0))
+
+    def masses(self, edges: torch.Tensor) -> torch.Tensor:
+        """Sum of the shares of each bin, int64 like `edges` without its last entry."""
+        return self.mass.gather(1, edges.flatten(1)).view(edges.shape).diff(dim=2)
 
     def sums(self, edges: torch.Tensor) -> torch.Tensor:
         """Sum of the keys of each bin, int64 like `edges` without its last entry."""
@@ -126,7 +138,7 @@ class Fixed:
         levels = torch.tensor(tables.levels[: tables.n_levels], device=tau.device)
         values = levels * scale[:, :, None] + tau[:, :, None]
         value = torch.round(values * self.factor[:, None, None]).long()
-        return (value * (edges.diff(dim=2) * value - 2 * self.sums(edges))).sum(2)
+        return (value * (self.masses(edges) * value - 2 * self.sums(edges))).sum(2)
 
 
 def _candidates(
@@ -235,13 +247,13 @@ def _solve(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Least-squares (tau, scale) for the codes of `best`, and where there is one."""
     edges = blocks.edges(best.tau[:, None], best.scale[:, None], tables)
-    many, sums = edges.diff(dim=2)[:, 0], fixed.sums(edges)[:, 0]
+    many, sums = fixed.masses(edges)[:, 0], fixed.sums(edges)[:, 0]
     level = torch.tensor(tables.level_fixed[: tables.n_levels], device=many.device)
-    n, sum_w = blocks.lengths, sums.sum(1)
+    n, sum_w = fixed.mass[:, -1], sums.sum(1)
     sum_l, sum_ll = (level * many).sum(1), (level * level * many).sum(1)
     sum_lw = (level * sums).sum(1)
     det = n * sum_ll - sum_l * sum_l
-    unit = 1.0 / (1 << LEVEL_BITS)
+    unit = 1.0 / (1 << tables.level_bits)
     safe = torch.where(det > 0, det, torch.ones_like(det))
     scale = (n * sum_lw - sum_l * sum_w).double() / safe.double() / unit
     tau = (sum_w.double() - sum_l.double() * unit * scale) / n.double()

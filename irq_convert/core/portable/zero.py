@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from irq_convert.core.kernels.search import ENTROPY, LEVEL_BITS, Plan, Tables
+from irq_convert.core.kernels.search import ENTROPY, Plan, Tables
 from irq_convert.core.portable.grid import Grid
 from irq_convert.core.portable.search import Best, Blocks, Fixed, choose, where
 
@@ -106,7 +106,7 @@ def _refine(
 ) -> Best:
     """One round: least-squares scales of the zero point at hand and its neighbours."""
     edges = blocks.edges(best.tau[:, None], best.scale[:, None], tables)
-    many, sums = edges.diff(dim=2)[:, 0], fixed.sums(edges)[:, 0]
+    many, sums = fixed.masses(edges)[:, 0], fixed.sums(edges)[:, 0]
     whole = torch.tensor(tables.level_fixed[: tables.n_levels], device=many.device)
     around, found = best.tau_code.long(), best
     for step in NEIGHBOURS:
@@ -115,7 +115,7 @@ def _refine(
         top, bottom = (level * sums).sum(1), (level * level * many).sum(1)
         usable = (z == around + step) & (top > 0) & (bottom > 0) & (blocks.lo != blocks.hi)
         ratio = top.double() / torch.where(bottom > 0, bottom, 1).double()
-        wanted = (ratio * float(1 << LEVEL_BITS) / fixed.factor.double()).float()
+        wanted = (ratio * float(1 << tables.level_bits) / fixed.factor.double()).float()
         code = scale_grid.encode(wanted[:, None])
         scale = scale_grid.decode(code)
         tau = zero_tau(z[:, None], scale, levels)

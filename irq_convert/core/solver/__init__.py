@@ -1,0 +1,1 @@
+"""Quantizing a matrix for the inputs it sees: from second moments to codes, scale and tau."""
