@@ -1,4 +1,4 @@
-"""`solve_matrix`: codes, scale and tau of a matrix for the inputs that it sees.
+"""`MatrixSolver`: codes, scale and tau of a matrix for the inputs that it sees.
 
 1. Scale and tau by the exact search over storable pairs, squared errors weighed by the diagonal of
    H, from the original weights; they are frozen in their 8 bits.
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from irq_convert.core.blocks import GROUP_SIZE
-from irq_convert.core.importance import column_shares
+from irq_convert.core.importance import Shares, column_shares
 from irq_convert.core.kernels.descend import descend_rows
 from irq_convert.core.kernels.sweep import sweep_rows
 from irq_convert.core.objective import ZeroPoint
@@ -25,7 +25,7 @@ from irq_convert.core.quantize import quantize_with_stats
 from irq_convert.core.quantized import QuantizedTensor
 from irq_convert.core.scales import expand_statistic
 from irq_convert.core.search_plan import entropy_table
-from irq_convert.core.solver.moments import damped, factorize
+from irq_convert.core.solver.moments import Factor, damped, factorize
 from irq_convert.core.spec import QuantSpec
 from irq_convert.core.tensor_stats import TensorStats
 from irq_convert.core.threads import numba_threads
@@ -36,14 +36,80 @@ class SolverOptions:
     """How a matrix is solved.
 
     `damping`: what is added to the diagonal of H for the sweep, in mean diagonals. `rounds` of
-    refitting and coordinate descent after it. `weighted`: whether the search for scale and tau
-    weighs errors by the diagonal of H. `sweep`: False leaves the codes that the search gave.
+    refitting and coordinate descent after it. `sweep`: False leaves the codes that the search gave.
     """
 
     damping: float = 0.01
     rounds: int = 2
-    weighted: bool = True
     sweep: bool = True
+
+
+class MatrixSolver:
+    """Quantizes a matrix in tiles of rows, each for the inputs that it sees.
+
+    Rows of one matrix see the same inputs; the experts of a stack, one below the other, do not.
+    """
+
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        spec: QuantSpec,
+        shares: Shares | None = None,
+        *,
+        threads: int | None = None,
+        name: str = "weight",
+    ) -> None:
+        """Find scale and tau of `weight`, float32 `[rows, cols]`; `shares` weigh its columns.
+
+        Raises `IrqError` naming the tensor for weights that are not finite.
+        """
+        self._weight, self._spec, self._threads, self._name = weight, spec, threads, name
+        self._found, self._stats = quantize_with_stats(
+            weight, spec, shares=shares, threads=threads, name=name
+        )
+        found = self._found
+        self._scale = expand_statistic(found.scale, found.scale_grid).contiguous().numpy()
+        self._tau = expand_statistic(found.tau, found.tau_grid).contiguous().numpy()
+        self._codes = unpack_codes(found.codes, spec.bits, found.cols).numpy()
+        self._levels, self._mids = spec.book.level_array(), spec.book.midpoint_array()
+        self._grids, self._zeros = _grids(found), _zero_points(found, spec)
+
+    def solve(
+        self,
+        start: int,
+        target: torch.Tensor,
+        moments: torch.Tensor,
+        factor: Factor,
+        options: SolverOptions,
+    ) -> None:
+        """Solve the rows from `start` on for `target`, float32 `[rows, cols]`.
+
+        `moments`: H, float32 `[cols, cols]`, symmetric; `factor` is what `factorize` made of it.
+        """
+        rows = slice(start, start + len(target))
+        scale, tau, codes = self._scale[rows], self._tau[rows], self._codes[rows]
+        book = (self._spec.block_size, self._levels, self._mids, len(self._mids))
+        wanted = target.contiguous().numpy()
+        with numba_threads(self._threads):
+            if options.sweep:
+                order, feedback = factor.order.numpy(), factor.feedback.numpy()
+                sweep_rows(wanted, scale, tau, feedback, order, *book, codes)
+            if options.rounds:
+                against = damped(moments, factor.damping)
+                descend_rows(
+                    wanted, against.numpy(), (1.0 / against.diagonal()).numpy(), *book,
+                    options.rounds, self._grids[rows], self._zeros[rows], scale, tau, codes,
+                    np.empty((len(codes), 2), np.float32),
+                )  # fmt: skip
+
+    def result(self) -> tuple[QuantizedTensor, TensorStats]:
+        """What is stored, with its entropy and its error as a copy of the weights."""
+        codes = torch.from_numpy(self._codes)
+        stored = _store(self._found, self._spec, self._scale, self._tau, codes)
+        stats = _restate(
+            self._stats, self._weight, self._codes, self._scale, self._tau, self._levels
+        )
+        return stored, stats
 
 
 def solve_matrix(
@@ -51,7 +117,7 @@ def solve_matrix(
     target: torch.Tensor,
     moments: torch.Tensor,
     spec: QuantSpec,
-    options: SolverOptions,
+    options: SolverOptions | None = None,
     *,
     threads: int | None = None,
     name: str = "weight",
@@ -62,32 +128,12 @@ def solve_matrix(
     `moments`: H, float32 `[cols, cols]`, symmetric. Raises `IrqError` naming the tensor for
     weights or moments that are not finite.
     """
-    shares = None
-    if options.weighted:
-        diagonal = moments.diagonal().double().numpy()
-        shares = column_shares(diagonal, weight.shape[0], spec.block_size, name)
-    found, stats = quantize_with_stats(weight, spec, shares=shares, threads=threads, name=name)
-    scale = expand_statistic(found.scale, found.scale_grid).contiguous().numpy()
-    tau = expand_statistic(found.tau, found.tau_grid).contiguous().numpy()
-    codes = unpack_codes(found.codes, spec.bits, found.cols).numpy()
-    levels, mids = spec.book.level_array(), spec.book.midpoint_array()
-    with numba_threads(threads):
-        factor = factorize(moments, options.damping, name)
-        if options.sweep:
-            sweep_rows(
-                target.numpy(), scale, tau, factor.feedback.numpy(), factor.order.numpy(),
-                spec.block_size, levels, mids, len(mids), codes,
-            )  # fmt: skip
-        if options.rounds:
-            against = damped(moments, factor.damping)
-            descend_rows(
-                target.numpy(), against.numpy(), (1.0 / against.diagonal()).numpy(),
-                spec.block_size, levels, mids, len(mids), options.rounds, _grids(found),
-                _zero_points(found, spec), scale, tau, codes,
-                np.empty((len(codes), 2), np.float32),
-            )  # fmt: skip
-    stored = _store(found, spec, scale, tau, torch.from_numpy(codes))
-    return stored, _restate(stats, weight, codes, scale, tau, levels)
+    options = options or SolverOptions()
+    diagonal = moments.diagonal().double().numpy()
+    shares = column_shares(diagonal, len(weight), spec.block_size, name)
+    solver = MatrixSolver(weight, spec, shares, threads=threads, name=name)
+    solver.solve(0, target, moments, factorize(moments, options.damping, name), options)
+    return solver.result()
 
 
 def _grids(found: QuantizedTensor) -> np.ndarray:

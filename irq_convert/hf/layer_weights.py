@@ -1,0 +1,110 @@
+"""Weights of some modules of a model on meta, read from the files for as long as they are used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from irq_convert.artifact.config import module_name
+from irq_convert.checkpoint.header import TensorInfo
+from irq_convert.checkpoint.reader import TileReader
+from irq_convert.checkpoint.source import Checkpoint
+from irq_convert.errors import IrqError
+from irq_convert.hf.expert_layouts import InFiles
+from irq_convert.hf.experts import find_experts
+from irq_convert.hf.names import places
+
+
+@dataclass(frozen=True)
+class WeightSource:
+    """What the files hold for each key of a model's state dict.
+
+    `plain`: a tensor under another name. `stacks`: the experts of a layer. `module_of`: the module
+    of the model that each linear weight of the files belongs to. `model_keys` are the keys that
+    tied parameters share.
+    """
+
+    checkpoint: Checkpoint
+    plain: Mapping[str, str]
+    stacks: Mapping[str, InFiles]
+    module_of: Mapping[str, str]
+
+    @classmethod
+    def of(cls, model: Any, checkpoint: Checkpoint) -> WeightSource:
+        """The source of `model`, on meta, whose files are those of `checkpoint`."""
+        shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+        stacks = find_experts(model, shapes).found
+        plain = {p.key: p.tensor for p in places(model, shapes) if p.converter is None}
+        module_of = {tensor: module_name(key) for key, tensor in plain.items()}
+        for found in stacks.values():
+            module_of |= dict.fromkeys(found.tensors, found.weight.module)
+        return cls(checkpoint, plain, stacks, module_of)
+
+    @contextmanager
+    def loaded(self, model: Any, wanted: Callable[[str], bool], device: str) -> Iterator[None]:
+        """Give the parameters and buffers whose keys are `wanted` their values, in float32.
+
+        Parameters that are one on meta stay one. Afterwards they are on meta again. Raises
+        `IrqError` naming the key when the files have nothing to read for it.
+        """
+        slots = [
+            (holder, last, f"{name}.{last}" if name else last)
+            for name, module in model.named_modules()
+            for holder in (module._parameters, module._buffers)
+            for last, value in holder.items()
+            if value is not None and value.is_meta
+        ]
+        aliases: dict[int, list[str]] = {}
+        for holder, last, key in slots:
+            aliases.setdefault(id(holder[last]), []).append(key)
+        chosen = [slot for slot in slots if wanted(slot[2])]
+        before = [(holder, last, holder[last]) for holder, last, _ in chosen]
+        made: dict[int, torch.Tensor] = {}
+        try:
+            with TileReader() as reader:
+                for holder, last, _ in chosen:
+                    meta = holder[last]
+                    if id(meta) not in made:
+                        value = self._read(reader, aliases[id(meta)], meta).to(device)
+                        if isinstance(meta, nn.Parameter):
+                            value = nn.Parameter(value, requires_grad=False)
+                        made[id(meta)] = value
+            for holder, last, meta in before:
+                holder[last] = made[id(meta)]
+            yield
+        finally:
+            for holder, last, meta in before:
+                holder[last] = meta
+
+    def _read(self, reader: TileReader, keys: list[str], meta: torch.Tensor) -> torch.Tensor:
+        """The value of a parameter that goes by `keys`, in float32 where it is a float."""
+        found = next((key for key in keys if key in self.plain or key in self.stacks), None)
+        if found is None:
+            raise IrqError(f"{keys[0]} {list(meta.shape)}: transformers makes it of other tensors")
+        if found in self.stacks:
+            return self._stack(reader, self.stacks[found])
+        value = reader.read_tensor(self._info(self.plain[found]))
+        return value.float() if value.is_floating_point() else value
+
+    def _stack(self, reader: TileReader, found: InFiles) -> torch.Tensor:
+        weight = found.weight
+        if found.whole is not None:
+            whole = reader.read_tensor(self._info(found.whole)).float()
+            same = found.transposed == weight.transposed
+            return whole if same else whole.transpose(1, 2).contiguous()
+        stack = torch.empty(weight.shape)
+        for expert, parts in zip(stack, found.parts, strict=True):
+            at = 0
+            for part in parts:
+                rows = reader.read_tensor(self._info(part.tensor))
+                expert[at : at + len(rows)] = rows
+                at += len(rows)
+        return stack
+
+    def _info(self, tensor: str) -> TensorInfo:
+        return self.checkpoint.tensors[tensor]

@@ -1,0 +1,258 @@
+"""A model that is run one decoder layer at a time, its weights read from the files as they are due.
+
+The class of the model runs itself: everything before and behind its layers, their masks, positions
+and other inputs are its own forward's, in which the layers are stood in for by recorders. Nothing
+is known of any architecture. What a class has to fulfil is checked as it runs: every layer is
+called once, in order, on what the one before returned, and its other inputs do not depend on the
+text. A class that does not is refused with `NotLayered`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from irq_convert.checkpoint.source import Checkpoint
+from irq_convert.hf.empty_model import NoModel, named_class, quiet_transformers
+from irq_convert.hf.layer_weights import WeightSource
+from irq_convert.hf.linears import find_linears
+
+_LAYER = re.compile(r"^((?:[^.]+\.)*?[^.]+)\.(\d+)(?:\.|$)")
+
+
+class NotLayered(Exception):
+    """The model cannot be run layer by layer; the message says why, in half a sentence."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """How the model calls a layer, besides the hidden states: the same for every window."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    keyword: str | None
+    """The name under which hidden states are given, None when they are the first argument."""
+
+    def run(self, layer: nn.Module, states: torch.Tensor) -> torch.Tensor:
+        """The hidden states behind `layer`."""
+        if self.keyword is None:
+            found = layer(states, *self.args, **self.kwargs)
+        else:
+            found = layer(*self.args, **{self.keyword: states}, **self.kwargs)
+        return first_of(found)
+
+
+def first_of(found: Any) -> torch.Tensor:
+    """The hidden states in what a layer returns: itself, or the first of several."""
+    states = found[0] if isinstance(found, tuple | list) else found
+    if not isinstance(states, torch.Tensor):
+        raise NotLayered(f"a layer returns {type(states).__name__}, not hidden states")
+    return states
+
+
+@dataclass
+class LayeredModel:
+    """A causal language model on meta, whose weights come and go; made by `open_layered`.
+
+    `layers` are the names of its decoder layers, in order.
+    """
+
+    model: Any
+    layers: tuple[str, ...]
+    source: WeightSource
+    device: str
+    _calls: dict[int, list[Call]] = field(default_factory=dict)
+
+    def module(self, name: str) -> nn.Module:
+        """A module by its name in the model."""
+        found: nn.Module = self.model.get_submodule(name)
+        return found
+
+    @contextmanager
+    def outside(self) -> Iterator[None]:
+        """Hold the weights of everything but the decoder layers while the block runs."""
+        inner = tuple(f"{name}." for name in self.layers)
+        with self.source.loaded(self.model, lambda key: not key.startswith(inner), self.device):
+            yield
+
+    @contextmanager
+    def layer(self, number: int) -> Iterator[nn.Module]:
+        """Hold the weights of one decoder layer while the block runs; it may change them."""
+        prefix = f"{self.layers[number]}."
+        with self.source.loaded(self.model, lambda key: key.startswith(prefix), self.device):
+            yield self.module(self.layers[number])
+
+    def call(self, number: int, windows: int) -> Call:
+        """How layer `number` is called for so many windows at once, which `begin` has seen."""
+        return self._calls[windows][number]
+
+    def begin(self, ids: torch.Tensor) -> torch.Tensor:
+        """Hidden states before the first layer for `ids`, int64 `[windows, tokens]`.
+
+        Called inside `outside`. Raises `NotLayered`.
+        """
+        recorder = _Recorder(len(self.layers))
+        with self._standing_in(recorder.stub):
+            try:
+                self.model(input_ids=ids.to(self.device), use_cache=False)
+            except _Enough:
+                pass
+            except NotLayered:
+                raise
+            except Exception as error:  # a class may want anything
+                reason = (str(error) or type(error).__name__).splitlines()[0][:120]
+                raise NotLayered(f"{type(self.model).__name__} fails on text alone: {reason}") from (
+                    error
+                )
+        calls, states = recorder.finish()
+        known = self._calls.setdefault(len(ids), calls)
+        for number, (one, other) in enumerate(zip(known, calls, strict=True)):
+            if not same_inputs((one.args, dict(one.kwargs)), (other.args, dict(other.kwargs))):
+                raise NotLayered(
+                    f"what {self.layers[number]} is given besides hidden states depends on the text"
+                )
+        return states
+
+    def finish(self, ids: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        """Logits `[windows, tokens, vocabulary]` from the hidden states behind the last layer.
+
+        Called inside `outside`.
+        """
+        last = len(self.layers) - 1
+
+        def stub(number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return states if number == last else hidden_of(args, kwargs)[0]
+
+        with self._standing_in(stub):
+            found = self.model(input_ids=ids.to(self.device), use_cache=False)
+        logits: torch.Tensor = found.logits
+        return logits
+
+    @contextmanager
+    def _standing_in(self, stub: Callable[[int, tuple[Any, ...], dict[str, Any]], Any]) -> Iterator:
+        """Let `stub` stand in for the forward of every layer."""
+        modules = [self.module(name) for name in self.layers]
+
+        def standing(number: int) -> Callable[..., Any]:
+            return lambda *args, **kwargs: stub(number, args, kwargs)
+
+        try:
+            for number, module in enumerate(modules):
+                module.__dict__["forward"] = standing(number)
+            yield
+        finally:
+            for module in modules:
+                module.__dict__.pop("forward", None)
+
+
+class _Enough(Exception):
+    """All layers have been called."""
+
+
+def hidden_of(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[torch.Tensor, str | None]:
+    """The hidden states that a layer is given, and under which keyword."""
+    if args:
+        return args[0], None
+    return kwargs["hidden_states"], "hidden_states"
+
+
+class _Recorder:
+    """Stands in for all layers: notes how they are called, and hands hidden states on."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._calls: list[Call] = []
+        self._states: torch.Tensor | None = None
+
+    def stub(self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if number != len(self._calls):
+            raise NotLayered(f"its layers are not called one after the other ({number})")
+        try:
+            states, keyword = hidden_of(args, kwargs)
+        except KeyError:
+            raise NotLayered("its layers are not given hidden states") from None
+        if not isinstance(states, torch.Tensor) or states.dim() != 3:
+            raise NotLayered("its layers are not given one tensor of hidden states")
+        if self._states is not None and states is not self._states:
+            raise NotLayered("it changes hidden states between two layers")
+        self._states = states
+        rest = {name: value for name, value in kwargs.items() if name != keyword}
+        self._calls.append(Call(args[1:] if keyword is None else args, rest, keyword))
+        if len(self._calls) == self._count:
+            raise _Enough
+        return states
+
+    def finish(self) -> tuple[list[Call], torch.Tensor]:
+        if self._states is None or len(self._calls) != self._count:
+            raise NotLayered(f"it calls {len(self._calls)} of its {self._count} layers")
+        return self._calls, self._states
+
+
+def same_inputs(one: Any, other: Any) -> bool:
+    """Whether two inputs of a layer are the same, tensors by value."""
+    if isinstance(one, torch.Tensor):
+        return isinstance(other, torch.Tensor) and torch.equal(one, other)
+    if isinstance(one, tuple | list):
+        same = isinstance(other, type(one)) and len(one) == len(other)
+        return same and all(map(same_inputs, one, other))
+    if isinstance(one, dict):
+        same = isinstance(other, dict) and one.keys() == other.keys()
+        return same and all(same_inputs(one[key], other[key]) for key in one)
+    if one is None or isinstance(one, bool | int | float | str | torch.dtype):
+        return bool(one == other)
+    return type(one) is type(other)
+
+
+def open_layered(checkpoint: Checkpoint, device: str = "cpu") -> LayeredModel:
+    """The model of `checkpoint`, to be run layer by layer in float32 on `device`.
+
+    Nothing is read yet. Raises `NotLayered` when its class is not known, predicts no next token, or
+    has no decoder layers.
+    """
+    try:
+        architecture, settings = named_class(checkpoint.config)
+    except NoModel as error:
+        raise NotLayered(str(error)) from error
+    if not architecture.can_generate() or getattr(settings, "is_encoder_decoder", False):
+        raise NotLayered(f"{architecture.__name__} is no causal language model")
+    with quiet_transformers(), torch.device("meta"):
+        model = architecture(settings)
+    model.eval().requires_grad_(False)
+    _fill_buffers(model, device)
+    source = WeightSource.of(model, checkpoint)
+    layers = _decoder_layers(model, checkpoint, source)
+    return LayeredModel(model, layers, source, device)
+
+
+def _fill_buffers(model: Any, device: str) -> None:
+    """Compute what the files do not hold: the class fills such buffers as it initializes."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor._is_hf_initialized = True
+    for key, buffer in list(model.named_non_persistent_buffers()):
+        name, _, last = key.rpartition(".")
+        module = model.get_submodule(name)
+        module._buffers[last] = torch.empty_like(buffer, device=device)
+    with torch.no_grad(), quiet_transformers():
+        model.initialize_weights()
+
+
+def _decoder_layers(model: Any, checkpoint: Checkpoint, source: WeightSource) -> tuple[str, ...]:
+    """Names of the numbered modules that hold most of the linear weights of the language model."""
+    counts: dict[str, int] = {}
+    for tensor in find_linears(checkpoint.config, checkpoint.tensors).tensors:
+        found = _LAYER.match(source.module_of.get(tensor, ""))
+        if found:
+            counts[found[1]] = counts.get(found[1], 0) + checkpoint.tensors[tensor].numel
+    if not counts:
+        raise NotLayered(f"{type(model).__name__} has no numbered layers with linear weights")
+    most = max(counts, key=lambda name: counts[name])
+    modules = model.get_submodule(most)
+    return tuple(f"{most}.{number}" for number, _ in enumerate(modules.children()))

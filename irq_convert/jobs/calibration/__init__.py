@@ -1,0 +1,1 @@
+"""A model layer by layer over a text: what `quantize --calibrate` and `measure` share."""
