@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from irq_convert.artifact.config import FORMAT_VERSION
 from irq_convert.checkpoint.header import TensorInfo
 from irq_convert.checkpoint.json_files import read_json_object
-from irq_convert.checkpoint.source import Checkpoint
+from irq_convert.checkpoint.source import PLAIN, Checkpoint
 from irq_convert.errors import IrqError
 
 if TYPE_CHECKING:
@@ -41,14 +41,24 @@ def fingerprint(tensors: Iterable[TensorInfo]) -> str:
 
 
 def describe_source(checkpoint: Checkpoint, model: str) -> dict[str, Any]:
-    """The manifest's `source`. A local folder is named without its path."""
-    other = checkpoint.source_format
+    """The manifest's `source`. A local folder is named without its path.
+
+    How its weights are stored is named where they are not dense tensors in safetensors.
+    """
+    kind, encoding = checkpoint.source_format, checkpoint.encoding
     return {
         "model": checkpoint.repo_id or Path(model).resolve().name,
         "revision": checkpoint.revision,
         "tensors_sha256": fingerprint(checkpoint.tensors.values()),
-        **({} if other == "safetensors" else {"format": other}),
+        **({} if kind == PLAIN else {"format": kind}),
+        **({} if encoding is None else {"encoding": encoding}),
     }
+
+
+def stored_as(source: Mapping[str, Any]) -> str:
+    """How the weights of a manifest's `source` were stored: "meta", "fp8-block", "safetensors"."""
+    told = [source.get("format"), source.get("encoding")]
+    return ", ".join(str(word) for word in told if word) or PLAIN
 
 
 def describe_tensor(
@@ -86,6 +96,7 @@ def build_manifest(
     files: Mapping[str, Mapping[str, Any]],
     tensors: Mapping[str, Mapping[str, Any]],
     totals: Mapping[str, Any],
+    calibration: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The whole document, in the specification's order and sealed."""
     manifest = {
@@ -94,6 +105,7 @@ def build_manifest(
         "producer": producer,
         "source": dict(source),
         "options": dict(options),
+        **({} if calibration is None else {"calibration": dict(calibration)}),
         "files": {name: dict(files[name]) for name in sorted(files)},
         "tensors": {name: dict(tensors[name]) for name in sorted(tensors)},
         "totals": dict(totals),

@@ -30,9 +30,11 @@ from irq_convert.core.codebook import (
 )
 from irq_convert.core.objective import Objective, ZeroPoint
 from irq_convert.errors import UsageError
+from irq_convert.jobs.calibration.options import TOKENS, WINDOW
 from irq_convert.jobs.common.resume import Resume
 
 if TYPE_CHECKING:
+    from irq_convert.jobs.calibration.options import CalibrationOptions
     from irq_convert.jobs.push.push import PushOptions
     from irq_convert.jobs.quantize.estimate import QuantizeEstimate
     from irq_convert.jobs.quantize.options import QuantizeOptions
@@ -68,6 +70,28 @@ def quantize_command(
     bits_for: Annotated[
         list[str] | None,
         typer.Option(metavar="REGEX=BITS", help="Other bits for tensors that match; repeatable."),
+    ] = None,
+    calibrate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT",
+            help="Fit the weights to a text, layer by layer: a file (text, JSONL), a Hub dataset, "
+            "or `self`, which samples from the model.",
+        ),
+    ] = None,
+    calibration_tokens: Annotated[
+        int, typer.Option(help="With --calibrate: most tokens to take.")
+    ] = TOKENS,
+    calibration_window: Annotated[
+        int, typer.Option(help="With --calibrate: tokens that are seen together.")
+    ] = WINDOW,
+    seed: Annotated[int, typer.Option(help="With --calibrate: chooses among windows.")] = 0,
+    importance: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Weigh errors by the inputs' mean squares: a file of `measure`, or an imatrix.",
+        ),
     ] = None,
     include_towers: Annotated[
         bool,
@@ -123,6 +147,8 @@ def quantize_command(
             stream=stream,
             llama_version=llama_version,
             resume=resume,
+            calibrate=_calibration(calibrate, calibration_tokens, calibration_window, seed),
+            importance=importance,
         )
         target = push_target(push_to_hub, private=private, revision=push_revision)
     if not dry_run:
@@ -130,6 +156,16 @@ def quantize_command(
             _quantize(model, out, options, revision, as_json, target)
     elif is_main_process():
         _dry_run(model, out, options, revision, as_json)
+
+
+def _calibration(
+    text: str | None, tokens: int, window: int, seed: int
+) -> CalibrationOptions | None:
+    from irq_convert.jobs.calibration.options import CalibrationOptions
+
+    if text is None:
+        return None
+    return CalibrationOptions(text, tokens=tokens, window=window, seed=seed)
 
 
 def _bits_for(text: str) -> tuple[str, int]:
@@ -195,7 +231,7 @@ def _print_estimate(found: QuantizeEstimate) -> None:
     free = "free" if found.disk_needed <= found.disk_free else "free: not enough"
     facts(
         [
-            ("source", f"{found.model}, {short_bytes(found.bytes_in)}"),
+            ("source", f"{found.model}, {short_bytes(found.bytes_in)}, {found.source_format}"),
             ("would write", f"{found.out}, {found.bytes_out:,} bytes + manifest"),
             ("shards", str(found.shards)),
             ("quantized", f"{found.share:.1%} of {found.weights:,} weights"),
@@ -224,6 +260,7 @@ def _print_report(report: QuantizeReport, options: QuantizeOptions) -> None:
     before, after = report.entropy_plain, report.entropy
     rows = [
         ("artifact", report.out),
+        ("source format", report.source_format),
         ("size", f"{short_bytes(report.bytes_in)} -> {short_bytes(report.bytes_out)}"),
         ("quantized", f"{report.share:.1%} of {report.weights:,} weights, {options.spec.codebook}"),
         ("", f"(decided by {report.decided_by})"),

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from irq_convert.artifact.config import module_name
+from irq_convert.checkpoint.fetcher import ReadOrder
 from irq_convert.checkpoint.header import TensorInfo
 from irq_convert.checkpoint.reader import TileReader
 from irq_convert.checkpoint.source import Checkpoint
@@ -46,27 +47,25 @@ class WeightSource:
         return cls(checkpoint, plain, stacks, module_of)
 
     @contextmanager
-    def loaded(self, model: Any, wanted: Callable[[str], bool], device: str) -> Iterator[None]:
+    def loaded(
+        self,
+        model: Any,
+        wanted: Callable[[str], bool],
+        device: str,
+        read_order: ReadOrder | None = None,
+    ) -> Iterator[None]:
         """Give the parameters and buffers whose keys are `wanted` their values, in float32.
 
-        Parameters that are one on meta stay one. Afterwards they are on meta again. Raises
-        `IrqError` naming the key when the files have nothing to read for it.
+        Parameters that are one on meta stay one. Afterwards they are on meta again. `read_order`
+        brings the files. Raises `IrqError` naming the key when they have nothing to read for it.
         """
-        slots = [
-            (holder, last, f"{name}.{last}" if name else last)
-            for name, module in model.named_modules()
-            for holder in (module._parameters, module._buffers)
-            for last, value in holder.items()
-            if value is not None and value.is_meta
-        ]
-        aliases: dict[int, list[str]] = {}
-        for holder, last, key in slots:
-            aliases.setdefault(id(holder[last]), []).append(key)
+        slots = _slots(model)
+        aliases = _aliases(slots)
         chosen = [slot for slot in slots if wanted(slot[2])]
         before = [(holder, last, holder[last]) for holder, last, _ in chosen]
         made: dict[int, torch.Tensor] = {}
         try:
-            with TileReader() as reader:
+            with TileReader(read_order=read_order) as reader:
                 for holder, last, _ in chosen:
                     meta = holder[last]
                     if id(meta) not in made:
@@ -80,6 +79,20 @@ class WeightSource:
         finally:
             for holder, last, meta in before:
                 holder[last] = meta
+
+    def tensors(self, model: Any, wanted: Callable[[str], bool]) -> list[TensorInfo]:
+        """What `loaded` reads, in its order."""
+        slots = _slots(model)
+        aliases, seen, found = _aliases(slots), set(), []
+        for holder, last, key in slots:
+            if wanted(key) and id(holder[last]) not in seen:
+                seen.add(id(holder[last]))
+                keys = aliases[id(holder[last])]
+                plain = next((self.plain[key] for key in keys if key in self.plain), None)
+                stack = next((self.stacks[key] for key in keys if key in self.stacks), None)
+                names = stack.tensors if stack else () if plain is None else (plain,)
+                found += [self._info(name) for name in names]
+        return found
 
     def _read(self, reader: TileReader, keys: list[str], meta: torch.Tensor) -> torch.Tensor:
         """The value of a parameter that goes by `keys`, in float32 where it is a float."""
@@ -108,3 +121,26 @@ class WeightSource:
 
     def _info(self, tensor: str) -> TensorInfo:
         return self.checkpoint.tensors[tensor]
+
+
+Slot = tuple[dict[str, Any], str, str]
+"""Where a module holds a tensor: the dictionary, its name there, and its name in the model."""
+
+
+def _slots(model: Any) -> list[Slot]:
+    """The tensors of `model` that are on meta."""
+    return [
+        (holder, last, f"{name}.{last}" if name else last)
+        for name, module in model.named_modules()
+        for holder in (module._parameters, module._buffers)
+        for last, value in holder.items()
+        if value is not None and value.is_meta
+    ]
+
+
+def _aliases(slots: list[Slot]) -> dict[int, list[str]]:
+    """All names of each tensor, which tied ones have several of."""
+    found: dict[int, list[str]] = {}
+    for holder, last, key in slots:
+        found.setdefault(id(holder[last]), []).append(key)
+    return found

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from irq_convert.checkpoint.fetcher import ReadOrder
 from irq_convert.checkpoint.source import Checkpoint
 from irq_convert.hf.empty_model import NoModel, named_class, quiet_transformers
 from irq_convert.hf.layer_weights import WeightSource
@@ -67,6 +68,7 @@ class LayeredModel:
     layers: tuple[str, ...]
     source: WeightSource
     device: str
+    read_order: ReadOrder | None = None
     _calls: dict[int, list[Call]] = field(default_factory=dict)
 
     def module(self, name: str) -> nn.Module:
@@ -77,16 +79,33 @@ class LayeredModel:
     @contextmanager
     def outside(self) -> Iterator[None]:
         """Hold the weights of everything but the decoder layers while the block runs."""
-        inner = tuple(f"{name}." for name in self.layers)
-        with self.source.loaded(self.model, lambda key: not key.startswith(inner), self.device):
+        with self.source.loaded(self.model, self._is_outside, self.device, self.read_order):
             yield
 
     @contextmanager
     def layer(self, number: int) -> Iterator[nn.Module]:
         """Hold the weights of one decoder layer while the block runs; it may change them."""
-        prefix = f"{self.layers[number]}."
-        with self.source.loaded(self.model, lambda key: key.startswith(prefix), self.device):
+        wanted = self._is_of(number)
+        with self.source.loaded(self.model, wanted, self.device, self.read_order):
             yield self.module(self.layers[number])
+
+    def plan_reading(self, first: int, passes: int) -> ReadOrder:
+        """The files in the order of a run: outside, the layers from `first` on, outside again.
+
+        Each layer is loaded in so many `passes`.
+        """
+        outside = self.source.tensors(self.model, self._is_outside)
+        infos = [*outside]
+        for number in range(first, len(self.layers)):
+            infos += self.source.tensors(self.model, self._is_of(number)) * passes
+        return self.source.checkpoint.read_order([*infos, *outside])
+
+    def _is_outside(self, key: str) -> bool:
+        return not key.startswith(tuple(f"{name}." for name in self.layers))
+
+    def _is_of(self, number: int) -> Callable[[str], bool]:
+        prefix = f"{self.layers[number]}."
+        return lambda key: key.startswith(prefix)
 
     def call(self, number: int, windows: int) -> Call:
         """How layer `number` is called for so many windows at once, which `begin` has seen."""
@@ -107,9 +126,9 @@ class LayeredModel:
                 raise
             except Exception as error:  # a class may want anything
                 reason = (str(error) or type(error).__name__).splitlines()[0][:120]
-                raise NotLayered(f"{type(self.model).__name__} fails on text alone: {reason}") from (
-                    error
-                )
+                raise NotLayered(
+                    f"{type(self.model).__name__} fails on text alone: {reason}"
+                ) from (error)
         calls, states = recorder.finish()
         known = self._calls.setdefault(len(ids), calls)
         for number, (one, other) in enumerate(zip(known, calls, strict=True)):
@@ -155,9 +174,7 @@ class _Enough(Exception):
     """All layers have been called."""
 
 
-def hidden_of(
-    args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> tuple[torch.Tensor, str | None]:
+def hidden_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[torch.Tensor, str | None]:
     """The hidden states that a layer is given, and under which keyword."""
     if args:
         return args[0], None

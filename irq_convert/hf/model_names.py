@@ -17,16 +17,23 @@ class ModelNames:
     """What the model class, built on meta, knows of names; nothing where it is unknown.
 
     `tensors`: state-dict key to the tensor of the files. `linears`: linear layers, those of experts
-    included where the files have one for each. `kinds`: the class of each module. `tied`: keys that
-    share their memory with another. `renamed`: keys that were asked about and that the model has
-    under another name, because they are of its base model, or of an older version of the class.
+    included where the files have one for each. `embeddings`: embedding layers. `kinds`: the class
+    of each module. `tied`: keys that share their memory with another, `groups` those that share it
+    with each other, where a class could be asked, and `absent` the names that files would have for
+    those that they lack. `says_tied`: whether the configuration says so at its top. `renamed`: keys
+    that were asked about and that the model has under another name, because they are of its base
+    model, or of an older version of the class.
     """
 
     known: bool
     tensors: Mapping[str, str] = field(default_factory=dict)
     kinds: Mapping[str, str] = field(default_factory=dict)
     linears: frozenset[str] = frozenset()
+    embeddings: frozenset[str] = frozenset()
     tied: frozenset[str] = frozenset()
+    groups: tuple[frozenset[str], ...] = ()
+    absent: Mapping[str, str] = field(default_factory=dict)
+    says_tied: bool = False
     renamed: Mapping[str, str] = field(default_factory=dict)
 
     def key(self, key: str) -> str:
@@ -59,7 +66,8 @@ class ModelNames:
         """The tensor of `files` that holds `key` of the model: of that very name, or renamed."""
         if key in files:
             return key
-        found = self.tensors.get(self.key(key))
+        key = self.key(key)
+        found = self.tensors.get(key) or self.absent.get(key)
         return found if found in files else None
 
 
@@ -76,6 +84,19 @@ def model_names(artifact: Artifact, asked: Iterable[str] = ()) -> ModelNames:
         return _by_name(artifact)
 
 
+def tied_without_flag(config: Mapping[str, Any]) -> frozenset[str]:
+    """Keys that a model of `config`, which says that nothing is tied, has tied all the same.
+
+    None where no class can be asked.
+    """
+    from irq_convert.hf.tied import tied_keys
+
+    try:
+        return ask_model(config, lambda model: frozenset(tied_keys(model)))
+    except NoModel:
+        return frozenset()
+
+
 def _sources(artifact: Artifact) -> dict[str, tuple[int, ...]]:
     """Source tensors and their shapes."""
     shapes = {tensor.name: tensor.source_shape for tensor in artifact.quantized}
@@ -88,7 +109,7 @@ def _by_class(model: Any, artifact: Artifact, asked: tuple[str, ...]) -> ModelNa
 
     from irq_convert.hf.experts import find_experts
     from irq_convert.hf.names import keys_in_model
-    from irq_convert.hf.tied import tied_keys
+    from irq_convert.hf.tied import tied_groups, tied_keys
 
     sources = _sources(artifact)
     tensors = {key: tensor for tensor, key in keys_in_model(model, sources).items()}
@@ -101,12 +122,18 @@ def _by_class(model: Any, artifact: Artifact, asked: tuple[str, ...]) -> ModelNa
             linears.add(layer)
     known = {*model.state_dict(), *tensors}
     places = keys_in_model(model, [key for key in asked if key not in known])
+    tied = tied_keys(model)
+    lacking = keys_in_model(model, [key for key in tied if key not in tensors])
     return ModelNames(
         known=True,
         tensors=tensors,
         kinds={name: type(module).__name__ for name, module in modules.items()},
         linears=frozenset(n for n in linears if f"{n}.weight" in tensors),
-        tied=frozenset(tied_keys(model)),
+        embeddings=frozenset(n for n, m in modules.items() if isinstance(m, nn.Embedding)),
+        tied=frozenset(tied),
+        groups=tied_groups(model),
+        absent={key: name for name, key in lacking.items() if key == name},
+        says_tied=bool(model.config.to_dict().get("tie_word_embeddings")),
         renamed={asked: key for asked, key in places.items() if key in known and key != asked},
     )
 

@@ -17,6 +17,16 @@ def tied_keys(model: PreTrainedModel) -> set[str]:
     return {*tied.keys(), *tied.values()}
 
 
+def tied_groups(model: PreTrainedModel) -> tuple[frozenset[str], ...]:
+    """The same keys, those together that share one tensor."""
+    groups: list[set[str]] = []
+    for pair in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        touched = [group for group in groups if group & set(pair)]
+        groups = [group for group in groups if group not in touched]
+        groups.append({*pair, *(key for group in touched for key in group)})
+    return tuple(frozenset(group) for group in groups)
+
+
 def tied_by_name(config: Mapping[str, Any] | None, tensors: Iterable[str]) -> set[str]:
     """Those of `tensors` that are probably tied, where no class is known that could say so."""
     if (config or {}).get("tie_word_embeddings") is not True:

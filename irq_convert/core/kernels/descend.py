@@ -47,7 +47,10 @@ def _fit_lane(sums, pair, grids, levels, zero):
     ll, lo, oo, gl, go = sums[0], sums[1], sums[2], sums[3], sums[4]
     tau, scale = pair[0], pair[1]
     if zero >= 0:
-        top, bottom = gl - levels[zero] * go, ll - levels[zero] * (F32(2.0) * lo - levels[zero] * oo)
+        top, bottom = (
+            gl - levels[zero] * go,
+            ll - levels[zero] * (F32(2.0) * lo - levels[zero] * oo),
+        )
         if not bottom > F32(0.0):
             return False
         new_scale = scale + top / bottom
@@ -88,7 +91,7 @@ def _refit_block(
         for lane in range(LANES):
             sums[j * LANES + lane] = total
     for lane in range(LANES):
-        ll, lo, gl, go = F32(0.0), F32(0.0), F32(0.0), F32(0.0)
+        lo, gl, go = F32(0.0), F32(0.0), F32(0.0)
         for j in range(count):
             here = (first + j) * LANES + lane
             level = levels[codes[here]]

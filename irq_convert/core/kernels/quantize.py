@@ -109,8 +109,8 @@ def search_group(
 
 def _make_quantize_tile(digest):
     def quantize_tile(
-        weights, shares, owners, block_size, plan, tables, packed, tau_codes, scale_codes, tau_grids,
-        scale_grids, counts, energies,
+        weights, shares, owners, block_size, plan, tables, packed, tau_codes, scale_codes,
+        tau_grids, scale_grids, counts, energies,
     ):  # fmt: skip
         """Quantize `weights`, float32 `[rows, cols]`, whose first block starts a group.
 

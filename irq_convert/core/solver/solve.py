@@ -10,7 +10,7 @@ What is stored is what was optimized: nothing is rounded afterwards.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -26,22 +26,10 @@ from irq_convert.core.quantized import QuantizedTensor
 from irq_convert.core.scales import expand_statistic
 from irq_convert.core.search_plan import entropy_table
 from irq_convert.core.solver.moments import Factor, damped, factorize
+from irq_convert.core.solver.options import SolverOptions
 from irq_convert.core.spec import QuantSpec
 from irq_convert.core.tensor_stats import TensorStats
 from irq_convert.core.threads import numba_threads
-
-
-@dataclass(frozen=True)
-class SolverOptions:
-    """How a matrix is solved.
-
-    `damping`: what is added to the diagonal of H for the sweep, in mean diagonals. `rounds` of
-    refitting and coordinate descent after it. `sweep`: False leaves the codes that the search gave.
-    """
-
-    damping: float = 0.01
-    rounds: int = 2
-    sweep: bool = True
 
 
 class MatrixSolver:
@@ -181,9 +169,9 @@ def _store(
         found,
         codes=pack_codes(codes, spec.bits),
         scale=encoded(scale, found.scale_grid),
-        tau=encoded(tau, found.tau_grid) if found.tau_grid is not None and free else (
-            torch.from_numpy(tau)
-        ),
+        tau=encoded(tau, found.tau_grid)
+        if found.tau_grid is not None and free
+        else (torch.from_numpy(tau)),
     )
 
 

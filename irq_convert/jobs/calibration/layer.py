@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,7 +14,8 @@ from irq_convert.core.importance import Shares, column_shares
 from irq_convert.core.quantize import quantize_tensor, quantize_with_stats
 from irq_convert.core.quantized import QuantizedTensor
 from irq_convert.core.solver.moments import corrected, factorize
-from irq_convert.core.solver.solve import MatrixSolver, SolverOptions
+from irq_convert.core.solver.options import SolverOptions
+from irq_convert.core.solver.solve import MatrixSolver
 from irq_convert.core.spec import QuantSpec
 from irq_convert.core.tensor_stats import TensorStats
 from irq_convert.hf.layered import LayeredModel
@@ -74,6 +75,30 @@ class _Stop(Exception):
     """The inputs that were waited for have come."""
 
 
+class _Heard:
+    """Sorts weights into `groups` that are given the same tensor; `inputs` by the first of each.
+
+    Those in `stacked`, the experts', are a group each and their inputs are not kept.
+    """
+
+    def __init__(self, groups: list[list[str]], stacked: set[str]) -> None:
+        self._groups, self._stacked = groups, stacked
+        self._known = {key for group in groups for key in group}
+        self._last: torch.Tensor | None = None
+        self.inputs: dict[str, torch.Tensor] = {}
+
+    def listen(self, key: str, expert: int, x: torch.Tensor) -> None:
+        if key not in self._known:
+            self._known.add(key)
+            if self._last is x and key not in self._stacked:
+                self._groups[-1].append(key)
+            else:
+                self._groups.append([key])
+            self._last = x
+        if key not in self._stacked and any(group[0] == key for group in self._groups):
+            self.inputs.setdefault(key, x)
+
+
 @dataclass
 class LayerCalibrator:
     """Calibrates layer `number` of `model`; `specs` say how each tensor of the files is quantized.
@@ -128,39 +153,22 @@ class LayerCalibrator:
 
     def _move_on(self, states: StateFile, following: StateFile, first: int = 0) -> None:
         for start, stop in self.options.chunks(first):
-            following.write(
-                start - first, self._through(states.read(start - first, stop - first))
-            )
+            following.write(start - first, self._through(states.read(start - first, stop - first)))
         following.flush()
 
     def _run_source(self, states: StateFile, following: StateFile, files: ExitStack) -> None:
         """Move the source's states on; learn which weights share inputs, and keep these."""
         opts = self.options
         for start, stop in opts.chunks():
-            last: list[torch.Tensor] = []
-            known = {key for group in self._groups for key in group}
-
-            def listen(key: str, expert: int, x: torch.Tensor, start: int = start) -> None:
-                new = key not in known
-                if new:
-                    known.add(key)
-                    same = bool(last) and last[0] is x and not self._by_key[key].stacked
-                    if same:
-                        self._groups[-1].append(key)
-                    else:
-                        self._groups.append([key])
-                    last[:] = [x]
-                leader = any(group[0] == key for group in self._groups)
-                if leader and not self._by_key[key].stacked and start < opts.calibrating:
-                    self._keep_inputs(key, start, x, files)
-
-            with listening(self.model, self.sites, listen):
+            kept = start < opts.calibrating and opts.alpha > 0
+            heard = _Heard(self._groups, {site.key for site in self.sites if site.stacked})
+            with listening(self.model, self.sites, heard.listen):
                 following.write(start, self._through(states.read(start, stop)))
+            for key, x in heard.inputs.items() if kept else ():
+                self._keep_inputs(key, start, x, files)
         following.flush()
 
     def _keep_inputs(self, key: str, start: int, x: torch.Tensor, files: ExitStack) -> None:
-        if not self.options.alpha:
-            return
         if key not in self._inputs:
             path = self.folder / f"inputs-{len(self._inputs)}"
             opened = state_file(
@@ -194,14 +202,10 @@ class LayerCalibrator:
         with listening(self.model, (leader,), listen):
             for start, stop in self.options.chunks(0, self.options.calibrating):
                 seen.clear()
-                try:
+                with suppress(_Stop):
                     self._through(states.read(start, stop))
-                except _Stop:
-                    pass
                 of_source = None if source is None else source.read(start, stop)
-                moments.add(
-                    seen[0], None if of_source is None else of_source.view(-1, leader.cols)
-                )
+                moments.add(seen[0], None if of_source is None else of_source.view(-1, leader.cols))
         whole = moments.whole(leader.module)
         shares = whole.diagonal().double().numpy()
         factor = factorize(whole, self.options.solver.damping, leader.key)
@@ -244,7 +248,9 @@ class LayerCalibrator:
             for stored in site.stored
         }  # fmt: skip
         solvers = {
-            stored.tensor: self._solver(stored, site.read(self.model, stored), shares[stored.tensor])
+            stored.tensor: self._solver(
+                stored, site.read(self.model, stored), shares[stored.tensor]
+            )
             for stored in site.stored
         }
         damping = self.options.solver.damping

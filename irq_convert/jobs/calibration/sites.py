@@ -100,9 +100,14 @@ def find_sites(model: LayeredModel, number: int, tensors: Collection[str]) -> tu
         kept = tuple(each for each in stored if each.tensor in tensors)
         found.append(
             Site(
-                weight.module, weight.parameter, weight.shape[0], weight.cols, True,
-                weight.transposed, kept,
-            )  # fmt: skip
+                weight.module,
+                weight.parameter,
+                weight.shape[0],
+                weight.cols,
+                True,
+                weight.transposed,
+                kept,
+            )
         )
     return tuple(found)
 
@@ -116,9 +121,7 @@ def _linear(name: str, module: nn.Module, tensor: str) -> Site:
 
 
 @contextmanager
-def listening(
-    model: LayeredModel, sites: tuple[Site, ...], listener: Listener
-) -> Iterator[None]:
+def listening(model: LayeredModel, sites: tuple[Site, ...], listener: Listener) -> Iterator[None]:
     """Tell `listener` what each of `sites`, by key, is given while its layer runs."""
     stacks: dict[str, dict[str, tuple[str, bool]]] = {}
     with ExitStack() as hooks:

@@ -18,11 +18,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from irq_convert.checkpoint.header import MAX_HEADER_BYTES
 from irq_convert.checkpoint.system import os_errors
 from irq_convert.version import PRODUCER
 
 SAMPLES = 64
 SAMPLE_BYTES = 4096
+_ZIP = b"PK\x03\x04"
+_START = 1 << 20
+"""Bytes at the start of a file that is not safetensors: of a pickle, all but the numbers."""
 _TIME = "mtime_ns"
 _HASH = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")
 
@@ -131,7 +135,10 @@ def _fingerprint(path: Path) -> dict[str, Any]:
     with os_errors("read it", path), path.open("rb", buffering=0) as file:
         stat = os.fstat(file.fileno())
         start = os.pread(file.fileno(), 8, 0)
-        header = 8 + min(int.from_bytes(start, "little"), stat.st_size)
+        length = int.from_bytes(start, "little")
+        if start.startswith(_ZIP) or length > MAX_HEADER_BYTES:
+            length = _START
+        header = 8 + min(length, stat.st_size)
         at = 0
         while at < header and (piece := os.pread(file.fileno(), min(header - at, 1 << 20), at)):
             digest.update(piece)

@@ -15,7 +15,7 @@ from inspect import signature
 from typing import Any
 
 from irq_convert.errors import IrqError
-from irq_convert.jobs.finetune.rows import DataRow
+from irq_convert.jobs.common.rows import DataRow
 from irq_convert.jobs.finetune.script import Script, TextPiece, header_part, kind_of_value
 
 OPTIONS = "chat_template_kwargs"

@@ -10,10 +10,10 @@ from typing import Any
 
 from irq_convert.checkpoint.files import sha256_file
 from irq_convert.errors import IrqError, UsageError
+from irq_convert.jobs.common.rows import DataRow, holds_rows, read_rows
 from irq_convert.jobs.common.text import encode_stream, read_text, split_text
 from irq_convert.jobs.finetune.encode import Example, encode_script
 from irq_convert.jobs.finetune.prompts import script
-from irq_convert.jobs.finetune.rows import DataRow, holds_rows, read_rows
 
 SPLIT_SEED = 0
 

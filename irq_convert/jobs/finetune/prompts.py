@@ -17,8 +17,8 @@ from __future__ import annotations
 from typing import Any
 
 from irq_convert.errors import IrqError
+from irq_convert.jobs.common.rows import DataRow
 from irq_convert.jobs.finetune.conversation import conversation_script
-from irq_convert.jobs.finetune.rows import DataRow
 from irq_convert.jobs.finetune.script import Script, TextPiece, header_part, kind_of_value
 
 NEEDED = "instruction and output (perhaps input), prompt and completion, messages, or text"

@@ -7,23 +7,20 @@ is a larger vocabulary, for all embeddings and heads alike.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-
-import torch
 
 from irq_convert.artifact.adapter import StoredAdapter
 from irq_convert.artifact.adapter_beside import is_embedding
 from irq_convert.artifact.contents import Artifact, StoredTensor
-from irq_convert.checkpoint.buffers import torch_dtype
 from irq_convert.checkpoint.float_dtypes import FLOATS
-from irq_convert.checkpoint.header import TensorInfo, matrix_shape
+from irq_convert.checkpoint.header import TensorInfo
 from irq_convert.checkpoint.reader import TileReader
 from irq_convert.errors import IrqError
 from irq_convert.hf.model_names import ModelNames
+from irq_convert.jobs.merge.ties import Tie, equal_tensors
 
-TILE = 1 << 22
 Files = Mapping[str, StoredTensor | TensorInfo]
 
 
@@ -53,27 +50,77 @@ class Whole:
 
 
 def match_whole(
-    artifact: Artifact, adapter: StoredAdapter, names: ModelNames, files: Files
+    artifact: Artifact, adapter: StoredAdapter, names: ModelNames, files: Files, ties: Sequence[Tie]
 ) -> Whole:
-    """Find what the whole tensors of `adapter` are to `artifact`.
+    """Find what the whole tensors of `adapter` are to `artifact`, `ties` those of its model.
 
     Raises `IrqError`, naming tensor and shapes, for one that the artifact lacks, of another shape,
-    quantized there or tied to another, for copies that differ, and for a vocabulary that is larger
-    in one place only.
+    or quantized there, for copies that differ, and for a vocabulary that is larger in one place
+    only.
     """
     found = Whole()
+    tied = {key for tie in ties for key in tie.names}
     with TileReader() as reader:
         for key, info in adapter.again.items():
-            trained = adapter.saved[key]
-            if not _equal(reader, info, trained):
-                raise IrqError(
-                    f"{info.shard.name}: {info.name} and {trained.name} stand for the same tensor "
-                    f"{list(info.shape)} and differ: the adapter is damaged: save it again"
-                )
+            requireequal_tensors(reader, info, adapter.saved[key])
+        for tie in ties:
+            _match_tie(reader, adapter, names, files, tie, found)
         for saved, into in ((adapter.bases, found.bases), (adapter.saved, found.saved)):
             for key, info in saved.items():
-                _match_one(reader, adapter, names, files, key, info, into)
+                if names.key(key) not in tied:
+                    _match_one(reader, adapter, names, files, key, info, into)
     return Whole(found.saved, found.bases, _vocabulary(artifact, adapter, found, files))
+
+
+def _match_tie(
+    reader: TileReader,
+    adapter: StoredAdapter,
+    names: ModelNames,
+    files: Files,
+    tie: Tie,
+    into: Whole,
+) -> None:
+    """What the adapter brings of tensors that are one: trained ones, and the one under adapters."""
+    old, kept = files[tie.base], bool(adapter.config.raw.get("ensure_weight_tying"))
+    named = {key: tie.names.get(names.key(key)) for key in (*adapter.saved, *adapter.bases)}
+    trained = {k: i for k, i in adapter.saved.items() if named[k] and adapter.config.is_saved(k)}
+    copies = {k: i for k, i in adapter.saved.items() if named[k] and k not in trained}
+    under = {k: i for k, i in adapter.bases.items() if named[k]}
+    for info in (*trained.values(), *copies.values(), *under.values()):
+        _check_shape(adapter, info, tie.base, old)
+    if kept and trained:  # PEFT trains one tensor for all of them
+        first = next(iter(trained.values()))
+        for info in (*trained.values(), *copies.values()):
+            requireequal_tensors(reader, info, first)
+        into.saved.update(dict.fromkeys(tie.names.values(), first))
+        copies = {}
+    into.saved.update({str(named[key]): info for key, info in trained.items()})
+    beneath = [*copies.values(), *under.values()]
+    for info in beneath[1:]:
+        requireequal_tensors(reader, info, beneath[0])
+    if not beneath or _unchanged(reader, beneath[0], old):
+        return
+    if beneath[0].shape == _shape(old) and (under or len(copies) < len(tie.names)):
+        raise other_weights(beneath[0], tie.base)
+    into.bases.update(dict.fromkeys(tie.names.values(), beneath[0]))
+
+
+def requireequal_tensors(reader: TileReader, info: TensorInfo, other: TensorInfo) -> None:
+    """Raise `IrqError` where two tensors of an adapter that are the same one differ."""
+    if not equal_tensors(reader, info, other):
+        raise IrqError(
+            f"{info.shard.name}: {info.name} {list(info.shape)} and {other.name} "
+            f"{list(other.shape)} stand for the same tensor and differ: the adapter is damaged: "
+            "save it again"
+        )
+
+
+def other_weights(info: TensorInfo, name: str) -> IrqError:
+    """For a copy of what was there before training that is not what the artifact has."""
+    return IrqError(
+        f"{info.shard.name}: {info.name} {list(info.shape)} is not {name} of the artifact: the "
+        "adapter was trained on other weights"
+    )
 
 
 def _match_one(
@@ -87,13 +134,14 @@ def _match_one(
 ) -> None:
     trained = adapter.config.is_saved(key)
     name = names.tensor(key, files)
-    tied = names.key(key) in names.tied or name in names.tied
+    # Where a class could be asked, ties are no matter of this function.
+    tied = not names.known and (names.key(key) in names.tied or name in names.tied)
     if tied and not trained and name is None:
         # A tied head has no tensor: it is its embedding, if that is here and the same.
         twin = next(
             (other for other in adapter.saved if other != key and _tied(names, other)), None
         )
-        if twin is not None and _equal(reader, info, adapter.saved[twin]):
+        if twin is not None and equal_tensors(reader, info, adapter.saved[twin]):
             return
     if name is None and not tied:
         raise IrqError(
@@ -105,10 +153,7 @@ def _match_one(
         if not trained and _unchanged(reader, info, files[name]):
             return
         if not trained and info.shape == _shape(files[name]) and key in adapter.bases:
-            raise IrqError(
-                f"{info.shard.name}: {info.name} {list(info.shape)} is not {name} of the artifact: "
-                "the adapter was trained on other weights"
-            )
+            raise other_weights(info, name)
     if name is None or (tied and not _all_tied(reader, adapter, names, info)):
         raise IrqError(
             f"{adapter.folder}: changes {key}, which the model ties to another weight, so that a "
@@ -126,7 +171,9 @@ def _all_tied(
 ) -> bool:
     """Whether the adapter brings every one of the tied tensors, and all of them equal."""
     ours = {names.key(key): each for key, each in adapter.saved.items() if _tied(names, key)}
-    return set(ours) == set(names.tied) and all(_equal(reader, info, o) for o in ours.values())
+    return set(ours) == set(names.tied) and all(
+        equal_tensors(reader, info, o) for o in ours.values()
+    )
 
 
 def _shape(found: StoredTensor | TensorInfo) -> tuple[int, ...]:
@@ -155,21 +202,7 @@ def _check_shape(
 
 
 def _unchanged(reader: TileReader, info: TensorInfo, found: StoredTensor | TensorInfo) -> bool:
-    return isinstance(found, TensorInfo) and _equal(reader, info, found)
-
-
-def _equal(reader: TileReader, info: TensorInfo, other: TensorInfo) -> bool:
-    """Whether `info` has the numbers of `other`, in its own dtype."""
-    if info.shape != other.shape:
-        return False
-    rows, cols = matrix_shape(info)
-    step = max(1, TILE // max(1, cols))
-    for start in range(0, rows, step):
-        stop = min(rows, start + step)
-        mine, theirs = (reader.read_rows(each, start, stop).clone() for each in (info, other))
-        if not torch.equal(mine, theirs.to(torch_dtype(info.dtype))):
-            return False
-    return True
+    return isinstance(found, TensorInfo) and equal_tensors(reader, info, found)
 
 
 def _vocabulary(

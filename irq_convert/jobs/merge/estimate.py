@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,7 @@ def estimate_merge(
         to=options.to.value,
         how=_how(opened.config.pooled, options),
         layers=len(inputs.match.layers),
-        saved=len(inputs.match.saved),
+        saved=len(inputs.match.saved) + len(inputs.match.tokens),
         bytes_out=size,
         shards=shards,
         disk_needed=needed,
@@ -111,8 +112,8 @@ def _largest_tile(plan: MergePlan) -> int:
         if isinstance(base, StoredTensor):
             rows = min(base.shape.rows, base.shape.tile_rows(limit))
             weights = max(weights, rows * base.shape.cols)
-        elif tensor.adapted is not None:
-            weights = max(weights, min(limit, tensor.adapted.rows * tensor.adapted.cols))
+        elif tensor.adapted is not None or tensor.tokens is not None:
+            weights = max(weights, min(limit, math.prod(tensor.shape)))
     return weights
 
 

@@ -37,7 +37,8 @@ from irq_convert.errors import IrqError
 from irq_convert.jobs.merge.check_layers import NOISE, ROUNDING, SMALLEST, LayerCheck, probe_input
 from irq_convert.jobs.merge.check_layers import unfolded_output as unfolded
 from irq_convert.jobs.merge.delta import fold_layer
-from irq_convert.jobs.merge.match import Adapted, Match
+from irq_convert.jobs.merge.match import Match
+from irq_convert.jobs.merge.match_layers import Adapted
 from irq_convert.jobs.merge.provenance import describe_adapter
 from irq_convert.progress import Progress
 from irq_convert.version import PRODUCER
@@ -52,16 +53,12 @@ RECORD_BYTES = 1 << 20
 def folded_specs(adapter: StoredAdapter, match: Match) -> list[TensorSpec]:
     """The tensors of the folded adapter: A is as wide as its layer, the betas are gone."""
     specs = []
-    for found in match.layers.values():
+    for found in match.every.values():
         a, b = found.layer.a, found.layer.b
-        specs.append(TensorSpec(a.name, a.dtype, (a.shape[0], found.cols)))
+        shape = a.shape if found.layer.embedding else (a.shape[0], found.cols)
+        specs.append(TensorSpec(a.name, a.dtype, shape))
         specs.append(TensorSpec(b.name, b.dtype, b.shape))
-    return specs + [TensorSpec(i.name, i.dtype, i.shape) for i in _whole(adapter)]
-
-
-def _whole(adapter: StoredAdapter) -> list[TensorInfo]:
-    """Tensors that are copied as they are."""
-    return [*adapter.saved.values(), *adapter.bases.values()]
+    return specs + [TensorSpec(i.name, i.dtype, i.shape) for i in adapter.whole]
 
 
 def folded_bytes(adapter: StoredAdapter, match: Match) -> int:
@@ -96,16 +93,16 @@ def write_folded(
     """
     specs = folded_specs(adapter, match)
     total = sum(spec.nbytes for spec in specs)
-    progress.phase("folding", len(match.layers) + len(_whole(adapter)), total)
+    progress.phase("folding", len(match.every) + len(adapter.whole), total)
     with ShardWriter(folder / WEIGHTS_FILE, specs) as writer, TileReader() as reader:
-        for found in match.layers.values():
+        for found in match.every.values():
             for info, folded in zip(
                 (found.layer.a, found.layer.b), _folded(reader, adapter, found), strict=True
             ):
                 writer.write(info.name, tensor_bytes(_stored(folded, info)))
                 progress.advance(folded.numel() * torch_dtype(info.dtype).itemsize, False)
             progress.advance(0, finished=True)
-        for info in _whole(adapter):
+        for info in adapter.whole:
             _copy(reader, writer, info, progress)
     for name in carried_files(adapter):
         copy_file_atomic(adapter.folder / name, folder / name)
@@ -119,6 +116,8 @@ def _folded(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     values = read_layer(reader, adapter.config, found.layer)
     a, b = fold_layer(values, found.cols, found.block_size)
+    if found.layer.embedding:
+        return b.T, a.T
     return (a if found.block_size is None else repeat_blocks(a, found.cols, found.block_size)), b
 
 
@@ -145,7 +144,7 @@ def _settings(adapter: StoredAdapter, match: Match) -> dict[str, Any]:
     """
     kept = {key: value for key, value in adapter.config.raw.items() if key not in OWN_KEYS}
     if kept.get("exclude_modules"):
-        modules = sorted(found.layer.module for found in match.layers.values())
+        modules = sorted(found.layer.module for found in match.every.values())
         kept |= {"target_modules": modules, "exclude_modules": None}
     return kept | {"peft_type": LORA}
 
@@ -173,10 +172,10 @@ def check_folded(
     Raises `IrqError` naming the first module that differs by more than rounding explains.
     """
     written = open_adapter(folder)
-    progress.phase("checking layers", len(match.layers), written.nbytes)
+    progress.phase("checking layers", len(match.every), written.nbytes)
     checks = []
     with TileReader() as reader:
-        for tensor, found in match.layers.items():
+        for tensor, found in match.every.items():
             layer = written.layers[found.layer.module]
             check = _check(reader, adapter, written, found, layer)
             progress.advance(layer.a.nbytes + layer.b.nbytes, finished=True)

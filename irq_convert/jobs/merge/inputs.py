@@ -13,6 +13,7 @@ from irq_convert.artifact.results import check_result_folder, describe_base
 from irq_convert.errors import UsageError
 from irq_convert.jobs.merge.match import Match, check_base, check_folded_targets, match
 from irq_convert.jobs.merge.options import MergeOptions, MergeTo
+from irq_convert.jobs.merge.ties import require_untied
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,8 @@ class Inputs:
 def open_inputs(base: Path, adapter: Path, out: Path, options: MergeOptions) -> Inputs:
     """Open artifact and adapter and check everything that headers can tell.
 
-    Raises `UsageError` or `IrqError` as `open_artifact`, `open_adapter`, `check_base`, `match` and
-    `check_result_folder` do.
+    Raises `UsageError` or `IrqError` as `open_artifact`, `open_adapter`, `check_base`, `match`,
+    `require_untied` and `check_result_folder` do.
     """
     if not base.is_dir():
         raise UsageError(f"{base}: no such folder; give the folder of an artifact")
@@ -47,4 +48,6 @@ def open_inputs(base: Path, adapter: Path, out: Path, options: MergeOptions) -> 
     found = match(artifact, opened)
     if options.to == MergeTo.ADAPTER:
         check_folded_targets(artifact, opened, found)
+    else:
+        require_untied(artifact, opened, found.untied)
     return Inputs(artifact, identity, opened, found)

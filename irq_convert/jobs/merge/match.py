@@ -2,53 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from irq_convert.artifact.adapter import StoredAdapter, StoredLayer, read_layer
-from irq_convert.artifact.config import module_name
-from irq_convert.artifact.contents import Artifact, StoredTensor
-from irq_convert.checkpoint.float_dtypes import FLOATS
+from irq_convert.artifact.adapter import StoredAdapter
+from irq_convert.artifact.adapter_tokens import StoredTokens
+from irq_convert.artifact.contents import Artifact
 from irq_convert.checkpoint.header import TensorInfo
-from irq_convert.checkpoint.reader import TileReader
 from irq_convert.errors import IrqError, UsageError
 from irq_convert.hf.model_names import ModelNames, model_names
 from irq_convert.jobs.merge.beside import Vocabulary, match_whole
+from irq_convert.jobs.merge.match_layers import Adapted, match_layer, match_tokens
+from irq_convert.jobs.merge.ties import Tie, find_ties, stays_one
 
-_BYPASSED = ("NonDynamicallyQuantizableLinear",)
-"""Layers of `nn.MultiheadAttention`, on which an adapter has no effect."""
 SHORT = 12
 """Letters of a hash that a message shows."""
-
-
-@dataclass(frozen=True)
-class Adapted:
-    """One layer of the adapter on the tensor that it changes, `[rows, cols]`.
-
-    `block_size` is that of the pooling, None for an adapter that sees the input itself.
-    """
-
-    layer: StoredLayer
-    tensor: str
-    rows: int
-    cols: int
-    block_size: int | None
 
 
 @dataclass(frozen=True)
 class Match:
     """By tensor of the artifact: layers that change it, and saved tensors that take its place.
 
-    `bases` are what layers are added to instead of the artifact's tensor, where `vocabulary` has
-    another size than the artifact's. `inside` is the module that the adapter's names begin in, ""
-    for the model itself; None where names are otherwise.
+    `every` are all layers of the adapter, those for a second name of a tied tensor too, whether or
+    not the result has it. `bases` are what layers are added to instead of the artifact's tensor, where `vocabulary` has
+    another size than the artifact's. `tokens` are rows that take the place of a tensor's. `untied`
+    are ties of which the result writes each tensor, `added` those that the artifact does not have,
+    by the name of the one that they were. `inside` is the module that the adapter's names begin in,
+    "" for the model itself; None where names are otherwise.
     """
 
     layers: Mapping[str, Adapted]
     saved: Mapping[str, TensorInfo]
+    every: Mapping[str, Adapted] = field(default_factory=dict)
     bases: Mapping[str, TensorInfo] = field(default_factory=dict)
     vocabulary: Vocabulary | None = None
+    tokens: Mapping[str, StoredTokens] = field(default_factory=dict)
+    untied: tuple[Tie, ...] = ()
+    added: Mapping[str, str] = field(default_factory=dict)
     inside: str | None = ""
 
     @property
@@ -90,31 +81,77 @@ def match(artifact: Artifact, adapter: StoredAdapter) -> Match:
     """Find what every tensor of `adapter` changes.
 
     Raises `IrqError`, naming module, tensor and shapes, for a module that the artifact lacks, one
-    of the wrong shape, two for one tensor, a tied tensor, a layer that is no linear one, and a
-    linear layer that the adapter's settings target and its file leaves out.
+    of the wrong shape, two for one tensor, a layer of another kind, and a layer that the adapter's
+    settings target and its file leaves out.
     """
-    keys = (f"{module}.weight" for module in adapter.layers)
-    names = model_names(artifact, (*keys, *adapter.saved, *adapter.bases))
+    asked = [f"{module}.weight" for module in (*adapter.layers, *adapter.tokens)]
+    asked += [*adapter.saved, *adapter.bases]
+    names = model_names(artifact, asked)
     quantized = {tensor.name: tensor for tensor in artifact.quantized}
     copied = {info.name: info for info in artifact.copied}
     files: dict[str, Any] = {**quantized, **copied}
-    whole = match_whole(artifact, adapter, names, files)
+    ties = find_ties(names, asked, files)
+    virtual = {n: tie.base for tie in ties for n in tie.names.values() if n not in files}
+    files |= {name: files[base] for name, base in virtual.items()}
+    whole = match_whole(artifact, adapter, names, files, ties)
     files |= whole.bases
     layers: dict[str, Adapted] = {}
     for layer in adapter.layers.values():
-        found = _adapted(adapter, layer, names, files)
+        found = match_layer(adapter, layer, names, files)
         if found.tensor in layers:
-            raise IrqError(
-                f"{adapter.folder}: {layer.module} and {layers[found.tensor].layer.module} both "
-                f"stand for {found.tensor}: the adapter is damaged"
-            )
-        if found.tensor in whole.saved:
-            raise IrqError(
-                f"{adapter.folder}: {found.tensor} is both adapted and saved whole: damaged"
-            )
+            raise _twice(adapter, layer.module, layers[found.tensor].layer.module, found.tensor)
         layers[found.tensor] = found
+    tokens = {match_tokens(adapter, t, names, files): t for t in adapter.tokens.values()}
+    for name in {*layers} & {*whole.saved} | {*tokens} & {*whole.saved, *layers}:
+        raise IrqError(f"{adapter.folder}: {name} is changed in two ways: damaged")
     _check_complete(adapter, names)
-    return Match(layers, whole.saved, whole.bases, whole.vocabulary, names.inside)
+    found_all = Match(layers, whole.saved, layers, whole.bases, whole.vocabulary, tokens)
+    return _settled(adapter, names, ties, virtual, found_all)
+
+
+def _twice(adapter: StoredAdapter, module: str, other: str, tensor: str) -> IrqError:
+    return IrqError(
+        f"{adapter.folder}: {module} and {other} both stand for {tensor}: the adapter is damaged"
+    )
+
+
+def _settled(
+    adapter: StoredAdapter,
+    names: ModelNames,
+    ties: Sequence[Tie],
+    virtual: Mapping[str, str],
+    found: Match,
+) -> Match:
+    """`found` with the names of tied tensors that the result will have, and no others."""
+    layers, saved, bases = dict(found.layers), dict(found.saved), dict(found.bases)
+    tokens = dict(found.tokens)
+    for tie in ties:
+        shared = tokens.get(tie.embedding or "")
+        if shared is not None and names.says_tied:  # PEFT ties such rows, and they alone
+            for name in {*tie.names.values()} - {*layers, *saved, *tokens}:
+                tokens[name] = shared
+    untouched = {*bases} - {*layers, *saved, *tokens}
+    saved |= {name: bases[name] for name in untouched}
+    untied = []
+    for tie in ties:
+        changes = {n: layer.layer for n, layer in layers.items()} | saved | tokens
+        if stays_one(adapter, tie, changes):
+            for name in {*tie.names.values()} & {*virtual}:
+                for each in (layers, saved, tokens, bases):
+                    each.pop(name, None)
+        else:
+            untied.append(tie)
+    there = {name for tie in untied for name in tie.names.values()}
+    return replace(
+        found,
+        layers=layers,
+        saved=saved,
+        bases={name: info for name, info in bases.items() if name not in untouched},
+        tokens=tokens,
+        untied=tuple(untied),
+        added={name: base for name, base in virtual.items() if name in there},
+        inside=names.inside,
+    )
 
 
 def _check_complete(adapter: StoredAdapter, names: ModelNames) -> None:
@@ -122,7 +159,7 @@ def _check_complete(adapter: StoredAdapter, names: ModelNames) -> None:
     there = {names.module(module) for module in adapter.layers}
     missing = [
         asked
-        for module in sorted(names.linears - there)
+        for module in sorted((names.linears | names.embeddings) - there)
         if adapter.config.targets(asked := names.as_asked(module))
     ]
     what = "target_modules"
@@ -140,85 +177,6 @@ def _check_complete(adapter: StoredAdapter, names: ModelNames) -> None:
             f"{adapter.folder}: {what} names {missing[0]}{more}, but its file holds "
             "nothing for it: the adapter is incomplete: save or download it again"
         )
-
-
-def _find(adapter: StoredAdapter, key: str, names: ModelNames, files: Mapping[str, Any]) -> str:
-    """The tensor of the artifact for state-dict key `key`, if it may be changed."""
-    name = names.tensor(key, files)
-    if names.key(key) in names.tied or name in names.tied:
-        raise IrqError(
-            f"{adapter.folder}: changes {key}, which the model ties to another weight, so that a "
-            "merge would change both: train without it"
-        )
-    if name is None:
-        raise IrqError(
-            f"{adapter.folder}: is for {module_name(key)}, which the artifact does not have: it "
-            "belongs to another model"
-        )
-    return name
-
-
-def _adapted(
-    adapter: StoredAdapter, layer: StoredLayer, names: ModelNames, files: Mapping[str, Any]
-) -> Adapted:
-    tensor = _find(adapter, f"{layer.module}.weight", names, files)
-    found = files[tensor]
-    kind = names.kinds.get(names.module(layer.module), "Linear")
-    turned = isinstance(found, StoredTensor) and found.format.transposed
-    if kind in _BYPASSED and _is_zero(adapter, layer):
-        kind = "Linear"  # its model reads the weight and not the layer: nothing was learned
-    if kind != ("Conv1D" if turned else "Linear"):
-        raise IrqError(
-            f"{adapter.folder}: adapts {layer.module}, a {kind}: only linear layers are merged, "
-            "and Conv1D ones where they are quantized"
-        )
-    shape = found.stored_shape if isinstance(found, StoredTensor) else found.shape
-    if len(shape) != 2 or not (isinstance(found, StoredTensor) or found.dtype in FLOATS):
-        stored = "" if isinstance(found, StoredTensor) else f" {found.dtype}"
-        raise IrqError(
-            f"{adapter.folder}: adapts {tensor}{stored} {list(shape)}, which is no matrix of "
-            "floating-point numbers"
-        )
-    rows, cols = shape
-    block_size = _block_size(adapter, tensor, found)
-    inputs = cols if block_size is None else -(-cols // block_size)
-    wanted = ((layer.rank, inputs), (rows, layer.rank))
-    if (layer.a.shape, layer.b.shape) != wanted:
-        pooled = "" if block_size is None else f" in blocks of {block_size}"
-        raise IrqError(
-            f"{layer.a.shard.name}: {layer.module} has A {list(layer.a.shape)} and B "
-            f"{list(layer.b.shape)}, but {tensor} is [{rows}, {cols}]{pooled} and needs "
-            f"{list(wanted[0])} and {list(wanted[1])}: it belongs to another model"
-        )
-    return Adapted(layer, tensor, rows, cols, block_size)
-
-
-def _is_zero(adapter: StoredAdapter, layer: StoredLayer) -> bool:
-    """Whether `layer` changes nothing, as one that training never reached."""
-    with TileReader() as reader:
-        values = read_layer(reader, adapter.config, layer)
-    return not bool(values.b.any()) and values.beta[1] == 0
-
-
-def _block_size(
-    adapter: StoredAdapter, tensor: str, found: StoredTensor | TensorInfo
-) -> int | None:
-    """Of the pooling: a quantized layer's own, for others what the settings say."""
-    config = adapter.config
-    if not config.pooled:
-        return None
-    own = found.format.block_size if isinstance(found, StoredTensor) else config.block_size
-    if own is None:
-        raise IrqError(
-            f"{adapter.folder}: pools the inputs of {tensor}, which is not quantized, and its "
-            "settings have no block_size: the adapter is damaged"
-        )
-    if config.block_size not in (None, own):
-        raise IrqError(
-            f"{adapter.folder}: pools blocks of {config.block_size}, but {tensor} has blocks of "
-            f"{own}: it belongs to another artifact"
-        )
-    return own
 
 
 def check_folded_targets(artifact: Artifact, adapter: StoredAdapter, match: Match) -> None:
@@ -242,7 +200,7 @@ def check_folded_targets(artifact: Artifact, adapter: StoredAdapter, match: Matc
             return True
         return bool(plain.target_parameters)
 
-    modules = [found.layer.module for found in match.layers.values()]
+    modules = [found.layer.module for found in match.every.values()]
     if rewritten(modules):
         taken = next((name for name in modules if rewritten([name])), modules[0])
         raise UsageError(

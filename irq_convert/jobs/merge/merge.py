@@ -91,8 +91,8 @@ def _fold(inputs: Inputs, out: Path, options: MergeOptions, progress: Progress) 
         bytes_in=adapter.nbytes,
         bytes_out=size,
         dtypes={},
-        layers=tuple(MergedLayer(n, "folded", check=by_name.get(n)) for n in inputs.match.layers),
-        saved=tuple(inputs.match.saved),
+        layers=tuple(MergedLayer(n, "folded", check=by_name.get(n)) for n in inputs.match.every),
+        saved=(*inputs.match.saved, *inputs.match.tokens),
         layers_checked=checks is not None,
         logits=logits,
     )

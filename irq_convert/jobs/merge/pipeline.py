@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from irq_convert.artifact.adapter import StoredAdapter, read_layer
+from irq_convert.artifact.adapter import StoredAdapter, read_finite, read_layer
 from irq_convert.artifact.config import ModuleFormat
 from irq_convert.artifact.contents import read_quantized, write_quantized
 from irq_convert.artifact.structure import StoredTensor
@@ -119,15 +119,30 @@ def _pieces(
                 stop = min(base.shape.rows, start + step)
                 tile = read_quantized(reader, base, start, stop)
                 yield _Piece(tensor, start, tile, last=stop == base.shape.rows)
-        elif tensor.adapted is not None:
+        elif tensor.adapted is not None or tensor.tokens is not None:
             rows, cols = tensor.shape
             step = max(1, options.tile_weights // max(1, cols))
             for start in range(0, rows, step):
                 stop = min(rows, start + step)
-                yield _Piece(tensor, start, reader.read_rows(base, start, stop), last=stop == rows)
+                changed = _with_tokens(reader, tensor, start, reader.read_rows(base, start, stop))
+                yield _Piece(tensor, start, changed, last=stop == rows)
         else:
             for start, data, last in copied(reader, tensor.saved or base):
                 yield _Piece(tensor, start, data, last)
+
+
+def _with_tokens(
+    reader: TileReader, tensor: MergedTensor, start: int, rows: torch.Tensor
+) -> torch.Tensor:
+    """`rows` from `start` on, those that were trained alone in their place."""
+    if tensor.tokens is None:
+        return rows
+    result = rows.double()
+    trained = read_finite(reader, tensor.tokens.rows)
+    for at, token in enumerate(tensor.tokens.indices):
+        if start <= token < start + len(result):
+            result[token - start] = trained[at]
+    return result
 
 
 def _dense(piece: _Piece, delta: Delta | None) -> tuple[memoryview | bytes, int]:

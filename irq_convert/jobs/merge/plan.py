@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from irq_convert.artifact.adapter_tokens import StoredTokens
 from irq_convert.artifact.config import ModuleFormat, QuantizationConfig, module_name
 from irq_convert.artifact.contents import Artifact
 from irq_convert.artifact.dense import dense_config, dense_dtype
+from irq_convert.artifact.head import untied_config
 from irq_convert.artifact.manifest import MANIFEST_NAME, manifest_room
 from irq_convert.artifact.results import MERGE_NAME
 from irq_convert.artifact.structure import StoredTensor, part_specs
@@ -20,7 +22,8 @@ from irq_convert.core.blocks import BlockShape
 from irq_convert.core.codebook import get_codebook
 from irq_convert.core.spec import MAX_REFINE, OBJECTIVES, QuantSpec
 from irq_convert.core.statistic_dtypes import UINT8
-from irq_convert.jobs.merge.match import Adapted, Match
+from irq_convert.jobs.merge.match import Match
+from irq_convert.jobs.merge.match_layers import Adapted
 from irq_convert.jobs.merge.options import MergeOptions, MergeTo
 from irq_convert.version import PRODUCER
 
@@ -30,8 +33,8 @@ class MergedTensor:
     """One tensor of the source: where it comes from, what changes it, how it is written.
 
     `base` is the artifact's, quantized or copied; `saved` takes its place, `adapted` is added to
-    it. `target` is the format of a quantized result, or the dtype of a dense one; `again` says how
-    it is quantized again, None where it is not.
+    it, `tokens` take the place of some of its rows. `target` is the format of a quantized result,
+    or the dtype of a dense one; `again` says how it is quantized again, None where it is not.
     """
 
     name: str
@@ -40,6 +43,7 @@ class MergedTensor:
     saved: TensorInfo | None
     target: ModuleFormat | str
     again: QuantSpec | None = None
+    tokens: StoredTokens | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -97,6 +101,7 @@ class MergePlan:
             and (
                 tensor.adapted
                 or tensor.saved
+                or tensor.tokens
                 or tensor.target != getattr(tensor.base, "dtype", None)
             )
         }
@@ -111,8 +116,12 @@ class MergePlan:
 
 def plan_merge(artifact: Artifact, match: Match, options: MergeOptions) -> MergePlan:
     """Decide what becomes of every tensor of `artifact`."""
-    tensors = [_tensor(artifact, base, match, options) for base in artifact.in_file_order()]
-    config = _config(artifact.config, tensors) if options.to == MergeTo.IRQ else None
+    bases = {tensor.name: tensor for tensor in artifact.in_file_order()}
+    bases |= {name: bases[base] for name, base in match.added.items()}
+    tensors = [_tensor(artifact, name, base, match, options) for name, base in bases.items()]
+    config = None
+    if options.to == MergeTo.IRQ:
+        config = _config(artifact.config, tensors, map(module_name, match.added))
     folder = plan_folder(
         tensors,
         options.max_shard_bytes,
@@ -132,19 +141,25 @@ def _config_json(
         found = dense_config(artifact, options.dtype)
     if match.vocabulary is not None:
         found = match.vocabulary.config(found)
+    if match.untied:
+        found = untied_config(found)
     return found if config is None else {**found, "quantization_config": config.to_dict()}
 
 
 def _tensor(
-    artifact: Artifact, base: StoredTensor | TensorInfo, match: Match, options: MergeOptions
+    artifact: Artifact,
+    name: str,
+    base: StoredTensor | TensorInfo,
+    match: Match,
+    options: MergeOptions,
 ) -> MergedTensor:
-    adapted, saved = match.layers.get(base.name), match.saved.get(base.name)
+    adapted, saved = match.layers.get(name), match.saved.get(name)
     again = None
     if options.to == MergeTo.IRQ:
         again = _again(base, adapted, requantize_settings(artifact, options))
     target = _target(artifact, base, adapted, again, options)
-    under = match.bases.get(base.name, base)
-    return MergedTensor(base.name, under, adapted, saved, target, again)
+    under = match.bases.get(name, base)
+    return MergedTensor(name, under, adapted, saved, target, again, match.tokens.get(name))
 
 
 def _target(
@@ -191,8 +206,13 @@ def _again(
     return QuantSpec(base.format.codebook, base.format.block_size, **{**means, **own})
 
 
-def _config(base: QuantizationConfig, tensors: list[MergedTensor]) -> QuantizationConfig:
-    """The configuration that is true of the result: a common tau dtype becomes the default's."""
+def _config(
+    base: QuantizationConfig, tensors: list[MergedTensor], dense: Iterable[str]
+) -> QuantizationConfig:
+    """The configuration that is true of the result: a common tau dtype becomes the default's.
+
+    `dense` are modules that the artifact did not have.
+    """
     formats = {
         module_name(tensor.name): tensor.target
         for tensor in tensors
@@ -202,4 +222,5 @@ def _config(base: QuantizationConfig, tensors: list[MergedTensor]) -> Quantizati
     default = replace(base.default, tau_dtype=taus.pop()) if len(taus) == 1 else base.default
     overrides = {name: fmt for name, fmt in formats.items() if fmt != default}
     meta = {**base.meta, "producer": PRODUCER}
-    return QuantizationConfig(default, base.modules_to_not_convert, overrides, meta)
+    kept = (*base.modules_to_not_convert, *dense)
+    return QuantizationConfig(default, tuple(dict.fromkeys(kept)), overrides, meta)

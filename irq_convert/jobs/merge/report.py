@@ -43,8 +43,9 @@ class MergedLayer:
 class MergeReport:
     """Sizes in bytes, `seconds` for the whole run.
 
-    `tau` holds the costs of storing the moved taus, by dtype; `survived` is over all layers that
-    were quantized again.
+    `saved` are tensors that the adapter brings, whole or some rows of them; `untied` are those that
+    the artifact did not have, since the model tied them to another. `tau` holds the costs of
+    storing the moved taus, by dtype; `survived` is over all layers that were quantized again.
     """
 
     to: str
@@ -64,6 +65,7 @@ class MergeReport:
     layers_checked: bool = False
     logits: LogitsCheck = field(default_factory=LogitsCheck)
     seconds: float = 0.0
+    untied: tuple[str, ...] = ()
 
     @property
     def largest_difference(self) -> float | None:

@@ -169,7 +169,8 @@ def _report(
             for tensor in plan.tensors
             if tensor.adapted is not None
         ),
-        saved=tuple(tensor.name for tensor in plan.tensors if tensor.saved is not None),
+        saved=tuple(tensor.name for tensor in plan.tensors if tensor.saved or tensor.tokens),
+        untied=tuple(inputs.match.added),
         tau=sum(taus, TauCosts()).to_dict() if taus else None,
         tau_dtype=plan.options.tau.value if taus else None,
         survived=survived,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from irq_convert.artifact.adapter import open_adapter, read_layer
+from irq_convert.artifact.adapter import open_adapter, read_finite, read_layer
 from irq_convert.artifact.verify import verify_artifact
 from irq_convert.checkpoint.reader import TileReader
 from irq_convert.checkpoint.source import open_checkpoint
@@ -28,6 +28,8 @@ def verify_pushed_folder(subject: PushedFolder, progress: Progress | None = None
         with TileReader() as reader:
             for layer in adapter.layers.values():
                 read_layer(reader, adapter.config, layer)
+            for tokens in adapter.tokens.values():
+                read_finite(reader, tokens.rows)
     elif subject.target == "gguf":
         _check_gguf(subject)
     else:

@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 
+from irq_convert.artifact.manifest import stored_as
 from irq_convert.checkpoint.planned_folder import PlannedShard
+from irq_convert.checkpoint.source import PLAIN
 from irq_convert.checkpoint.system import free_bytes
 from irq_convert.core.quantize import quantize_tensor
 from irq_convert.jobs.common.kernels import load_kernels
@@ -41,6 +43,7 @@ class QuantizeEstimate:
     `kept` counts the numbers that would be copied, by the reason. `finished` of the `shards` are
     there already and would be used; `disk_needed` is for the others. `fetched` is the most that the
     source's files take in `fetched_to` when they come from the Hub, beside `disk_needed`.
+    `source_format` says how the weights are stored, as `inspect` does.
     """
 
     model: str
@@ -62,6 +65,7 @@ class QuantizeEstimate:
     finished: int = 0
     fetched: int = 0
     fetched_to: str | None = None
+    source_format: str = PLAIN
 
     @property
     def share(self) -> float:
@@ -99,7 +103,8 @@ def estimate_quantize(
         for note in plan.notes:
             progress.note(note)
         sizes = plan.bytes_in, plan.folder.bytes_out, plan.bytes_needed
-        found = scan_finished(quantize_job(plan, model, out, options))
+        job = quantize_job(plan, model, out, options)
+        found = scan_finished(job)
         tensors = (tensor.info for shard in _missing(plan, found) for tensor in shard.tensors)
         fetched_to, fetched = checkpoint.fetcher.room(checkpoint.read_order(tensors).groups)
     load_kernels(options.spec, progress, device=options.device, threads=options.threads)
@@ -125,6 +130,7 @@ def estimate_quantize(
         finished=len(found.shards) if found else 0,
         fetched=fetched,
         fetched_to=str(fetched_to) if fetched else None,
+        source_format=stored_as(job.identity.source),
     )
 
 

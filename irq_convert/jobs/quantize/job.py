@@ -10,16 +10,21 @@ from irq_convert.artifact.config import FORMAT_VERSION
 from irq_convert.artifact.manifest import describe_source
 from irq_convert.checkpoint.fetcher import ReadOrder, require_room
 from irq_convert.core.tensor_stats import encode_stats
+from irq_convert.jobs.calibration.loop import Calibrated
 from irq_convert.jobs.common.identity import Identity, fingerprint_files, plan_digest
 from irq_convert.jobs.common.shard_job import OutputShard, ShardJob, ShardMaker
 from irq_convert.jobs.quantize.options import QuantizeOptions
 from irq_convert.jobs.quantize.pipeline import quantize_shard
-from irq_convert.jobs.quantize.plan import QuantizePlan
+from irq_convert.jobs.quantize.plan import QuantizePlan, TensorPlan
 from irq_convert.progress import Progress
 
 
-def quantize_identity(plan: QuantizePlan, model: str, options: QuantizeOptions) -> Identity:
+def quantize_identity(
+    plan: QuantizePlan, model: str, options: QuantizeOptions, of_data: Mapping[str, Any]
+) -> Identity:
     """What has to be the same for a conversion of `model` to be continued.
+
+    `of_data` tells the text or the importance that the weights are fitted to.
 
     `IrqError` when a local source cannot be read.
     """
@@ -29,26 +34,43 @@ def quantize_identity(plan: QuantizePlan, model: str, options: QuantizeOptions) 
     return Identity(
         job=f"quantize to format irq {FORMAT_VERSION}",
         source=describe_source(checkpoint, model),
-        options=options.to_dict(),
+        options={**options.to_dict(), **of_data},
         plan=plan_digest(headers),
         files={} if pinned else fingerprint_files(checkpoint.folder, checkpoint.shards),
     )
 
 
-def output_shards(plan: QuantizePlan) -> tuple[OutputShard, ...]:
-    """The output files of `plan`; the progress counts bytes of the source."""
+def output_shards(
+    plan: QuantizePlan, calibrated: Calibrated | None = None
+) -> tuple[OutputShard, ...]:
+    """The output files of `plan`; the progress counts bytes of what is read."""
+    made = {} if calibrated is None else calibrated.infos
+
+    def size(tensor: TensorPlan) -> int:
+        parts = made.get(tensor.name)
+        return tensor.info.nbytes if parts is None else sum(part.nbytes for part in parts)
+
     return tuple(
-        OutputShard(s.name, s.nbytes, sum(t.info.nbytes for t in s.tensors), len(s.tensors))
+        OutputShard(s.name, s.nbytes, sum(map(size, s.tensors)), len(s.tensors))
         for s in plan.folder.shards
     )
 
 
-def quantize_job(plan: QuantizePlan, model: str, out: Path, options: QuantizeOptions) -> ShardJob:
-    """The job of writing the shards of `plan`."""
+def quantize_job(
+    plan: QuantizePlan,
+    model: str,
+    out: Path,
+    options: QuantizeOptions,
+    *,
+    of_data: Mapping[str, Any] | None = None,
+    calibrated: Calibrated | None = None,
+) -> ShardJob:
+    """The job of writing the shards of `plan`, with what is `calibrated` already."""
+    made = {} if calibrated is None else calibrated.infos
 
     def read_order(numbers: Sequence[int]) -> ReadOrder:
         tensors = (tensor for number in numbers for tensor in plan.folder.shards[number].tensors)
-        return plan.checkpoint.read_order(tensor.info for tensor in tensors)
+        return plan.checkpoint.read_order(t.info for t in tensors if t.name not in made)
 
     def require(there: int, shares: Sequence[Sequence[int]]) -> None:
         require_room(out, plan.bytes_needed - there, [read_order(share) for share in shares])
@@ -57,7 +79,8 @@ def quantize_job(plan: QuantizePlan, model: str, out: Path, options: QuantizeOpt
         own = read_order(mine)
 
         def make(number: int, folder: Path, progress: Progress) -> Mapping[str, Any]:
-            stats = quantize_shard(plan.folder.shards[number], folder, options, progress, own)
+            shard = plan.folder.shards[number]
+            stats = quantize_shard(shard, folder, options, progress, own, calibrated)
             return {name: encode_stats(found) for name, found in stats.items()}
 
         return make
@@ -67,8 +90,8 @@ def quantize_job(plan: QuantizePlan, model: str, out: Path, options: QuantizeOpt
         source=plan.checkpoint.folder,
         overwrite=options.overwrite,
         resume=options.resume,
-        identity=quantize_identity(plan, model, options),
-        shards=output_shards(plan),
+        identity=quantize_identity(plan, model, options, of_data or {}),
+        shards=output_shards(plan, calibrated),
         require=require,
         phase="quantizing",
         maker=maker,

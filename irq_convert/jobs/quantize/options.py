@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from irq_convert.checkpoint.meta_params import VERSIONS
@@ -14,8 +15,10 @@ from irq_convert.core.codebook import (
     WIDTHS_IN_WORDS,
     in_words,
 )
+from irq_convert.core.objective import Objective
 from irq_convert.core.spec import QuantSpec
 from irq_convert.errors import UsageError
+from irq_convert.jobs.calibration.options import CalibrationOptions
 from irq_convert.jobs.common.options import MAX_SHARD_BYTES, check_sizes, fix_choices
 from irq_convert.jobs.common.resume import Resume
 
@@ -49,7 +52,8 @@ class QuantizeOptions:
     `stream` the room that a Hub model takes: its files are deleted when they were read.
     `include_towers` quantizes the linear layers of vision and audio towers, too. `llama_version` is
     asked for where Meta's own files do not tell it. `resume` says whether shards that an earlier
-    run has left are used.
+    run has left are used. `calibrate` fits the weights to a text, layer by layer; `importance` is
+    a file that says how much each input column counts.
     """
 
     spec: QuantSpec = field(default_factory=QuantSpec)
@@ -64,6 +68,8 @@ class QuantizeOptions:
     stream: bool = False
     llama_version: str | None = None
     resume: Resume = Resume.AUTO
+    calibrate: CalibrationOptions | None = None
+    importance: Path | None = None
 
     @classmethod
     def of(
@@ -75,20 +81,28 @@ class QuantizeOptions:
         objective: str | None = None,
         refine: int = 0,
         zero_point: str = "float",
+        calibrate: CalibrationOptions | str | Path | None = None,
+        importance: Path | str | None = None,
         **others: Any,
     ) -> QuantizeOptions:
         """Options with their spec in a person's words: `bits=3, codebook="nf"`.
 
         `codebook` is a family, or a full name, which says the bits itself; 4 bits by default.
-        `objective` None is what is best for the codebook. `others` are the fields of this class.
+        `objective` None is what is best for the codebook, and squared error where inputs weigh it.
+        `calibrate` may be the name of a text alone. `others` are the fields of this class.
         Raises `UsageError` as `codebook_name`, `QuantSpec` and this class do.
         """
+        if isinstance(calibrate, str | Path):
+            calibrate = CalibrationOptions(str(calibrate))
+        others["calibrate"] = calibrate
+        others["importance"] = None if importance is None else Path(importance)
         if "spec" in others:
             return cls(**others)
         if bits is None:
             bits = CODEBOOKS[codebook].bits if codebook in CODEBOOKS else 4
         name = codebook_name(codebook, bits)
-        spec = QuantSpec(name, block_size, objective or "auto", refine, zero_point)
+        best = "auto" if calibrate is None and importance is None else Objective.MSE
+        spec = QuantSpec(name, block_size, objective or best, refine, zero_point)
         return cls(spec=spec, **others)
 
     def __post_init__(self) -> None:
@@ -101,10 +115,16 @@ class QuantizeOptions:
         check_sizes(self.threads, self.max_shard_bytes, self.tile_weights)
         if self.llama_version not in (None, *VERSIONS):
             raise UsageError(f"--llama-version {self.llama_version}: choose {in_words(VERSIONS)}")
+        if self.calibrate is not None and self.importance is not None:
+            raise UsageError(
+                "--calibrate measures the importance of columns itself: leave out --importance"
+            )
 
     def to_dict(self) -> dict[str, object]:
         """What decides the bytes of the artifact, for the manifest."""
+        calibration = {} if self.calibrate is None else {"calibration": self.calibrate.to_dict()}
         return {
+            **calibration,
             "codebook": self.spec.codebook,
             "block_size": self.spec.block_size,
             "objective": self.spec.objective,

@@ -7,7 +7,7 @@ host to device, search, device to host, host to disk.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,12 +19,14 @@ from irq_convert.artifact.contents import write_quantized
 from irq_convert.checkpoint.buffers import torch_dtype
 from irq_convert.checkpoint.columns import transposed_tiles
 from irq_convert.checkpoint.fetcher import ReadOrder
+from irq_convert.checkpoint.header import TensorInfo
 from irq_convert.checkpoint.planned_folder import PlannedShard, copied
 from irq_convert.checkpoint.reader import TileReader
 from irq_convert.checkpoint.writer import ShardWriter
 from irq_convert.core.quantize import quantize_with_stats
 from irq_convert.core.quantized import QuantizedTensor
 from irq_convert.core.tensor_stats import TensorStats
+from irq_convert.jobs.calibration.loop import Calibrated
 from irq_convert.jobs.common.streams import BackgroundWriter, prefetched
 from irq_convert.jobs.quantize.device_tiles import Engine, Ring, Slot, make_engine
 from irq_convert.jobs.quantize.options import QuantizeOptions
@@ -34,9 +36,13 @@ from irq_convert.progress import Progress
 
 @dataclass(frozen=True)
 class _Piece:
-    """Part of a source tensor: rows to quantize, in a slot, or bytes to copy from `start` on."""
+    """Part of a source tensor: rows to quantize, in a slot, or bytes to copy from `start` on.
+
+    `name` is that of the stored tensor that bytes belong to.
+    """
 
     tensor: TensorPlan
+    name: str
     start: int
     data: torch.Tensor | bytes
     last: bool
@@ -49,21 +55,27 @@ def quantize_shard(
     options: QuantizeOptions,
     progress: Progress,
     read_order: ReadOrder | None = None,
+    calibrated: Calibrated | None = None,
 ) -> dict[str, TensorStats]:
     """Write `shard` into `folder`, whole or not at all; returns statistics by tensor name.
 
-    `read_order` brings the source's files as they are read; None when they are all there.
+    `read_order` brings the source's files as they are read; None when they are all there. What is
+    `calibrated` is copied from there.
     Raises `IrqError` when the source cannot be read, has weights that cannot be quantized (naming
     the tensor), or the disk refuses.
     """
-    stats: dict[str, TensorStats] = {}
+    stats = {} if calibrated is None else {
+        tensor.name: calibrated.stats[tensor.name]
+        for tensor in shard.tensors
+        if tensor.name in calibrated.stats
+    }  # fmt: skip
     engine = make_engine(options.device)
     ring = Ring(engine)
     with (
         ShardWriter(folder / shard.name, shard.outputs) as writer,
         BackgroundWriter() as background,
         TileReader(read_order=read_order) as reader,
-        prefetched(_pieces(shard, reader, ring, options)) as pieces,
+        prefetched(_pieces(shard, reader, ring, options, calibrated)) as pieces,
         read_order or nullcontext(),  # when the block fails, nobody waits for a download any longer
         ring,  # nor for a slot
     ):
@@ -78,22 +90,38 @@ def quantize_shard(
                 )
             else:
                 assert isinstance(piece.data, bytes)
-                background.submit(writer.write, name, piece.data, piece.start)
+                background.submit(writer.write, piece.name, piece.data, piece.start)
             progress.advance(_size(piece.data), finished=piece.last)
     return stats
 
 
 def _pieces(
-    shard: PlannedShard[TensorPlan], reader: TileReader, ring: Ring, options: QuantizeOptions
+    shard: PlannedShard[TensorPlan],
+    reader: TileReader,
+    ring: Ring,
+    options: QuantizeOptions,
+    calibrated: Calibrated | None,
 ) -> Iterator[_Piece]:
     for tensor in shard.tensors:
+        if calibrated is not None and tensor.name in calibrated.infos:
+            yield from _calibrated(tensor, calibrated.infos[tensor.name])
+            continue
         if tensor.spec is None:
             for start, data, last in copied(reader, tensor.info):
-                yield _Piece(tensor, start, data, last)
+                yield _Piece(tensor, tensor.name, start, data, last)
             continue
         for start, slot, tile in _tiles(tensor, reader, ring, options):
             last = start + tile.shape[0] == tensor.shape.rows
-            yield _Piece(tensor, start, ring.engine.upload(slot, tile), last, slot)
+            data = ring.engine.upload(slot, tile)
+            yield _Piece(tensor, tensor.name, start, data, last, slot)
+
+
+def _calibrated(tensor: TensorPlan, infos: Sequence[TensorInfo]) -> Iterator[_Piece]:
+    """The stored parts of a tensor that was calibrated, as they lie in its layer's file."""
+    with TileReader() as reader:
+        for info in infos:
+            for start, data, last in copied(reader, info):
+                yield _Piece(tensor, info.name, start, data, last and info is infos[-1])
 
 
 def _tiles(

@@ -106,8 +106,8 @@ class QuantizePlan:
 
     @property
     def bytes_in(self) -> int:
-        """Size of what is read: all tensors and the files beside them."""
-        return self.checkpoint.nbytes + sum(self.folder.carried_sizes.values())
+        """Size of what is read: the files of the weights and those beside them."""
+        return self.checkpoint.file_bytes + sum(self.folder.carried_sizes.values())
 
     @property
     def bytes_needed(self) -> int:
@@ -117,15 +117,18 @@ class QuantizePlan:
         return self.folder.bytes_out + manifest_room(names, files)
 
 
-def plan_quantize(checkpoint: Checkpoint, options: QuantizeOptions) -> QuantizePlan:
+def plan_quantize(
+    checkpoint: Checkpoint, options: QuantizeOptions, *, shards_only: bool = False
+) -> QuantizePlan:
     """Decide the fate of every tensor of `checkpoint`.
 
+    `shards_only` is for a process that writes no other file: what takes time to make is left out.
     Raises `IrqError` for a source that is already quantized or no whole model of its class, a
     linear weight in a dtype that is not a float of 16 bits or more, a name that an output would
     collide with, or a model without linears; `UsageError` for an expression in `options` that
     matches nothing.
     """
-    made = make_files(checkpoint)
+    made = make_files(checkpoint, tokenizer=not shards_only)
     refuse_unusable(checkpoint)
     linears = find_linears(checkpoint.config, checkpoint.tensors, options.include_towers)
     check_expressions(options, linears.tensors, checkpoint.tensors)

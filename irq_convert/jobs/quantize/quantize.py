@@ -17,6 +17,7 @@ from irq_convert.artifact.manifest import (
     describe_source,
     describe_tensor,
     is_listed,
+    stored_as,
     total_stats,
 )
 from irq_convert.artifact.results import check_result_folder
@@ -28,12 +29,19 @@ from irq_convert.checkpoint.source import Checkpoint
 from irq_convert.checkpoint.system import os_errors
 from irq_convert.core.tensor_stats import TensorStats, decode_stats
 from irq_convert.errors import UsageError
+from irq_convert.jobs.calibration.loop import Calibrated
 from irq_convert.jobs.common.kernels import load_kernels
 from irq_convert.jobs.common.options import chosen
 from irq_convert.jobs.common.ranks import Ranks
 from irq_convert.jobs.common.resume import Resume
 from irq_convert.jobs.common.shard_job import WrittenShards, run_shard_job
 from irq_convert.jobs.common.torchrun import RunProcesses
+from irq_convert.jobs.quantize.calibrated import (
+    CalibrationPlan,
+    calibrated_weights,
+    calibration_record,
+    plan_calibration,
+)
 from irq_convert.jobs.quantize.job import quantize_job
 from irq_convert.jobs.quantize.options import QuantizeOptions
 from irq_convert.jobs.quantize.plan import QuantizePlan, plan_quantize
@@ -115,24 +123,43 @@ def _quantize(
     with checkpoint.fetcher:
         checkpoint.fetcher.tell = lambda text: progress.stage(text or "quantizing")
         progress.stage("planning")
-        plan = plan_quantize(checkpoint, options)
+        plan = plan_quantize(checkpoint, options, shards_only=not processes.ranks.first)
         for note in plan.notes:
             progress.note(note)
         require_readable(checkpoint.folder, plan.folder.carried)
+        calibration = plan_calibration(plan, options, progress)
         load_kernels(options.spec, progress, device=options.device, threads=options.threads)
-        job = quantize_job(plan, model, out, options)
+        lent = calibrated_weights(plan, calibration, model, out, options, processes, progress)
+        with lent as found:
+            return _write_shards(plan, model, out, options, processes, progress, calibration, found)
 
-        def finish(written: WrittenShards) -> QuantizeReport:
-            progress.stage("checksums")
-            files = written.write_rest(plan.folder)
-            stats = {name: decode_stats(found) for name, found in written.results.items()}
-            manifest = _manifest(plan, model, options, stats, files)
-            write_json_atomic(written.folder / MANIFEST_NAME, manifest)
-            size = (written.folder / MANIFEST_NAME).stat().st_size
-            size += sum(int(entry["bytes"]) for entry in files.values())
-            return _report(plan, out, manifest, size)
 
-        return run_shard_job(job, processes, QuantizeReport, finish, progress)
+def _write_shards(
+    plan: QuantizePlan,
+    model: str,
+    out: Path,
+    options: QuantizeOptions,
+    processes: RunProcesses,
+    progress: Progress,
+    calibration: CalibrationPlan | None,
+    found: Calibrated | None,
+) -> QuantizeReport:
+    record = calibration_record(calibration, found)
+    of_data = {} if record is None else {"calibration_record": record}
+    better = found if found is not None and found.judgement.better else None
+    job = quantize_job(plan, model, out, options, of_data=of_data, calibrated=better)
+
+    def finish(written: WrittenShards) -> QuantizeReport:
+        progress.stage("checksums")
+        files = written.write_rest(plan.folder)
+        stats = {name: decode_stats(found) for name, found in written.results.items()}
+        manifest = _manifest(plan, model, options, stats, files, record)
+        write_json_atomic(written.folder / MANIFEST_NAME, manifest)
+        size = (written.folder / MANIFEST_NAME).stat().st_size
+        size += sum(int(entry["bytes"]) for entry in files.values())
+        return _report(plan, out, manifest, size)
+
+    return run_shard_job(job, processes, QuantizeReport, finish, progress)
 
 
 def open_quantize_source(model: str, revision: str | None, options: QuantizeOptions) -> Checkpoint:
@@ -166,6 +193,7 @@ def _manifest(
     options: QuantizeOptions,
     stats: Mapping[str, TensorStats],
     files: Mapping[str, Mapping[str, Any]],
+    record: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     listed = {name: entry for name, entry in files.items() if is_listed(name)}
     tensors = {
@@ -187,6 +215,7 @@ def _manifest(
         files=listed,
         tensors=tensors,
         totals=totals,
+        calibration=record,
     )
 
 
@@ -208,4 +237,6 @@ def _report(plan: QuantizePlan, out: Path, manifest: dict[str, Any], size: int) 
         worst=tuple(WorstTensor(n, e["codebook"], e["relative_error"]) for n, e in worst),
         seconds=0.0,
         kept=plan.kept,
+        calibration=manifest.get("calibration"),
+        source_format=stored_as(manifest["source"]),
     )

@@ -56,10 +56,11 @@ def refuse_unusable(checkpoint: Checkpoint) -> None:
 def _refuse_quantized(config: Mapping[str, Any] | None, where: str, original: str) -> None:
     parts = [config or {}, *(part for part in (config or {}).values() if isinstance(part, dict))]
     for found in filter(None, (part.get("quantization_config") for part in parts)):
-        method = found.get("quant_method", "unknown") if isinstance(found, dict) else "unknown"
-        raise IrqError(
-            f"{where}: already quantized (quant_method {method!r}); give {original}, {_WANTED}"
-        )
+        setting = found if isinstance(found, dict) else {}
+        told = f"quant_method {setting.get('quant_method', 'unknown')!r}"
+        if setting.get("quant_algo"):  # of modelopt, which has many
+            told += f", quant_algo {setting['quant_algo']!r}"
+        raise IrqError(f"{where}: already quantized ({told}); give {original}, {_WANTED}")
 
 
 def _original(checkpoint: Checkpoint) -> str:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from irq_convert.checkpoint.source import PLAIN
 
 
 @dataclass(frozen=True)
@@ -19,7 +22,8 @@ class WorstTensor:
 class QuantizeReport:
     """Sizes in bytes, entropies in bits a code, `seconds` for the whole run.
 
-    `bytes_in` counts tensors and the files beside them, `bytes_out` the whole folder.
+    `bytes_in` counts the files of the weights and those beside them, `bytes_out` the whole folder.
+    `source_format` says how the weights were stored, as `inspect` does.
 
     `kept` counts the numbers that were copied, by the reason.
     `relative_error` is the sum of squared errors over the sum of squares of the quantized weights.
@@ -38,6 +42,8 @@ class QuantizeReport:
     worst: tuple[WorstTensor, ...]
     seconds: float
     kept: Mapping[str, int] = field(default_factory=dict)
+    source_format: str = PLAIN
+    calibration: Mapping[str, Any] | None = None
 
     @property
     def share(self) -> float:

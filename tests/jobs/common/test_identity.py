@@ -113,6 +113,21 @@ def test_samples_lie_all_over_a_large_file(tmp_path: Path) -> None:
     assert seen + 1 >= SAMPLES
 
 
+def test_of_a_file_that_is_no_safetensors_its_start_counts_as_header(tmp_path: Path) -> None:
+    """The first bytes of a zip file are no length: else a pickle would be read from end to end."""
+    path = tmp_path / "pytorch_model.bin"
+    start, rest = 1 << 20, 4 * SAMPLES * SAMPLE_BYTES
+    path.write_bytes(b"PK\x03\x04" + bytes(4 + start + rest))
+    before = fingerprint_files(tmp_path, [path])
+    seen = []
+    for at in (*range(4, start, start // 4), *range(start + 8, start + rest, 7 * SAMPLE_BYTES)):
+        change_silently(at)(path)
+        seen.append(fingerprint_files(tmp_path, [path]) != before)
+        change_silently(at)(path)
+    assert all(seen[:4])
+    assert 0 < sum(seen[4:]) < len(seen[4:]) / 2
+
+
 def test_a_plan_is_its_names_and_headers() -> None:
     assert plan_digest([("a", b"x"), ("b", b"y")]) == plan_digest(iter([("a", b"x"), ("b", b"y")]))
     others = [[("b", b"y"), ("a", b"x")], [("a", b"x")], [("a", b"x"), ("b", b"z")], [("ab", b"")]]

@@ -15,7 +15,7 @@ from irq_convert.errors import IrqError
 from irq_convert.jobs.finetune.data import load_data
 from irq_convert.jobs.finetune.encode import encode_script
 from irq_convert.jobs.finetune.prompts import script
-from irq_convert.jobs.finetune.rows import DataRow
+from irq_convert.jobs.common.rows import DataRow
 from tests.jobs.finetune.test_encode import learned
 
 TEMPLATE = """\

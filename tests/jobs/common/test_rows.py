@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from irq_convert.errors import IrqError, UsageError
-from irq_convert.jobs.finetune.rows import holds_rows, read_rows
+from irq_convert.jobs.common.rows import holds_rows, read_rows
 
 fields = st.dictionaries(st.text(max_size=5), st.text(max_size=20) | st.integers(), max_size=4)
 

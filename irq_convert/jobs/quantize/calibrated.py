@@ -1,0 +1,217 @@
+"""Weights fitted to a text before shards are written: the loop's surroundings in a conversion."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from irq_convert.checkpoint.files import copy_file_atomic, write_bytes_atomic
+from irq_convert.errors import UsageError
+from irq_convert.hf.causal_lm import load_tokenizer
+from irq_convert.hf.layered import LayeredModel, NotLayered, open_layered
+from irq_convert.jobs.calibration.judge import Judgement
+from irq_convert.jobs.calibration.loop import (
+    Calibrated,
+    Calibration,
+    LayerFile,
+    collect,
+    layer_files,
+)
+from irq_convert.jobs.calibration.options import CalibrationOptions
+from irq_convert.jobs.calibration.text import Windows, choose_windows, tokenize_source
+from irq_convert.jobs.calibration.workspace import calibration_folder, workspace
+from irq_convert.jobs.common.records import read_run, read_shard_record
+from irq_convert.jobs.common.torchrun import RunProcesses
+from irq_convert.jobs.quantize.job import quantize_identity
+from irq_convert.jobs.quantize.options import QuantizeOptions
+from irq_convert.jobs.quantize.plan import QuantizePlan
+from irq_convert.progress import Progress
+
+_FOR_TOKENIZERS = (
+    "tokenizer",
+    "special_tokens",
+    "vocab",
+    "merges",
+    "chat_template",
+    "added_tokens",
+)
+
+
+@dataclass(frozen=True)
+class CalibrationPlan:
+    """What is known before a layer is run: the model, the windows, and what each layer makes."""
+
+    options: CalibrationOptions
+    model: LayeredModel
+    windows: Windows
+    layers: tuple[LayerFile, ...]
+
+    def describe(self) -> dict[str, Any]:
+        """What tells this calibration from another, besides the options."""
+        return {"calibration_text": self.windows.describe()}
+
+
+def plan_calibration(
+    plan: QuantizePlan, options: QuantizeOptions, progress: Progress
+) -> CalibrationPlan | None:
+    """Read the text and lay out the layers; None where nothing is calibrated.
+
+    Raises `UsageError` for a model that cannot be run layer by layer, a window longer than its
+    context or tokens beyond its vocabulary, and as reading the text does.
+    """
+    chosen = options.calibrate
+    if chosen is None:
+        return None
+    checkpoint = plan.checkpoint
+    try:
+        model = open_layered(checkpoint, options.device)
+    except NotLayered as error:
+        raise _refused(plan, str(error)) from error
+    _check_context(model, chosen)
+    progress.stage("reading the text")
+    tokenizer = source_tokenizer(plan)
+    ids, name = tokenize_source(chosen, tokenizer)
+    windows = choose_windows(ids, chosen, name)
+    _check_vocabulary(model, windows)
+    outputs = {tensor.name: tensor.outputs for tensor in plan.quantized}
+    return CalibrationPlan(chosen, model, windows, layer_files(model, outputs))
+
+
+def _refused(plan: QuantizePlan, why: str) -> UsageError:
+    return UsageError(
+        f"{plan.checkpoint.folder}: cannot be calibrated layer by layer: {why}; leave out "
+        "--calibrate, or give --importance"
+    )
+
+
+def _check_context(model: LayeredModel, options: CalibrationOptions) -> None:
+    config = model.model.config.get_text_config()
+    most = getattr(config, "max_position_embeddings", None)
+    if most is not None and 0 < most < options.window:
+        raise UsageError(
+            f"--calibration-window {options.window} is longer than the model's context of {most} "
+            "tokens"
+        )
+
+
+def _check_vocabulary(model: LayeredModel, windows: Windows) -> None:
+    size = model.model.get_input_embeddings().weight.shape[0]
+    largest = int(windows.ids.max())
+    if largest >= size:
+        raise UsageError(
+            f"the tokenizer gives id {largest}, but the model's embedding has {size} rows: the "
+            "tokenizer belongs to another model"
+        )
+
+
+def source_tokenizer(plan: QuantizePlan) -> Any:
+    """The tokenizer that the artifact will have; `IrqError` where there is none."""
+    folder, made = plan.folder.source, plan.folder.made
+    if not any(name.startswith(_FOR_TOKENIZERS) for name in made):
+        return load_tokenizer(folder)
+    with tempfile.TemporaryDirectory() as place:
+        for name, data in made.items():
+            write_bytes_atomic(Path(place) / name, data)
+        for name in plan.folder.carried:
+            if name.startswith(_FOR_TOKENIZERS):
+                copy_file_atomic(folder / name, Path(place) / name)
+        config = json.dumps(dict(plan.folder.config)).encode()
+        write_bytes_atomic(Path(place) / "config.json", config)
+        return load_tokenizer(place)
+
+
+@contextmanager
+def calibrated_weights(
+    plan: QuantizePlan,
+    calibration: CalibrationPlan | None,
+    model: str,
+    out: Path,
+    options: QuantizeOptions,
+    processes: RunProcesses,
+    progress: Progress,
+) -> Iterator[Calibrated | None]:
+    """Calibrate in the first process, or take what an earlier run has finished; lend the result.
+
+    None where nothing is to be calibrated. The files are there until the block ends; what is
+    finished outlives a failure, as `options.resume` says.
+    """
+    if calibration is None:
+        yield None
+        return
+    layers = calibration.layers
+    if not processes.ranks.first:
+        told = json.loads(processes.take("calibrated"))
+        yield _from_folder(calibration_folder(out), layers, Judgement(**told))
+        return
+    identity = quantize_identity(plan, model, options, calibration.describe())
+    with workspace(out, identity, layers, options.resume, progress) as work:
+        run = Calibration(
+            calibration.model,
+            {tensor.name: tensor.spec for tensor in plan.quantized if tensor.spec},
+            calibration.windows,
+            calibration.options,
+            layers,
+            work,
+            progress,
+            options.threads,
+        )
+        try:
+            found = run.run()
+        except NotLayered as error:
+            raise _refused(plan, str(error)) from error
+        processes.put("calibrated", json.dumps(found.judgement.to_dict()).encode())
+        for line in _remarks(found):
+            progress.note(line)
+        yield found
+
+
+def _from_folder(root: Path, layers: tuple[LayerFile, ...], judgement: Judgement) -> Calibrated:
+    """What the first process has made, on a disk that all share."""
+    run = read_run(root / "records")
+    records = [run and read_shard_record(root / "records", run[0], each.name) for each in layers]
+    whole = [record for record in records if record]
+    if len(whole) != len(layers):
+        raise UsageError(
+            f"{root}: not that of this run on this host: all hosts must share the folder that "
+            "holds the output"
+        )
+    return collect(root / "files", layers, whole, judgement)
+
+
+def _remarks(found: Calibrated) -> Iterator[str]:
+    if not found.judgement.better:
+        yield (
+            f"calibrating has not helped: KL {found.judgement.kl:.4f} on held-out windows, "
+            f"{found.judgement.plain:.4f} without data, which is kept: give more text, or text "
+            "like the model's"
+        )
+    few = sum(found.few.values())
+    if few:
+        yield (
+            f"{few} matrices of experts saw few tokens and lean on their layer's: more "
+            "--calibration-tokens help"
+        )
+    if found.unseen:
+        yield f"{len(found.unseen)} tensors were reached by no token and are quantized without data"
+
+
+def calibration_record(
+    calibration: CalibrationPlan | None, found: Calibrated | None
+) -> Mapping[str, Any] | None:
+    """The manifest's `calibration`; None where there was none."""
+    if calibration is None or found is None:
+        return None
+    options = calibration.options.to_dict()
+    return {
+        **calibration.windows.describe(),
+        **{name: options[name] for name in ("seed", "alpha", "ridge", "damping", "rounds")},
+        **found.judgement.to_dict(),
+        "kept": "calibrated" if found.judgement.better else "plain",
+        "few_tokens": sum(found.few.values()),
+        "unseen": len(found.unseen),
+    }
