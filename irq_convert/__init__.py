@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from irq_convert.jobs.finetune.finetune import finetune
     from irq_convert.jobs.finetune.options import FinetuneOptions
     from irq_convert.jobs.inspect import inspect
+    from irq_convert.jobs.measure.measure import estimate_measure, measure
+    from irq_convert.jobs.measure.options import MeasureOptions
     from irq_convert.jobs.merge.estimate import estimate_merge
     from irq_convert.jobs.merge.merge import merge
     from irq_convert.jobs.merge.options import MergeOptions
@@ -47,6 +49,7 @@ _HOMES = {
     "FinetuneOptions": "irq_convert.jobs.finetune.options",
     "IecLoraConfig": "irq_convert.adapters.config",
     "IrqError": "irq_convert.errors",
+    "MeasureOptions": "irq_convert.jobs.measure.options",
     "MergeOptions": "irq_convert.jobs.merge.options",
     "Progress": "irq_convert.progress",
     "PushOptions": "irq_convert.jobs.push.push",
@@ -58,6 +61,7 @@ _HOMES = {
     "dequantize_tensor": "irq_convert.core.dequantize",
     "estimate_export": "irq_convert.jobs.export.export",
     "estimate_finetune": "irq_convert.jobs.finetune.estimate",
+    "estimate_measure": "irq_convert.jobs.measure.measure",
     "estimate_merge": "irq_convert.jobs.merge.estimate",
     "estimate_quantize": "irq_convert.jobs.quantize.estimate",
     "evaluate": "irq_convert.jobs.evaluate.evaluate",
@@ -65,6 +69,7 @@ _HOMES = {
     "finetune": "irq_convert.jobs.finetune.finetune",
     "inspect": "irq_convert.jobs.inspect",
     "load": "irq_convert.hf.loading",
+    "measure": "irq_convert.jobs.measure.measure",
     "merge": "irq_convert.jobs.merge.merge",
     "prepare_for_training": "irq_convert.adapters.attach",
     "push": "irq_convert.jobs.push.push",
@@ -80,6 +85,7 @@ __all__ = [
     "FinetuneOptions",
     "IecLoraConfig",
     "IrqError",
+    "MeasureOptions",
     "MergeOptions",
     "Progress",
     "PushOptions",
@@ -92,6 +98,7 @@ __all__ = [
     "dequantize_tensor",
     "estimate_export",
     "estimate_finetune",
+    "estimate_measure",
     "estimate_merge",
     "estimate_quantize",
     "evaluate",
@@ -99,6 +106,7 @@ __all__ = [
     "finetune",
     "inspect",
     "load",
+    "measure",
     "merge",
     "prepare_for_training",
     "push",

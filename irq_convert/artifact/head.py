@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from irq_convert.artifact.contents import Artifact
 from irq_convert.checkpoint.header import TensorInfo
 from irq_convert.checkpoint.planned_folder import copied
 from irq_convert.checkpoint.reader import TileReader
 from irq_convert.checkpoint.state_dict import HEADS
 
+FLAG = "tie_word_embeddings"
 EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings")
 
 
@@ -32,6 +36,16 @@ def head_differs(artifact: Artifact) -> bool:
     if head not in found or embedding not in found:  # packed, so no longer the other's values
         return True
     return not _equal(found[head], found[embedding])
+
+
+def untied_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json that ties no head to its embedding, nor do the configurations inside it."""
+
+    def said(part: Mapping[str, Any]) -> dict[str, Any]:
+        inside = {k: said(v) if isinstance(v, dict) else v for k, v in part.items()}
+        return inside | ({FLAG: False} if FLAG in part else {})
+
+    return said(config) | {FLAG: False}
 
 
 def _find(artifact: Artifact, modules: tuple[str, ...]) -> str | None:

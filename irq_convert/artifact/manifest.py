@@ -61,6 +61,15 @@ def stored_as(source: Mapping[str, Any]) -> str:
     return ", ".join(str(word) for word in told if word) or PLAIN
 
 
+def importance_in_words(record: Mapping[str, Any]) -> str:
+    """A manifest's `importance` in a line: which file, and what was read for it."""
+    tokens, text = record.get("tokens"), record.get("text")
+    seen = [f"{tokens:,} tokens" if isinstance(tokens, int) else "", f"of {text}" if text else ""]
+    told = " ".join(filter(None, seen))
+    name = f"{record.get('file')} ({record.get('kind')})"
+    return f"{name}: {told}" if told else name
+
+
 def describe_tensor(
     info: TensorInfo, codebook: str, block_size: int, stats: TensorStats
 ) -> dict[str, Any]:
@@ -97,6 +106,7 @@ def build_manifest(
     tensors: Mapping[str, Mapping[str, Any]],
     totals: Mapping[str, Any],
     calibration: Mapping[str, Any] | None = None,
+    importance: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The whole document, in the specification's order and sealed."""
     manifest = {
@@ -106,6 +116,7 @@ def build_manifest(
         "source": dict(source),
         "options": dict(options),
         **({} if calibration is None else {"calibration": dict(calibration)}),
+        **({} if importance is None else {"importance": dict(importance)}),
         "files": {name: dict(files[name]) for name in sorted(files)},
         "tensors": {name: dict(tensors[name]) for name in sorted(tensors)},
         "totals": dict(totals),

@@ -29,6 +29,7 @@ class Arranged:
     `gone` are files beside the weights that mean nothing any more once these are read, `dropped`
     tensors that are left out, each with the reason in words. `unknown` says what `config` lacks,
     and with which option to tell it: the tensors can be read, a model of them cannot be made.
+    `encoding` names how weights are stored that are read as dense ones, None where all are dense.
     """
 
     tensors: dict[str, TensorInfo]
@@ -36,6 +37,7 @@ class Arranged:
     gone: tuple[str, ...] = ()
     dropped: tuple[tuple[str, str], ...] = ()
     unknown: str | None = None
+    encoding: str | None = None
 
 
 def merged(headers: Sequence[ShardHeader]) -> dict[str, TensorInfo]:

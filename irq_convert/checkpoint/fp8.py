@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from irq_convert.checkpoint.reader import TileReader
 
 FP8_DTYPES = ("F8_E4M3", "F8_E5M2")
+KINDS = ("block", "channel", "tensor")
+"""What a number of a scale counts for, the finest first; a channel is a row or a column."""
 SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0", "U8")
 """U8 are exponents, as in F8_E8M0."""
 Block = tuple[int, int]
@@ -44,6 +46,14 @@ class ScaledFp8(DenseRows):
     @property
     def sources(self) -> tuple[TensorInfo, ...]:
         return self.weight, self.scale
+
+    @property
+    def kind(self) -> str:
+        """One of `KINDS`."""
+        rows, cols = _at_least_a_matrix(self.weight.shape)[-2:]
+        if self.grid[1:] == (1, 1):
+            return "tensor"
+        return "channel" if self.grid[1:] in ((rows, 1), (1, cols)) else "block"
 
     def with_sources(self, sources: tuple[TensorInfo, ...]) -> ScaledFp8:
         return replace(self, weight=sources[0], scale=sources[1])

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from irq_convert.checkpoint.json_files import DuplicateKeyError, unique_pairs
 from irq_convert.checkpoint.system import os_errors
 from irq_convert.errors import IrqError
 
@@ -211,20 +212,6 @@ def parse_header(path: Path, raw: bytes, file_size: int) -> ShardHeader:
     infos.sort(key=lambda info: (info.offset, info.offset + info.nbytes))
     _check_cover(path, infos, data_start, file_size)
     return ShardHeader(path, {info.name: info for info in infos}, metadata)
-
-
-class DuplicateKeyError(ValueError):
-    """A JSON object names the same key twice."""
-
-
-def unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Build a dict for `json.loads(object_pairs_hook=...)`, refusing a key given twice."""
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise DuplicateKeyError(f"{twice!r} appears twice")
-    return result
 
 
 def _load_json(path: Path, raw: bytes) -> dict[str, Any]:

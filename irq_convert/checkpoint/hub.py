@@ -35,7 +35,7 @@ from irq_convert.checkpoint.hub_errors import hub_errors, retrying
 from irq_convert.checkpoint.layout import (
     HEADERS_ONLY_NAME,
     is_hidden,
-    is_weight_file,
+    is_left_out,
     shards_of_index,
 )
 from irq_convert.checkpoint.source import parse_index
@@ -55,8 +55,8 @@ class NoBar(tqdm):
 class RemoteModel:
     """A model repository at one commit: what a conversion reads of it.
 
-    `shards` are the weight files that `open_checkpoint` would read, `others` all that is no weight
-    file, and the index. `files` are all files by path.
+    `shards` are the weight files that `open_checkpoint` would read, `others` all that is carried
+    over, and the index; `left_out` is not downloaded. `files` are all files by path.
     """
 
     repo_id: str
@@ -65,6 +65,7 @@ class RemoteModel:
     shards: tuple[str, ...]
     others: tuple[str, ...]
     source_format: SourceFormat
+    left_out: tuple[str, ...] = ()
 
     @property
     def revision(self) -> str:
@@ -109,9 +110,11 @@ def find_model(repo_id: str, revision: str | None) -> RemoteModel | tuple[Path, 
         folder = Path(snapshot_download(repo_id, revision=commit, local_files_only=True))
         return folder, commit.resolved
     source_format, shards, index = _choose(repo_id, commit, files)
-    others = [path for path in files if not is_hidden(path) and not is_weight_file(path)]
+    seen = [path for path in files if not is_hidden(path)]
+    others = [path for path in seen if not is_left_out(path, shards)]
     others += [index] if index else []
-    return RemoteModel(repo_id, commit, files, shards, tuple(others), source_format)
+    left_out = tuple(path for path in seen if path not in (*shards, *others))
+    return RemoteModel(repo_id, commit, files, shards, tuple(others), source_format, left_out)
 
 
 def _repo_files(repo_id: str, commit: ResolvedRevision) -> dict[str, RepoFile] | None:

@@ -1,4 +1,4 @@
-"""Reading the small JSON files beside weights."""
+"""Reading JSON strictly: no key twice; and the small JSON files beside weights."""
 
 from __future__ import annotations
 
@@ -6,9 +6,22 @@ import json
 from pathlib import Path
 from typing import Any
 
-from irq_convert.checkpoint.header import DuplicateKeyError, unique_pairs
 from irq_convert.checkpoint.system import os_errors
 from irq_convert.errors import IrqError
+
+
+class DuplicateKeyError(ValueError):
+    """A JSON object names the same key twice."""
+
+
+def unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build a dict for `json.loads(object_pairs_hook=...)`, refusing a key given twice."""
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise DuplicateKeyError(f"{twice!r} appears twice")
+    return result
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

@@ -4,7 +4,7 @@ Decided from names alone, so that one set of rules serves a local folder and a f
 """
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
@@ -15,6 +15,8 @@ PICKLE_NAME = "pytorch_model.bin"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
 PARAMS_NAME = "params.json"
 """Of Meta's layout: the sizes of the model."""
+ORIGINAL = "original/"
+"""Where a repository has the files that the model was first released in."""
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 WEIGHT_SUFFIXES = (
     ".safetensors",
@@ -27,7 +29,7 @@ LOCK_NAME = ".output.lock"
 HEADERS_ONLY_NAME = ".headers-only.json"
 """In a folder made by `locate(headers_only=True)`: file name to true size of each cut shard."""
 
-_WEIGHT_INDEX = re.compile(r"\.(safetensors|bin|h5|msgpack)\.index(\.[\w-]+)?\.json$")
+_WEIGHT_INDEX = re.compile(r"\.(safetensors|bin|pth|h5|msgpack)\.index(\.[\w-]+)?\.json$")
 _HIDDEN_PARTS = {".git", ".cache", ".gitattributes", ".gitignore", ".gitmodules", ".DS_Store"}
 _HIDDEN_PARTS |= {"__pycache__", ".ipynb_checkpoints", HEADERS_ONLY_NAME, LOCK_NAME}
 _TEMPORARY = re.compile(r"^\..*\.tmp-\d+-\d+$")
@@ -55,6 +57,15 @@ def is_weight_index(path: str) -> bool:
 def is_weight_file(path: str) -> bool:
     """Tell files that hold weights in any format, and the indexes of such files."""
     return path.lower().endswith(WEIGHT_SUFFIXES) or is_weight_index(path)
+
+
+def is_left_out(path: str, shards: Iterable[str]) -> bool:
+    """Tell what is not carried over beside `shards`, the weights that are read.
+
+    That is weights, and all of `original/`: the model once more, unless its weights are from there.
+    """
+    copied = path.startswith(ORIGINAL) and not any(name.startswith(ORIGINAL) for name in shards)
+    return copied or is_weight_file(path)
 
 
 def select_safetensors(paths: Collection[str]) -> Selection | None:
@@ -108,7 +119,7 @@ def select_pickles(paths: Collection[str]) -> Selection | None:
 
 def select_meta(paths: Collection[str]) -> Selection | None:
     """Choose Meta's `consolidated.NN.pth` beside `params.json`, also in `original/`."""
-    for prefix in ("", "original/"):
+    for prefix in ("", ORIGINAL):
         parts = tuple(
             sorted(path for path in paths if _PART.fullmatch(path) and path.startswith(prefix))
         )

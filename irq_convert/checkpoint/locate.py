@@ -79,9 +79,11 @@ def open_source(
             return open_checkpoint(remote[0], model, remote[1], hints)
         if all(map(remote.cached, remote.shards)):
             folder = hub.snapshot(remote, (*remote.shards, *remote.others))
-            return open_checkpoint(folder, model, remote.revision, hints)
+            opened = open_checkpoint(folder, model, remote.revision, hints)
+            return replace(opened, left_out=remote.left_out)
         heads = hub.download_headers(remote)
         opened = open_checkpoint(heads, model, remote.revision, hints)
+        opened = replace(opened, left_out=remote.left_out)
         if fetch is Fetch.STREAM:
             return _moved(opened, StreamFetcher(remote, heads))
         cache = hub.snapshot(remote, remote.others, quiet=True)

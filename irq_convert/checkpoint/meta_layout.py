@@ -42,6 +42,7 @@ LAYER = {
 OUTSIDE = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
 _SIDE_BY_SIDE = ("attention.wo", "feed_forward.w2")
 _COMPUTED = "rope.freqs"
+_LAYER = re.compile(r"^layers\.\d+\.")
 _PART = re.compile(r"consolidated\.(\d\d)\.pth")
 
 
@@ -58,9 +59,9 @@ def arrange_meta(
     params = read_params(home)
     sizes = [info.shape[0] for info in _slices(headers, "layers.0.feed_forward.w1.weight")]
     rows = [info.shape for info in _slices(headers, "tok_embeddings.weight")]
-    params = replace(params, ffn=sum(sizes), vocab=_vocabulary(params, rows))
+    params = replace(params, ffn=sum(sizes), vocab=params.vocab or _vocabulary(params, rows))
     tensors = {name: _put_together(name, ours, headers, params) for name, ours in _names(params)}
-    _check_nothing_else(headers, tensors)
+    _check_nothing_else(headers, tensors, params)
     found, unknown = llama_config(params, _dtype(headers), hints)
     if found.get("tie_word_embeddings"):
         tensors["tok_embeddings.weight"] = _checked_tie(tensors)
@@ -70,7 +71,9 @@ def arrange_meta(
     by_name = {info.name: info for info in tensors.values()}
     prefix = home.relative_to(folder).as_posix() + "/" if home != folder else ""
     gone = tuple(prefix + name for name in ("params.json", "checklist.chk"))
-    return Arranged(by_name, found, gone, ((_COMPUTED, "transformers computes it"),), unknown)
+    computed = any(_COMPUTED in header.tensors for header in headers)
+    dropped = ((_COMPUTED, "transformers computes it"),) if computed else ()
+    return Arranged(by_name, found, gone, dropped, unknown)
 
 
 def _names(params: MetaParams) -> Iterator[tuple[str, str]]:
@@ -159,7 +162,7 @@ def _shape(name: str, params: MetaParams) -> tuple[int, int | None]:
 
 def _stem(name: str) -> str:
     """Meta's name of a tensor without its layer and ending."""
-    return re.sub(r"^layers\.\d+\.", "", name).removesuffix(".weight")
+    return _LAYER.sub("", name).removesuffix(".weight")
 
 
 def _contradiction(
@@ -173,20 +176,36 @@ def _contradiction(
     many = f"{count} parts" if count > 1 else "one part"
     found = f"{name} is {list(shape)} in {many}, params.json makes it {list(wanted)}"
     ratios = {w / s for s, w in zip(shape, wanted, strict=False) if s} - {1.0}
-    if len(shape) == len(wanted) and len(ratios) == 1 and (min(ratios) * count) % 1 == 0:
+    ratio = ratios.pop() if len(ratios) == 1 and len(shape) == len(wanted) else 0.0
+    if ratio > 1 and (ratio * count) % 1 == 0:
         missing = shard.with_name(f"consolidated.{count:02}.pth").name
         return f"{shard.parent}: {found}: {missing} is missing, or params.json is of another model"
     return f"{shard}: {found}: it is of another model; get the one that belongs to these files"
 
 
-def _check_nothing_else(headers: Sequence[ShardHeader], known: dict[str, TensorInfo]) -> None:
+def _check_nothing_else(
+    headers: Sequence[ShardHeader], known: dict[str, TensorInfo], params: MetaParams
+) -> None:
     for header in headers:
-        for name in header.tensors:
-            if name not in known and name != _COMPUTED:
+        for name, info in header.tensors.items():
+            if name == _COMPUTED and info.shape != (params.head_dim // 2,):
                 raise IrqError(
-                    f"{header.path}: {name} is no tensor of a LLaMA with the layers that "
-                    "params.json says: of Meta's files only text models of LLaMA are read"
+                    f"{header.path}: {name} is {list(info.shape)}, params.json makes it "
+                    f"{[params.head_dim // 2]} with {params.heads} heads: it is of another model; "
+                    "get the one that belongs to these files"
                 )
+            if name in known or name == _COMPUTED:
+                continue
+            if _LAYER.sub("layers.0.", name) in known:
+                raise IrqError(
+                    f"{header.path}: has {name}, params.json says {params.layers} "
+                    f"layer{'s' if params.layers > 1 else ''}: it is of another model; get the one "
+                    "that belongs to these files"
+                )
+            raise IrqError(
+                f"{header.path}: {name} is no tensor of a LLaMA: of Meta's files only text models "
+                "of LLaMA are read"
+            )
 
 
 def _checked_tie(tensors: dict[str, TensorInfo]) -> TensorInfo:

@@ -35,7 +35,7 @@ _ONE = re.compile(r"llama-?1(?![\d.])", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class MetaParams:
-    """What params.json says; `ffn` and `vocab` are those of the tensors."""
+    """What params.json says; `ffn` is that of the tensors, and `vocab` where it does not say it."""
 
     path: Path
     dim: int
@@ -82,6 +82,7 @@ def read_params(folder: Path) -> MetaParams:
         eps,
         None if theta is None else float(theta),
         bool(raw.get("use_scaled_rope")),
+        _size(path, raw, "vocab_size") if raw.get("vocab_size", -1) != -1 else 0,
     )
 
 

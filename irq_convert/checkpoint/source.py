@@ -19,7 +19,7 @@ from irq_convert.checkpoint.layout import (
     HEADERS_ONLY_NAME,
     Selection,
     is_hidden,
-    is_weight_file,
+    is_left_out,
     shards_of_index,
 )
 from irq_convert.checkpoint.source_formats import SourceFormat, find_format
@@ -27,6 +27,8 @@ from irq_convert.checkpoint.system import os_errors
 from irq_convert.errors import IrqError, UsageError
 
 CONFIG_NAME = "config.json"
+PLAIN = "safetensors"
+"""The format that needs no mention."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +38,13 @@ class Checkpoint:
     `shards` are the weight files read, sorted by name; `tensors` lists every tensor in them in file
     order (shard, then offset). `config` is `config.json`, None when there is none.
     `other_files` are relative posix paths of every file to carry over unchanged. `left_out` are
-    weight files that are neither read nor carried over (other formats, second copies, subfolders).
+    files that are neither read nor carried over: weights in other formats, second copies and
+    subfolders, and all of `original/` where the weights are not from there.
     `headers_only` marks a folder whose tensors have no data (see `locate`). `fetcher` brings the
     shards to `folder` as they are needed; for a local folder it has nothing to do. `source_format`
-    names how the weights are stored, `dropped` tensors that are left out and why, `unknown` what
-    only its user can say of the model before one can be made of it.
+    names the kind of the files and `encoding` how packed weights in them are stored, None where
+    all are dense; `file_bytes` is what the shards take on the disk. `dropped` are tensors that are
+    left out and why, `unknown` what only its user can say of the model before one can be made.
     """
 
     folder: Path
@@ -55,13 +59,15 @@ class Checkpoint:
     shard_metadata: dict[Path, dict[str, str]] = field(default_factory=dict)
     headers_only: bool = False
     fetcher: Fetcher = field(default_factory=Fetcher, compare=False)
-    source_format: str = "safetensors"
+    source_format: str = PLAIN
     dropped: tuple[tuple[str, str], ...] = ()
     unknown: str | None = None
+    encoding: str | None = None
+    file_bytes: int = 0
 
     @property
     def nbytes(self) -> int:
-        """The bytes of all tensors together."""
+        """The bytes of all tensors together, as they are read: of packed ones, dense bytes."""
         return sum(info.nbytes for info in self.tensors.values())
 
     def files_of(self, info: TensorInfo) -> list[str]:
@@ -103,13 +109,13 @@ def open_checkpoint(
         selection, weight_map, index_metadata = Selection(names), {}, {}
     headers = [_open_shard(source_format, fence, name, selection.index, sizes) for name in names]
     _check_index(weight_map, dict(zip(names, headers, strict=True)), selection)
-    beside = [fence.check(name) for name in files if not is_weight_file(name)]
+    away = [name for name in files if is_left_out(name, names)]
+    beside = [fence.check(name) for name in files if name not in away]
     raw = read_json_object(folder / CONFIG_NAME) if CONFIG_NAME in beside else None
     hints = replace(
         hints or SourceHints(), called=repo_id or folder.resolve().name, headers_only=bool(sizes)
     )
-    arranged = decode_source(source_format.arrange(headers, folder, raw, hints), str(folder))
-    used = {*names, selection.index}
+    arranged = decode_source(source_format.arrange(headers, folder, raw, hints), folder, beside)
     return Checkpoint(
         folder=folder,
         shards=tuple(header.path for header in headers),
@@ -119,12 +125,14 @@ def open_checkpoint(
         other_files=tuple(name for name in beside if name not in arranged.gone),
         repo_id=repo_id,
         revision=revision,
-        left_out=tuple(name for name in files if is_weight_file(name) and name not in used),
+        left_out=tuple(name for name in away if name not in (*names, selection.index)),
         shard_metadata={header.path: header.metadata for header in headers},
         headers_only=sizes is not None,
         source_format=source_format.name,
         dropped=arranged.dropped,
         unknown=arranged.unknown,
+        encoding=arranged.encoding,
+        file_bytes=_file_bytes(folder, names, sizes or {}),
     )
 
 
@@ -190,6 +198,12 @@ def _list_files(folder: Path) -> list[str]:
 def _headers_only_sizes(folder: Path) -> dict[str, int] | None:
     path = folder / HEADERS_ONLY_NAME
     return read_json_object(path) if path.is_file() else None
+
+
+def _file_bytes(folder: Path, names: Iterable[str], sizes: Mapping[str, int]) -> int:
+    """What the files take, those that are cut off by their true `sizes`."""
+    with os_errors("look at its files", folder):
+        return sum(sizes.get(name) or (folder / name).stat().st_size for name in names)
 
 
 def parse_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:

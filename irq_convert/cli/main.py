@@ -15,6 +15,7 @@ from irq_convert.cli.eval import eval_command
 from irq_convert.cli.export import export_command
 from irq_convert.cli.finetune import finetune_command
 from irq_convert.cli.inspect import inspect_command
+from irq_convert.cli.measure import measure_command
 from irq_convert.cli.merge import merge_command
 from irq_convert.cli.push import push_command
 from irq_convert.cli.quantize import quantize_command
@@ -31,6 +32,7 @@ app = typer.Typer(
     help=f"Quantize language models to {WIDTHS_IN_WORDS} bits; check, measure and load the result.",
 )
 app.command("quantize")(quantize_command)
+app.command("measure")(measure_command)
 app.command("inspect")(inspect_command)
 app.command("verify")(verify_command)
 app.command("eval")(eval_command)

@@ -46,6 +46,8 @@ def print_report(report: MergeReport) -> None:
     ]
     if report.saved:
         rows.append(("saved tensors", f"{len(report.saved)} in place of the artifact's"))
+    if report.untied:
+        rows.append(("untied", f"{', '.join(report.untied)}: no longer the embedding"))
     if report.dtypes:
         parts = [f"{count} in {dtype}" for dtype, count in report.dtypes.items()]
         rows.append(("dense tensors", ", ".join(parts)))

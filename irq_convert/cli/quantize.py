@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from irq_convert.cli.calibration_show import calibration_rows
 from irq_convert.cli.console import is_main_process, main_process_only
 from irq_convert.cli.push import print_push, push_result, push_target
 from irq_convert.cli.shared import (
@@ -241,8 +242,21 @@ def _print_estimate(found: QuantizeEstimate) -> None:
             *resume_rows(found.finished, found.shards),
             ("disk needed", f"{found.disk_needed:,} bytes ({short_bytes(found.disk_free)} {free})"),
             *_fetch_rows(found),
+            *_calibration_rows(found),
         ]
     )
+
+
+def _calibration_rows(found: QuantizeEstimate) -> list[tuple[str, str]]:
+    from irq_convert.checkpoint.system import short_bytes
+
+    cost = found.calibration
+    if cost is None:
+        return []
+    return [
+        ("calibrating", f"{cost.tokens:,} tokens in {cost.windows} windows, {cost.layers} layers"),
+        ("", f"about {short_bytes(cost.memory)} of memory, {short_bytes(cost.disk)} of the disk"),
+    ]
 
 
 def _fetch_rows(found: QuantizeEstimate) -> list[tuple[str, str]]:
@@ -254,10 +268,12 @@ def _fetch_rows(found: QuantizeEstimate) -> list[tuple[str, str]]:
 
 
 def _print_report(report: QuantizeReport, options: QuantizeOptions) -> None:
+    from irq_convert.artifact.manifest import importance_in_words
     from irq_convert.checkpoint.system import short_bytes
     from irq_convert.cli.console import facts, seconds
 
     before, after = report.entropy_plain, report.entropy
+    weighed = report.importance
     rows = [
         ("artifact", report.out),
         ("source format", report.source_format),
@@ -265,8 +281,10 @@ def _print_report(report: QuantizeReport, options: QuantizeOptions) -> None:
         ("quantized", f"{report.share:.1%} of {report.weights:,} weights, {options.spec.codebook}"),
         ("", f"(decided by {report.decided_by})"),
         ("bits per weight", f"{report.bits_per_weight:.4f}"),
+        *([("importance", importance_in_words(weighed))] if weighed else []),
         ("entropy", f"{before:.4f} -> {after:.4f} bits a code, of {options.spec.bits}"),
         ("relative error", f"{report.relative_error:.5f} (squared, of the weights' energy)"),
+        *calibration_rows(report.calibration),
         ("worst tensors", ""),
         *((f"  {w.relative_error:.5f}", f"{w.name} ({w.codebook})") for w in report.worst),
         ("time", f"{seconds(report.seconds)}"),

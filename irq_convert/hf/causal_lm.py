@@ -1,6 +1,7 @@
 """Load what is evaluated: a causal language model, dense or quantized, and its tokenizer, with
 every way this fails turned into one line."""
 
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,9 +11,15 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from irq_convert.checkpoint.locate import locate
+from irq_convert.checkpoint.locate import Located, locate
 from irq_convert.errors import IrqError, UsageError, one_line
 from irq_convert.hf.loading import load, model_class
+from irq_convert.hf.packed_sources import (
+    dense_config,
+    dense_tensors,
+    open_packed,
+    tokenizer_folder,
+)
 from irq_convert.remote_code import trusted, why_refused
 
 
@@ -22,14 +29,22 @@ def _as_it_lies() -> dict[str, Any]:
 
 
 def load_config(source: str | Path) -> Any:
-    """Read the transformers configuration of a model folder or Hub id.
+    """Read the transformers configuration of a model folder or Hub id; a source's as dense.
 
     Raises `UsageError` where there is no such folder; `IrqError` where the Hub does not provide it,
     or its config.json does not describe a model.
     """
-    folder = locate(str(source), headers_only=True).folder
+    return _config(locate(str(source), headers_only=True), source)
+
+
+def _config(found: Located, source: str | Path) -> Any:
+    packed = open_packed(found)
     with _one_line_errors(f"{source}: cannot be loaded as a model"):
-        return AutoConfig.from_pretrained(folder, **_as_it_lies())
+
+        def read(folder: Path) -> Any:
+            return AutoConfig.from_pretrained(folder, **_as_it_lies())
+
+        return read(found.folder) if packed is None else dense_config(packed, read)
 
 
 def require_causal_lm(source: str | Path, config: Any) -> None:
@@ -57,21 +72,21 @@ def load_causal_lm(
 ) -> PreTrainedModel:
     """Load a causal language model for evaluation from a folder or a Hub id.
 
-    An artifact of this project (`quant_method: "irq"`) goes through `irq_convert.load`,
-    everything else through transformers, from safetensors only. `device` is a torch device, or
-    `auto` to spread the model over what there is.
+    An artifact of this project (`quant_method: "irq"`) goes through `irq_convert.load`, a dense
+    model through transformers, from safetensors; other formats that `quantize` reads are decoded
+    into memory first. `device` is a torch device, or `auto` to spread the model over what there is.
 
     Raises `UsageError` where `device` is unknown or absent, there is no such folder, or the class
     is no causal language model; `IrqError` where the model is missing, damaged or incomplete.
     """
     check_device(device)
-    folder = locate(str(source)).folder
-    config = load_config(folder)
+    found = locate(str(source))
+    config = _config(found, source)
     require_causal_lm(source, config)
     try:
         if _quant_method(config) == "irq":
-            return load(folder, dtype=dtype, device_map=device).eval()
-        return _load_dense(folder, _dense_class(config), dtype, device).eval()
+            return load(found.folder, dtype=dtype, device_map=device).eval()
+        return _load_dense(found, config, dtype, device).eval()
     except torch.OutOfMemoryError as error:
         raise IrqError(f"{source}: does not fit in the memory of {device}") from error
 
@@ -81,8 +96,13 @@ def load_tokenizer(source: str | Path) -> Any:
 
     Raises `IrqError` where there is none, or it cannot be read.
     """
-    folder = locate(str(source), headers_only=True).folder
-    with _one_line_errors(f"{source}: has no usable tokenizer, name one with --tokenizer PATH"):
+    found = locate(str(source), headers_only=True)
+    packed = open_packed(found)
+    with (
+        _one_line_errors(f"{source}: has no usable tokenizer, name one with --tokenizer PATH"),
+        tempfile.TemporaryDirectory() as made,
+    ):
+        folder = found.folder if packed is None else tokenizer_folder(packed, Path(made))
         return AutoTokenizer.from_pretrained(folder, **_as_it_lies())
 
 
@@ -105,7 +125,7 @@ def _one_line_errors(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, IrqError):
         raise
     except Exception as error:
         raise IrqError(f"{what}: {why_refused(error) or one_line(error)}") from error
@@ -123,15 +143,18 @@ def _dense_class(config: Any) -> Any:
     return cls if named and _predicts(cls, config) else AutoModelForCausalLM
 
 
-def _load_dense(folder: Path, cls: Any, dtype: torch.dtype, device: str) -> PreTrainedModel:
+def _load_dense(found: Located, config: Any, dtype: torch.dtype, device: str) -> PreTrainedModel:
+    folder, cls, packed = found.folder, _dense_class(config), open_packed(found)
+    how: dict[str, Any] = {"use_safetensors": True, **_as_it_lies()}
+    if packed is not None:
+        how = {"config": config, "state_dict": dense_tensors(packed, dtype)}
     with _one_line_errors(f"{folder}: cannot be loaded as a causal language model"):
         loaded: Any = cls.from_pretrained(
-            folder,
+            folder if packed is None else None,
             dtype=dtype,
             device_map=device,
-            use_safetensors=True,
             output_loading_info=True,
-            **_as_it_lies(),
+            **how,
         )
     model, info = loaded
     missing = sorted(info["missing_keys"])

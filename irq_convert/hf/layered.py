@@ -83,22 +83,36 @@ class LayeredModel:
             yield
 
     @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Hold all weights while the block runs."""
+        order = self.source.checkpoint.read_order(self.source.tensors(self.model, lambda _: True))
+        with self.source.loaded(self.model, lambda _: True, self.device, order):
+            yield
+
+    @contextmanager
     def layer(self, number: int) -> Iterator[nn.Module]:
         """Hold the weights of one decoder layer while the block runs; it may change them."""
         wanted = self._is_of(number)
         with self.source.loaded(self.model, wanted, self.device, self.read_order):
             yield self.module(self.layers[number])
 
-    def plan_reading(self, first: int, passes: int) -> ReadOrder:
+    def plan_reading(self, first: int, passes: int, *, finish: bool = True) -> ReadOrder:
         """The files in the order of a run: outside, the layers from `first` on, outside again.
 
-        Each layer is loaded in so many `passes`.
+        Each layer is loaded in so many `passes`; a run that does not `finish` ends with the last.
         """
         outside = self.source.tensors(self.model, self._is_outside)
         infos = [*outside]
         for number in range(first, len(self.layers)):
             infos += self.source.tensors(self.model, self._is_of(number)) * passes
-        return self.source.checkpoint.read_order([*infos, *outside])
+        return self.source.checkpoint.read_order([*infos, *(outside if finish else ())])
+
+    @property
+    def held_bytes(self) -> int:
+        """The most bytes of weights that are held at once: outside, or one of the layers."""
+        parts = [self._is_outside, *map(self._is_of, range(len(self.layers)))]
+        held = (self.source.tensors(self.model, part) for part in parts)
+        return max(4 * sum(info.numel for info in infos) for infos in held)
 
     def _is_outside(self, key: str) -> bool:
         return not key.startswith(tuple(f"{name}." for name in self.layers))

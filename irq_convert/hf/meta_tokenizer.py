@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from irq_convert.checkpoint.source import Checkpoint
 from irq_convert.errors import IrqError, one_line
 
 FILE = "tokenizer.model"
@@ -31,6 +32,16 @@ _FIRST_OF_3_1 = (
     *("<|end_header_id|>", "<|eom_id|>", "<|eot_id|>", "<|python_tag|>"),
 )
 _SPECIALS = 256
+
+
+def find_tokenizer(checkpoint: Checkpoint) -> Path | None:
+    """The file of a source in Meta's layout: beside the weights, in the folder, or above it.
+
+    LLaMA 1 has one there for all sizes. None where it is in none of these places.
+    """
+    above = [] if checkpoint.repo_id else [checkpoint.folder.resolve().parent]
+    places = [checkpoint.shards[0].parent, checkpoint.folder, *above]
+    return next((place / FILE for place in places if (place / FILE).is_file()), None)
 
 
 def is_tiktoken(path: Path) -> bool:

@@ -26,6 +26,7 @@ class InspectReport:
             "producer": manifest.get("producer"),
             "source": manifest.get("source"),
             "options": manifest.get("options"),
+            **({"importance": manifest["importance"]} if "importance" in manifest else {}),
             "quantization_config": artifact.config.to_dict(),
             "shards": len(artifact.checkpoint.shards),
             "total": self.total.to_dict(),

@@ -152,7 +152,7 @@ def test_the_folder_original_is_read_where_nothing_else_is(tmp_path: Path) -> No
 def change(folder: Path, part: int, name: str, tensor: torch.Tensor | None) -> None:
     path = folder / f"consolidated.{part:02}.pth"
     state = torch.load(path)
-    state.pop(name)
+    state.pop(name, None)
     torch.save(state if tensor is None else {**state, name: tensor}, path)
 
 
@@ -177,13 +177,20 @@ def test_bad_input_is_one_line(tmp_path: Path) -> None:
     for key, value, says in (
         ("dim", 128, "params.json makes it"),
         ("n_layers", 3, "lacks layers.2."),
-        ("n_layers", 1, "is no tensor of a LLaMA with the layers"),
+        ("n_layers", 1, "has layers.1.attention.wq.weight, params.json says 1 layer:"),
+        ("n_heads", 4, "rope.freqs is [4], params.json makes it [8] with 4 heads"),
+        ("vocab_size", 1000, "[96, 64] in 2 parts, params.json makes it [1000, 64]: it is of"),
+        ("vocab_size", 0, "vocab_size is 0, no whole number"),
+        ("n_kv_heads", 4, "[64, 64] in 2 parts, params.json makes it [32, 64]: it is of another"),
         ("n_heads", 5, "do not divide"),
         ("n_heads", "8", "no whole number"),
         ("norm_eps", None, "norm_eps"),
     ):
         write_meta(folder, replace(model, more={key: value}))
         refused("params.json" if key != "dim" else "another model", says)
+    write_meta(folder, model)
+    change(folder, 0, "vision.weight", torch.zeros(2))
+    refused("vision.weight is no tensor of a LLaMA", "only text models")
     write_meta(folder, model)
     change(folder, 1, wq, None)
     refused("consolidated.01.pth", f"lacks {wq}")

@@ -61,12 +61,12 @@ def test_carries_every_other_file(tmp_path: Path) -> None:
     weights += ["onnx/model.onnx", "2_Dense/model.safetensors", "model.fp16.safetensors"]
     hidden = [".git/HEAD", ".cache/huggingface/x", ".gitattributes", "a/.DS_Store"]
     hidden += [".model.safetensors.tmp-12-0"]
-    folder = make_checkpoint(
-        tmp_path / "m", extra=dict.fromkeys([*kept, *weights, *hidden, "original/params.json"], "x")
-    )
+    away = [*weights, "original/params.json", "original/tokenizer.model"]
+    folder = make_checkpoint(tmp_path / "m", extra=dict.fromkeys([*kept, *away, *hidden], "x"))
     opened = open_checkpoint(folder)
-    assert opened.other_files == tuple(sorted([*kept, "config.json", "original/params.json"]))
-    assert opened.left_out == tuple(sorted(weights))
+    assert opened.other_files == tuple(sorted([*kept, "config.json"]))
+    assert opened.left_out == tuple(sorted(away))
+    assert opened.file_bytes == (folder / "model.safetensors").stat().st_size > opened.nbytes
     assert [path.name for path in opened.shards] == ["model.safetensors"]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,35 @@ def irq(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
     commands = Commands(scratch)
     yield commands
     commands.close()
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Path:
+    """An empty folder to run commands in."""
+    (tmp_path / "work").mkdir()
+    return tmp_path / "work"
+
+
+@pytest.fixture
+def hub_settings(work: Path) -> Callable[[str], dict[str, str]]:
+    """The environment of a command whose Hub is at a URL: its cache is in `work`, in `home`."""
+    home = work / "home"
+
+    def settings(url: str) -> dict[str, str]:
+        return {
+            "HF_ENDPOINT": url,
+            "HF_HOME": str(home),
+            "HF_HUB_CACHE": str(home / "hub"),
+            "HF_TOKEN": "hf_writer",
+            "HF_HUB_DISABLE_IMPLICIT_TOKEN": "0",
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_OFFLINE": "0",
+            "NO_PROXY": "127.0.0.1,localhost",
+            "no_proxy": "127.0.0.1,localhost",
+        }
+
+    return settings
 
 
 @pytest.fixture

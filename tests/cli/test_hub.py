@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,8 @@ from .process import Commands, assert_fails, fresh, nothing_left
 from .sources import make_source
 from .stopping import await_moment
 
+Settings = Callable[[str], dict[str, str]]
+
 
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[FakeHub]:
@@ -23,31 +25,22 @@ def hub(tmp_path: Path) -> Iterator[FakeHub]:
         yield server
 
 
-def settings(hub: FakeHub, home: Path) -> dict[str, str]:
-    return {
-        "HF_ENDPOINT": hub.url,
-        "HF_HOME": str(home),
-        "HF_HUB_CACHE": str(home / "hub"),
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_OFFLINE": "0",
-        "NO_PROXY": "127.0.0.1,localhost",
-        "no_proxy": "127.0.0.1,localhost",
-    }
+@pytest.fixture
+def own(hub: FakeHub, hub_settings: Settings) -> dict[str, str]:
+    return hub_settings(hub.url)
 
 
 @pytest.mark.slow
-def test_a_model_from_the_hub(irq: Commands, hub: FakeHub, tmp_path: Path) -> None:
-    work = tmp_path / "work"
-    work.mkdir()
-    home = work / "home"
-    args, own = ("quantize", "org/model", "--bits", 3, "--json"), settings(hub, home)
+def test_a_model_from_the_hub(
+    irq: Commands, hub: FakeHub, own: dict[str, str], tmp_path: Path, work: Path
+) -> None:
+    args = ("quantize", "org/model", "--bits", 3, "--json")
     result = irq(*args, "--dry-run", cwd=work, **own)
     assert result.code == 0, result
     report = json.loads(result.out)
     assert report["out"] == "model-irq-nf3"
     assert report["fetched"] == (tmp_path / "repo" / "model.safetensors").stat().st_size
-    assert report["fetched_to"] == str(home / "hub")
+    assert report["fetched_to"] == own["HF_HUB_CACHE"]
     assert [p.name for p in work.iterdir()] == ["home"]
     assert hub.sent["model.safetensors"] < (tmp_path / "repo" / "model.safetensors").stat().st_size
     result = fresh(*args, cwd=work, **own)
@@ -70,12 +63,10 @@ def test_a_model_from_the_hub(irq: Commands, hub: FakeHub, tmp_path: Path) -> No
     ],
 )
 def test_models_that_the_hub_refuses(
-    irq: Commands, hub: FakeHub, tmp_path: Path, model: str, words: list[str]
+    irq: Commands, own: dict[str, str], tmp_path: Path, work: Path, model: str, words: list[str]
 ) -> None:
-    work = tmp_path / "work"
-    work.mkdir()
     with nothing_left(tmp_path / "repo"):
-        assert_fails(irq("quantize", model, cwd=work, **settings(hub, work / "home")), 1, *words)
+        assert_fails(irq("quantize", model, cwd=work, **own), 1, *words)
     assert [p.name for p in work.iterdir() if p.name != "home"] == []
 
 
@@ -83,15 +74,15 @@ LAST = "model-00003-of-00003.safetensors"
 
 
 @pytest.mark.slow
-def test_a_streamed_conversion_that_is_killed_goes_on(irq: Commands, tmp_path: Path) -> None:
-    work = tmp_path / "work"
-    work.mkdir()
+def test_a_streamed_conversion_that_is_killed_goes_on(
+    irq: Commands, tmp_path: Path, work: Path, hub_settings: Settings
+) -> None:
     home = work / "home"
     source = make_source(tmp_path / "repo", shards=3)
     args = ["quantize", "org/model", "out", "--stream", "--max-shard-size", "0.00002"]
     with serve(source) as hub:
         slow = hub.fail("slow", "^/storage/.*00003-of", times=1000, pause=0.5)
-        own, last = settings(hub, home), "^/storage/.*00003-of"
+        own, last = hub_settings(hub.url), "^/storage/.*00003-of"
         running = irq.start(*args, cwd=work, **own)
         assert await_moment(running, lambda: len(hub.asked("GET", last)) >= 2)  # after its header
         running.kill()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -43,29 +43,15 @@ def server(source: Path) -> Iterator[Hub]:
 
 
 @pytest.fixture
-def own(server: Hub, tmp_path: Path) -> dict[str, str]:
-    home = tmp_path / "work" / "home"
-    home.mkdir(parents=True)
-    return {
-        "HF_ENDPOINT": server.url,
-        "HF_HOME": str(home),
-        "HF_HUB_CACHE": str(home / "hub"),
-        "HF_TOKEN": "hf_writer",
-        "HF_HUB_DISABLE_IMPLICIT_TOKEN": "0",
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_OFFLINE": "0",
-        "NO_PROXY": "127.0.0.1,localhost",
-        "no_proxy": "127.0.0.1,localhost",
-    }
+def own(server: Hub, hub_settings: Callable[[str], dict[str, str]]) -> dict[str, str]:
+    return hub_settings(server.url)
 
 
 @pytest.mark.slow
 def test_the_command_of_the_readme(
-    irq: Commands, server: Hub, own: dict[str, str], source: Path, tmp_path: Path
+    irq: Commands, server: Hub, own: dict[str, str], source: Path, work: Path
 ) -> None:
-    """Dry run, run, verify, load, generate, push; streamed and from a folder, the same bytes."""
-    work = tmp_path / "work"
+    """Dry run, run, verify, eval, load, push; streamed and from a folder, the same bytes."""
     command = ("quantize", "--bits", 3, NAME)
     result = irq(*command, "--dry-run", "--json", cwd=work, **own)
     assert result.code == 0, result
@@ -80,6 +66,10 @@ def test_the_command_of_the_readme(
     assert manifest["source"]["format"] == "meta"
     assert not (out / "params.json").exists()
     result = irq("verify", out, "--against", NAME, cwd=work, **own)
+    assert result.code == 0, result
+    (work / "text.txt").write_text("Once upon a time there was a cat. " * 40)
+    text = ("--text", "text.txt", "--context", 32, "--max-tokens", 64)
+    result = irq("eval", out, "--against", NAME, *text, cwd=work, **own)
     assert result.code == 0, result
     streamed = irq(*command[:3], NAME, "streamed", "--stream", cwd=work, **own)
     assert streamed.code == 0, streamed

@@ -34,26 +34,8 @@ Run = Callable[..., Result]
 
 
 @pytest.fixture
-def settings(server: Hub, tmp_path: Path) -> dict[str, str]:
-    home = tmp_path / "work" / "home"
-    return {
-        "HF_ENDPOINT": server.url,
-        "HF_HOME": str(home),
-        "HF_HUB_CACHE": str(home / "hub"),
-        "HF_TOKEN": "hf_writer",
-        "HF_HUB_DISABLE_IMPLICIT_TOKEN": "0",
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_OFFLINE": "0",
-        "NO_PROXY": "127.0.0.1,localhost",
-        "no_proxy": "127.0.0.1,localhost",
-    }
-
-
-@pytest.fixture
-def work(tmp_path: Path) -> Path:
-    (tmp_path / "work").mkdir()
-    return tmp_path / "work"
+def settings(server: Hub, hub_settings: Callable[[str], dict[str, str]]) -> dict[str, str]:
+    return hub_settings(server.url)
 
 
 @pytest.fixture

@@ -61,5 +61,5 @@ def judge(
     for name, mean in means.items():
         if not mean.value == mean.value:
             raise IrqError(f"the {name} model gives NaN or infinite logits on this text")
-    one, other = means["quantized"], means["plain"]
-    return Judgement(one.value, one.se, other.value, other.se)
+    own, plain = means["quantized"], means["plain"]
+    return Judgement(own.value, own.se, plain.value, plain.se)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from irq_convert.core.spec import QuantSpec
 from irq_convert.core.tensor_stats import TensorStats
 from irq_convert.hf.layered import LayeredModel
 from irq_convert.jobs.calibration.experts import ExpertInputs
+from irq_convert.jobs.calibration.memo import Memo
 from irq_convert.jobs.calibration.moments import Moments
 from irq_convert.jobs.calibration.sites import Site, StoredRows, find_sites, listening
 from irq_convert.jobs.calibration.states import StateFile, state_file
@@ -133,7 +134,8 @@ class LayerCalibrator:
                 if "plain" in states:
                     self._make_plain()
                     self._move_on(states["plain"], following["plain"], self.options.calibrating)
-            with self.model.layer(self.number):
+            with self.model.layer(self.number) as layer:
+                self._memo = Memo(layer, self.model.layers[self.number], self.sites)
                 for group in self._groups:
                     site = self._by_key[group[0]]
                     if site.stacked:
@@ -141,7 +143,7 @@ class LayerCalibrator:
                     else:
                         self._solve_linears(group, states["quantized"])
                 self._solve_unseen()
-                self._move_on(states["quantized"], following["quantized"])
+                self._move_on(states["quantized"], following["quantized"], memo=self._memo)
         for path in [file.path for file in self._inputs.values()]:
             path.unlink(missing_ok=True)
         return self._result
@@ -151,9 +153,13 @@ class LayerCalibrator:
         layer = self.model.module(self.model.layers[self.number])
         return call.run(layer, states.to(self.model.device))
 
-    def _move_on(self, states: StateFile, following: StateFile, first: int = 0) -> None:
+    def _move_on(
+        self, states: StateFile, following: StateFile, first: int = 0, memo: Memo | None = None
+    ) -> None:
         for start, stop in self.options.chunks(first):
-            following.write(start - first, self._through(states.read(start - first, stop - first)))
+            with memo.used(start) if memo else nullcontext():
+                found = self._through(states.read(start - first, stop - first))
+            following.write(start - first, found)
         following.flush()
 
     def _run_source(self, states: StateFile, following: StateFile, files: ExitStack) -> None:
@@ -202,7 +208,7 @@ class LayerCalibrator:
         with listening(self.model, (leader,), listen):
             for start, stop in self.options.chunks(0, self.options.calibrating):
                 seen.clear()
-                with suppress(_Stop):
+                with self._memo.used(start), suppress(_Stop):
                     self._through(states.read(start, stop))
                 of_source = None if source is None else source.read(start, stop)
                 moments.add(seen[0], None if of_source is None else of_source.view(-1, leader.cols))
@@ -223,6 +229,7 @@ class LayerCalibrator:
             solver = self._solver(stored, weight, weighing)
             solver.solve(0, target, whole, factor, self.options.solver)
             self._settle(site, stored, solver)
+            self._memo.solved(site)
 
     def _solver(self, stored: StoredRows, weight: torch.Tensor, shares: Shares) -> MatrixSolver:
         spec, threads = self.specs[stored.tensor], self.options.threads
@@ -237,7 +244,8 @@ class LayerCalibrator:
         def pass_over(listener: Listener) -> None:
             with listening(self.model, self._beside(site), listener):
                 for start, stop in self.options.chunks(0, self.options.calibrating):
-                    self._through(states.read(start, stop))
+                    with self._memo.used(start):
+                        self._through(states.read(start, stop))
 
         experts = ExpertInputs.count(site, pass_over)
         shares = {
@@ -268,6 +276,7 @@ class LayerCalibrator:
                     at += count
         for stored in site.stored:
             self._settle(site, stored, solvers[stored.tensor])
+        self._memo.solved(site)
         if experts.few:
             self._result.few[site.key] = experts.few
 

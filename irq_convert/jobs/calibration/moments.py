@@ -8,7 +8,7 @@ import torch
 
 from irq_convert.errors import IrqError
 
-PANEL = 512
+PANEL = 256
 """Columns of H computed at a time: below the diagonal nothing is, since it is symmetric."""
 ENOUGH = 8
 """Tokens for each input column from which an expert's moments are taken as they are."""

@@ -77,16 +77,21 @@ class Site:
 
 def find_sites(model: LayeredModel, number: int, tensors: Collection[str]) -> tuple[Site, ...]:
     """The sites of layer `number` that hold some of `tensors`, in the order of the module."""
-    prefix = model.layers[number]
+    return sites_below(model, model.layers[number], tensors)
+
+
+def sites_below(model: LayeredModel, top: str, tensors: Collection[str]) -> tuple[Site, ...]:
+    """The sites of the module called `top`, "" for the whole model, as `find_sites`."""
+    prefix = f"{top}." if top else ""
     found: list[Site] = []
-    for name, module in model.module(prefix).named_modules(prefix=prefix):
+    for name, module in model.module(top).named_modules(prefix=top):
         if isinstance(module, nn.Linear | Conv1D):
             tensor = model.source.plain.get(f"{name}.weight")
             if tensor in tensors and tensor is not None:
                 found.append(_linear(name, module, tensor))
     for stack in model.source.stacks.values():
         weight = stack.weight
-        if not weight.module.startswith(f"{prefix}.") or not set(stack.tensors) & set(tensors):
+        if not weight.module.startswith(prefix) or not set(stack.tensors) & set(tensors):
             continue
         stored: list[StoredRows] = []
         if stack.whole is not None:

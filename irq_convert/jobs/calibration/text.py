@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -19,6 +19,22 @@ BYTES_A_TOKEN = 64
 """Of a text as much is read as gives the tokens asked for several times over."""
 UNKNOWN = 0.5
 """A text of which more tokens are unknown than this part is not in the model's language."""
+
+
+class TextChoice(Protocol):
+    """What a job's options say of its text: a file or a dataset, and how much of it is taken."""
+
+    @property
+    def text(self) -> str: ...
+
+    @property
+    def tokens(self) -> int: ...
+
+    @property
+    def window(self) -> int: ...
+
+    @property
+    def seed(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -66,12 +82,33 @@ def choose_windows(ids: torch.Tensor, options: CalibrationOptions, name: str) ->
             "and one to judge: give more text or a smaller --calibration-window"
         )
     wanted = min(there, options.tokens // width)
-    taken = sorted(_draw(there, options.seed)[:wanted]) if wanted < there else list(range(there))
+    taken = _taken(there, wanted, options.seed)
     held = [n for n in range(wanted) if n % options.held_out == options.held_out - 1]
     held = held or [wanted - 1]
     order = [n for n in range(wanted) if n not in set(held)] + held
     cut = ids[: there * width].view(there, width)
     return Windows(cut[[taken[n] for n in order]].contiguous(), len(held), name)
+
+
+def take_windows(ids: torch.Tensor, choice: TextChoice, name: str) -> Windows:
+    """`choose_windows` where nothing is judged: none is held out.
+
+    Raises `UsageError` when there is not one.
+    """
+    width = choice.window
+    there = len(ids) // width
+    if not there:
+        raise UsageError(
+            f"{name}: {len(ids)} tokens, which are not one window of {width}: give more text or a "
+            "smaller --window"
+        )
+    taken = _taken(there, max(1, min(there, choice.tokens // width)), choice.seed)
+    return Windows(ids[: there * width].view(there, width)[taken].contiguous(), 0, name)
+
+
+def _taken(there: int, wanted: int, seed: int) -> list[int]:
+    """Which of the windows that are there are taken, in the order of the text."""
+    return sorted(_draw(there, seed)[:wanted]) if wanted < there else list(range(there))
 
 
 def _draw(count: int, seed: int) -> list[int]:
@@ -80,7 +117,7 @@ def _draw(count: int, seed: int) -> list[int]:
     return sorted(range(count), key=keys.__getitem__)
 
 
-def tokenize_source(options: CalibrationOptions, tokenizer: Any) -> tuple[torch.Tensor, str]:
+def tokenize_source(options: TextChoice, tokenizer: Any) -> tuple[torch.Tensor, str]:
     """The tokens of the text that `options` name, as one stream, and a name for it.
 
     Raises `UsageError` or `IrqError` for a text that cannot be read, is empty, or is mostly
@@ -148,7 +185,7 @@ def _is_dataset(name: str) -> bool:
 def _dataset_rows(name: str) -> Iterable[DataRow]:
     repo, _, split = name.partition(":")
     try:
-        import datasets
+        import datasets  # type: ignore[import-untyped]
     except ImportError:
         raise UsageError(
             f"{name}: no such text file; for a dataset of the Hub `pip install datasets`, or give "

@@ -110,7 +110,7 @@ def _open(
             if layer.name not in found.shards:
                 break
             done.append(found.shards[layer.name])
-        if done:
+        if done and any((staging.root / _STATES).glob(f"*-{len(done):05}")):
             staging.remove_temporary()
             return Workspace(staging, found.token, done)
     staging.clear()

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from irq_convert.checkpoint.files import copy_file_atomic, write_bytes_atomic
+from irq_convert.core.threads import torch_threads
 from irq_convert.errors import UsageError
-from irq_convert.hf.causal_lm import load_tokenizer
 from irq_convert.hf.layered import LayeredModel, NotLayered, open_layered
 from irq_convert.jobs.calibration.judge import Judgement
 from irq_convert.jobs.calibration.loop import (
@@ -22,7 +20,13 @@ from irq_convert.jobs.calibration.loop import (
     collect,
     layer_files,
 )
-from irq_convert.jobs.calibration.options import CalibrationOptions
+from irq_convert.jobs.calibration.options import SELF, CalibrationOptions
+from irq_convert.jobs.calibration.sampled import sample_tokens
+from irq_convert.jobs.calibration.source import (
+    check_context,
+    check_vocabulary,
+    source_tokenizer,
+)
 from irq_convert.jobs.calibration.text import Windows, choose_windows, tokenize_source
 from irq_convert.jobs.calibration.workspace import calibration_folder, workspace
 from irq_convert.jobs.common.records import read_run, read_shard_record
@@ -31,15 +35,6 @@ from irq_convert.jobs.quantize.job import quantize_identity
 from irq_convert.jobs.quantize.options import QuantizeOptions
 from irq_convert.jobs.quantize.plan import QuantizePlan
 from irq_convert.progress import Progress
-
-_FOR_TOKENIZERS = (
-    "tokenizer",
-    "special_tokens",
-    "vocab",
-    "merges",
-    "chat_template",
-    "added_tokens",
-)
 
 
 @dataclass(frozen=True)
@@ -72,12 +67,22 @@ def plan_calibration(
         model = open_layered(checkpoint, options.device)
     except NotLayered as error:
         raise _refused(plan, str(error)) from error
-    _check_context(model, chosen)
+    check_context(model.model.config, chosen.window, "--calibration-window")
     progress.stage("reading the text")
-    tokenizer = source_tokenizer(plan)
-    ids, name = tokenize_source(chosen, tokenizer)
+    folder = plan.folder
+    tokenizer = source_tokenizer(folder.source, folder.made, folder.carried, folder.config)
+    if chosen.text == SELF and options.stream:
+        raise UsageError(
+            "--calibrate self needs the whole model, which --stream never has on the disk: leave "
+            "out --stream, or give a text"
+        )
+    if chosen.text == SELF:
+        with torch_threads(options.threads):
+            ids, name = sample_tokens(model, tokenizer, chosen, progress), SELF
+    else:
+        ids, name = tokenize_source(chosen, tokenizer)
     windows = choose_windows(ids, chosen, name)
-    _check_vocabulary(model, windows)
+    check_vocabulary(model.model, windows.ids)
     outputs = {tensor.name: tensor.outputs for tensor in plan.quantized}
     return CalibrationPlan(chosen, model, windows, layer_files(model, outputs))
 
@@ -87,42 +92,6 @@ def _refused(plan: QuantizePlan, why: str) -> UsageError:
         f"{plan.checkpoint.folder}: cannot be calibrated layer by layer: {why}; leave out "
         "--calibrate, or give --importance"
     )
-
-
-def _check_context(model: LayeredModel, options: CalibrationOptions) -> None:
-    config = model.model.config.get_text_config()
-    most = getattr(config, "max_position_embeddings", None)
-    if most is not None and 0 < most < options.window:
-        raise UsageError(
-            f"--calibration-window {options.window} is longer than the model's context of {most} "
-            "tokens"
-        )
-
-
-def _check_vocabulary(model: LayeredModel, windows: Windows) -> None:
-    size = model.model.get_input_embeddings().weight.shape[0]
-    largest = int(windows.ids.max())
-    if largest >= size:
-        raise UsageError(
-            f"the tokenizer gives id {largest}, but the model's embedding has {size} rows: the "
-            "tokenizer belongs to another model"
-        )
-
-
-def source_tokenizer(plan: QuantizePlan) -> Any:
-    """The tokenizer that the artifact will have; `IrqError` where there is none."""
-    folder, made = plan.folder.source, plan.folder.made
-    if not any(name.startswith(_FOR_TOKENIZERS) for name in made):
-        return load_tokenizer(folder)
-    with tempfile.TemporaryDirectory() as place:
-        for name, data in made.items():
-            write_bytes_atomic(Path(place) / name, data)
-        for name in plan.folder.carried:
-            if name.startswith(_FOR_TOKENIZERS):
-                copy_file_atomic(folder / name, Path(place) / name)
-        config = json.dumps(dict(plan.folder.config)).encode()
-        write_bytes_atomic(Path(place) / "config.json", config)
-        return load_tokenizer(place)
 
 
 @contextmanager

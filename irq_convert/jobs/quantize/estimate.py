@@ -16,11 +16,14 @@ from irq_convert.checkpoint.planned_folder import PlannedShard
 from irq_convert.checkpoint.source import PLAIN
 from irq_convert.checkpoint.system import free_bytes
 from irq_convert.core.quantize import quantize_tensor
+from irq_convert.jobs.calibration.estimate import CalibrationCost, estimate_calibration
 from irq_convert.jobs.common.kernels import load_kernels
 from irq_convert.jobs.common.options import chosen
 from irq_convert.jobs.common.ranks import Ranks
 from irq_convert.jobs.common.resume import FinishedShards
 from irq_convert.jobs.common.shard_job import scan_finished
+from irq_convert.jobs.quantize.calibrated import plan_calibration
+from irq_convert.jobs.quantize.importance import plan_importance, read_importance_file
 from irq_convert.jobs.quantize.job import quantize_job
 from irq_convert.jobs.quantize.options import QuantizeOptions
 from irq_convert.jobs.quantize.plan import QuantizePlan, TensorPlan, plan_quantize
@@ -65,6 +68,7 @@ class QuantizeEstimate:
     finished: int = 0
     fetched: int = 0
     fetched_to: str | None = None
+    calibration: CalibrationCost | None = None
     source_format: str = PLAIN
 
     @property
@@ -95,6 +99,7 @@ def estimate_quantize(
     model, out = str(model), default_output(model, options) if out is None else Path(out)
     options = for_process(options, Ranks())
     check_output_folder(model, out, options)
+    file = read_importance_file(options.importance)
     checkpoint = open_quantize_source(model, revision, options)
     with ExitStack() as stack:
         stack.callback(checkpoint.fetcher.close, done=False)  # what a stopped run has left stays
@@ -103,8 +108,15 @@ def estimate_quantize(
         for note in plan.notes:
             progress.note(note)
         sizes = plan.bytes_in, plan.folder.bytes_out, plan.bytes_needed
-        job = quantize_job(plan, model, out, options)
-        found = scan_finished(job)
+        calibration = plan_calibration(plan, options, progress)
+        cost = None
+        if calibration is not None:
+            fitted = (calibration.model, calibration.layers, calibration.windows)
+            cost = estimate_calibration(*fitted)
+        weighing = plan_importance(file, plan, progress)
+        job = quantize_job(plan, model, out, options, weighing=weighing)
+        # What a calibrated run has left is told by the result of calibrating, which is not known.
+        found = scan_finished(job) if calibration is None else None
         tensors = (tensor.info for shard in _missing(plan, found) for tensor in shard.tensors)
         fetched_to, fetched = checkpoint.fetcher.room(checkpoint.read_order(tensors).groups)
     load_kernels(options.spec, progress, device=options.device, threads=options.threads)
@@ -116,7 +128,7 @@ def estimate_quantize(
         decided_by=plan.decided_by,
         bytes_in=sizes[0],
         bytes_out=sizes[1],
-        disk_needed=sizes[2] - (found.nbytes if found else 0),
+        disk_needed=sizes[2] - (found.nbytes if found else 0) + (cost.disk if cost else 0),
         disk_free=free_bytes(out),
         shards=len(plan.folder.shards),
         tensors=len(plan.folder.tensors),
@@ -125,12 +137,13 @@ def estimate_quantize(
         quantized_weights=plan.quantized_weights,
         bits_per_weight=plan.bits_per_weight,
         rate=rate,
-        seconds=_left(plan, found) / rate,
+        seconds=_left(plan, found) / rate * (3 if cost else 1) + (cost.seconds if cost else 0),
         kept=plan.kept,
         finished=len(found.shards) if found else 0,
         fetched=fetched,
         fetched_to=str(fetched_to) if fetched else None,
         source_format=stored_as(job.identity.source),
+        calibration=cost,
     )
 
 
@@ -150,5 +163,6 @@ def measure_rate(options: QuantizeOptions) -> float:
     generator = torch.Generator().manual_seed(0)
     sample = torch.randn(_SAMPLE, generator=generator).to(options.device)
     begun = time.perf_counter()
-    quantize_tensor(sample, options.spec, threads=options.threads)
+    weights = None if options.importance is None else torch.ones(_SAMPLE[1])
+    quantize_tensor(sample, options.spec, importance=weights, threads=options.threads)
     return sample.numel() / (time.perf_counter() - begun)

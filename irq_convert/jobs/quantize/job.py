@@ -13,6 +13,7 @@ from irq_convert.core.tensor_stats import encode_stats
 from irq_convert.jobs.calibration.loop import Calibrated
 from irq_convert.jobs.common.identity import Identity, fingerprint_files, plan_digest
 from irq_convert.jobs.common.shard_job import OutputShard, ShardJob, ShardMaker
+from irq_convert.jobs.quantize.importance import Weighing
 from irq_convert.jobs.quantize.options import QuantizeOptions
 from irq_convert.jobs.quantize.pipeline import quantize_shard
 from irq_convert.jobs.quantize.plan import QuantizePlan, TensorPlan
@@ -64,8 +65,12 @@ def quantize_job(
     *,
     of_data: Mapping[str, Any] | None = None,
     calibrated: Calibrated | None = None,
+    weighing: Weighing | None = None,
 ) -> ShardJob:
-    """The job of writing the shards of `plan`, with what is `calibrated` already."""
+    """The job of writing the shards of `plan`, with what is `calibrated` already.
+
+    `weighing` says how much the columns count.
+    """
     made = {} if calibrated is None else calibrated.infos
 
     def read_order(numbers: Sequence[int]) -> ReadOrder:
@@ -80,7 +85,7 @@ def quantize_job(
 
         def make(number: int, folder: Path, progress: Progress) -> Mapping[str, Any]:
             shard = plan.folder.shards[number]
-            stats = quantize_shard(shard, folder, options, progress, own, calibrated)
+            stats = quantize_shard(shard, folder, options, progress, own, calibrated, weighing)
             return {name: encode_stats(found) for name, found in stats.items()}
 
         return make
@@ -90,7 +95,9 @@ def quantize_job(
         source=plan.checkpoint.folder,
         overwrite=options.overwrite,
         resume=options.resume,
-        identity=quantize_identity(plan, model, options, of_data or {}),
+        identity=quantize_identity(
+            plan, model, options, {**(of_data or {}), **(weighing.of_data if weighing else {})}
+        ),
         shards=output_shards(plan, calibrated),
         require=require,
         phase="quantizing",

@@ -119,6 +119,12 @@ class QuantizeOptions:
             raise UsageError(
                 "--calibrate measures the importance of columns itself: leave out --importance"
             )
+        weighs = self.spec.objective != Objective.NONE or self.spec.refine > 0
+        if self.importance is not None and not weighs:
+            raise UsageError(
+                "--objective none without --refine looks at no error that --importance could "
+                "weigh: leave out one of them"
+            )
 
     def to_dict(self) -> dict[str, object]:
         """What decides the bytes of the artifact, for the manifest."""

@@ -23,12 +23,14 @@ from irq_convert.checkpoint.header import TensorInfo
 from irq_convert.checkpoint.planned_folder import PlannedShard, copied
 from irq_convert.checkpoint.reader import TileReader
 from irq_convert.checkpoint.writer import ShardWriter
+from irq_convert.core.importance import Shares
 from irq_convert.core.quantize import quantize_with_stats
 from irq_convert.core.quantized import QuantizedTensor
 from irq_convert.core.tensor_stats import TensorStats
 from irq_convert.jobs.calibration.loop import Calibrated
 from irq_convert.jobs.common.streams import BackgroundWriter, prefetched
 from irq_convert.jobs.quantize.device_tiles import Engine, Ring, Slot, make_engine
+from irq_convert.jobs.quantize.importance import Weighing
 from irq_convert.jobs.quantize.options import QuantizeOptions
 from irq_convert.jobs.quantize.plan import TensorPlan
 from irq_convert.progress import Progress
@@ -38,7 +40,7 @@ from irq_convert.progress import Progress
 class _Piece:
     """Part of a source tensor: rows to quantize, in a slot, or bytes to copy from `start` on.
 
-    `name` is that of the stored tensor that bytes belong to.
+    `name` is that of the stored tensor that bytes belong to; `shares` are of the whole tensor.
     """
 
     tensor: TensorPlan
@@ -47,6 +49,7 @@ class _Piece:
     data: torch.Tensor | bytes
     last: bool
     slot: Slot | None = None
+    shares: Shares | None = None
 
 
 def quantize_shard(
@@ -56,11 +59,12 @@ def quantize_shard(
     progress: Progress,
     read_order: ReadOrder | None = None,
     calibrated: Calibrated | None = None,
+    weighing: Weighing | None = None,
 ) -> dict[str, TensorStats]:
     """Write `shard` into `folder`, whole or not at all; returns statistics by tensor name.
 
     `read_order` brings the source's files as they are read; None when they are all there. What is
-    `calibrated` is copied from there.
+    `calibrated` is copied from there; `weighing` says how much the columns of the rest count.
     Raises `IrqError` when the source cannot be read, has weights that cannot be quantized (naming
     the tensor), or the disk refuses.
     """
@@ -75,7 +79,7 @@ def quantize_shard(
         ShardWriter(folder / shard.name, shard.outputs) as writer,
         BackgroundWriter() as background,
         TileReader(read_order=read_order) as reader,
-        prefetched(_pieces(shard, reader, ring, options, calibrated)) as pieces,
+        prefetched(_pieces(shard, reader, ring, options, calibrated, weighing)) as pieces,
         read_order or nullcontext(),  # when the block fails, nobody waits for a download any longer
         ring,  # nor for a slot
     ):
@@ -101,6 +105,7 @@ def _pieces(
     ring: Ring,
     options: QuantizeOptions,
     calibrated: Calibrated | None,
+    weighing: Weighing | None,
 ) -> Iterator[_Piece]:
     for tensor in shard.tensors:
         if calibrated is not None and tensor.name in calibrated.infos:
@@ -110,10 +115,11 @@ def _pieces(
             for start, data, last in copied(reader, tensor.info):
                 yield _Piece(tensor, tensor.name, start, data, last)
             continue
+        shares = None if weighing is None else weighing.shares(tensor)
         for start, slot, tile in _tiles(tensor, reader, ring, options):
             last = start + tile.shape[0] == tensor.shape.rows
-            data = ring.engine.upload(slot, tile)
-            yield _Piece(tensor, tensor.name, start, data, last, slot)
+            uploaded = ring.engine.upload(slot, tile)
+            yield _Piece(tensor, tensor.name, start, uploaded, last, slot, shares)
 
 
 def _calibrated(tensor: TensorPlan, infos: Sequence[TensorInfo]) -> Iterator[_Piece]:
@@ -152,6 +158,8 @@ def _quantize(
     return quantize_with_stats(
         piece.data,
         piece.tensor.spec,
+        shares=piece.shares,
+        first_row=piece.start,
         threads=options.threads,
         name=piece.tensor.info.name,
     )

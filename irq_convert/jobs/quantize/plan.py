@@ -22,13 +22,13 @@ from irq_convert.core.blocks import BlockShape
 from irq_convert.core.spec import QuantSpec
 from irq_convert.errors import IrqError
 from irq_convert.hf.linears import Linears, find_linears
+from irq_convert.hf.usable import refuse_unusable
 from irq_convert.jobs.quantize.made_files import make_files
 from irq_convert.jobs.quantize.options import QuantizeOptions, codebook_name
 from irq_convert.jobs.quantize.refusals import (
     check_copied,
     check_expressions,
     check_names,
-    refuse_unusable,
 )
 from irq_convert.version import PRODUCER
 

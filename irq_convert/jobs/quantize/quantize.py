@@ -42,6 +42,11 @@ from irq_convert.jobs.quantize.calibrated import (
     calibration_record,
     plan_calibration,
 )
+from irq_convert.jobs.quantize.importance import (
+    Weighing,
+    plan_importance,
+    read_importance_file,
+)
 from irq_convert.jobs.quantize.job import quantize_job
 from irq_convert.jobs.quantize.options import QuantizeOptions
 from irq_convert.jobs.quantize.plan import QuantizePlan, plan_quantize
@@ -118,6 +123,7 @@ def _quantize(
     progress: Progress,
 ) -> QuantizeReport:
     check_output_folder(model, out, options)
+    file = read_importance_file(options.importance)
     checkpoint = open_quantize_source(model, revision, options)
     checkpoint.fetcher.keep = options.resume != Resume.NEVER
     with checkpoint.fetcher:
@@ -127,11 +133,14 @@ def _quantize(
         for note in plan.notes:
             progress.note(note)
         require_readable(checkpoint.folder, plan.folder.carried)
+        weighing = plan_importance(file, plan, progress)
         calibration = plan_calibration(plan, options, progress)
         load_kernels(options.spec, progress, device=options.device, threads=options.threads)
         lent = calibrated_weights(plan, calibration, model, out, options, processes, progress)
         with lent as found:
-            return _write_shards(plan, model, out, options, processes, progress, calibration, found)
+            return _write_shards(
+                plan, model, out, options, processes, progress, calibration, found, weighing
+            )
 
 
 def _write_shards(
@@ -143,17 +152,21 @@ def _write_shards(
     progress: Progress,
     calibration: CalibrationPlan | None,
     found: Calibrated | None,
+    weighing: Weighing | None,
 ) -> QuantizeReport:
     record = calibration_record(calibration, found)
     of_data = {} if record is None else {"calibration_record": record}
     better = found if found is not None and found.judgement.better else None
-    job = quantize_job(plan, model, out, options, of_data=of_data, calibrated=better)
+    job = quantize_job(
+        plan, model, out, options, of_data=of_data, calibrated=better, weighing=weighing
+    )
+    importance = None if weighing is None else weighing.record
 
     def finish(written: WrittenShards) -> QuantizeReport:
         progress.stage("checksums")
         files = written.write_rest(plan.folder)
         stats = {name: decode_stats(found) for name, found in written.results.items()}
-        manifest = _manifest(plan, model, options, stats, files, record)
+        manifest = _manifest(plan, model, options, stats, files, record, importance)
         write_json_atomic(written.folder / MANIFEST_NAME, manifest)
         size = (written.folder / MANIFEST_NAME).stat().st_size
         size += sum(int(entry["bytes"]) for entry in files.values())
@@ -194,6 +207,7 @@ def _manifest(
     stats: Mapping[str, TensorStats],
     files: Mapping[str, Mapping[str, Any]],
     record: Mapping[str, Any] | None,
+    importance: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     listed = {name: entry for name, entry in files.items() if is_listed(name)}
     tensors = {
@@ -216,6 +230,7 @@ def _manifest(
         tensors=tensors,
         totals=totals,
         calibration=record,
+        importance=importance,
     )
 
 
@@ -238,5 +253,6 @@ def _report(plan: QuantizePlan, out: Path, manifest: dict[str, Any], size: int) 
         seconds=0.0,
         kept=plan.kept,
         calibration=manifest.get("calibration"),
+        importance=manifest.get("importance"),
         source_format=stored_as(manifest["source"]),
     )

@@ -44,6 +44,7 @@ class QuantizeReport:
     kept: Mapping[str, int] = field(default_factory=dict)
     source_format: str = PLAIN
     calibration: Mapping[str, Any] | None = None
+    importance: Mapping[str, Any] | None = None
 
     @property
     def share(self) -> float:

@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 import irq_convert
 from irq_convert.artifact.manifest import read_manifest
+from irq_convert.jobs.calibration import source as text_source
 from irq_convert.jobs.calibration.text import choose_windows, tokenize_source
-from irq_convert.jobs.quantize import calibrated
 from irq_convert.jobs.quantize.options import QuantizeOptions
 from irq_convert.jobs.quantize.quantize import quantize
 from tests.architectures.zoo import KINDS, Kind, make_model, write_checkpoint
@@ -49,7 +49,7 @@ def test_what_was_judged_is_what_the_artifact_does(
     kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Some architectures have a tokenizer class of their own, which takes no plain words.
-    monkeypatch.setattr(calibrated, "load_tokenizer", PreTrainedTokenizerFast.from_pretrained)
+    monkeypatch.setattr(text_source, "load_tokenizer", PreTrainedTokenizerFast.from_pretrained)
     warnings.simplefilter("ignore")
     source, out, text = tmp_path / "source", tmp_path / "out", tmp_path / "text.txt"
     write_checkpoint(kind, source)

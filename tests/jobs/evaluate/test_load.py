@@ -1,6 +1,7 @@
 """Loading models and tokenizers, and every way that fails."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -79,9 +80,9 @@ def cut_short(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
-def only_a_pickle(folder: Path) -> None:
+def a_pickle_with_code(folder: Path) -> None:
     path = folder / "model.safetensors"
-    torch.save(load_file(path), folder / "pytorch_model.bin")
+    torch.save(load_file(path) | {"run": os.getcwd}, folder / "pytorch_model.bin")
     path.unlink()
 
 
@@ -96,7 +97,7 @@ def no_json(folder: Path) -> None:
         (change_a_shape, "cannot be loaded as a causal language model"),
         (cut_short, "cannot be loaded as a causal language model"),
         (lambda f: (f / "model.safetensors").unlink(), "cannot be loaded as a causal language"),
-        (only_a_pickle, "cannot be loaded as a causal language model"),
+        (a_pickle_with_code, "its pickle asks for posix.getcwd that is no weight"),
         (lambda f: (f / "config.json").unlink(), "cannot be loaded as a model"),
         (no_json, "not a valid JSON"),
         (lambda f: edit_config(f, vocab_size="many"), "vocab_size"),

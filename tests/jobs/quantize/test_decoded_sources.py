@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from irq_convert.checkpoint.source import open_checkpoint
 from irq_convert.jobs.verify import verify
 from tests.checkpoint.helpers import entry, raw_file
 from tests.checkpoint.narrow import BLOCKS, MODULES, Tensors, decoded, in_fp8, in_mxfp4
-from tests.folders import SHARD, read_json, read_tensors
+from tests.checkpoint.test_modelopt import FILE, fp8_of_tensors, settings
+from tests.folders import SHARD, listing, read_json, read_tensors
 from tests.tiny import LLAMA, llama_tensors, tiny_model, write_source
 
 GPT_OSS: dict[str, Any] = {
@@ -31,6 +33,12 @@ GPT_OSS: dict[str, Any] = {
 def fp8(folder: Path) -> Path:
     config = LLAMA | {"dtype": "bfloat16", "quantization_config": BLOCKS}
     return write_source(folder, in_fp8(llama_tensors(torch.bfloat16)), config, shards=2, files={})
+
+
+def modelopt(folder: Path) -> Path:
+    """Its settings beside config.json, not in it."""
+    config, files = LLAMA | {"dtype": "bfloat16"}, {FILE: json.dumps(settings("FP8"))}
+    return write_source(folder, fp8_of_tensors()[0], config, 2, files)
 
 
 def mxfp4(folder: Path) -> Path:
@@ -54,7 +62,7 @@ def twin_of(source: Path) -> tuple[Path, Tensors]:
     return twin, tensors
 
 
-@pytest.mark.parametrize("make", [fp8, mxfp4])
+@pytest.mark.parametrize("make", [fp8, modelopt, mxfp4])
 @pytest.mark.parametrize("options", [{}, {"tile_weights": 2000}, {"keep": ["layers.0"]}])
 def test_the_shards_are_those_of_the_dense_model(
     tmp_path: Path, make: Any, options: dict[str, Any]
@@ -65,6 +73,7 @@ def test_the_shards_are_those_of_the_dense_model(
         irq_convert.quantize(folder, tmp_path / out, block_size=32, **options)
     for name in (SHARD, "config.json"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+    assert listing(tmp_path / "a").keys() == listing(tmp_path / "b").keys()
     assert verify(tmp_path / "a", source).failures == ()
     stacks = {name for name, tensor in tensors.items() if tensor.dim() == 3}
     packed = {name for name in stacks if f"{name}_tau" in read_tensors(tmp_path / "a")}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,10 +14,18 @@ from safetensors.torch import load_file, save_file
 from irq_convert.artifact.verify import verify_artifact
 from irq_convert.checkpoint.locate import open_source
 from irq_convert.errors import UsageError
+from irq_convert.jobs.common.ranks import Ranks
+from irq_convert.jobs.quantize import quantize as room
 from irq_convert.jobs.quantize.estimate import estimate_quantize
+from irq_convert.jobs.quantize.job import quantize_job
+from irq_convert.jobs.quantize.options import QuantizeOptions
+from irq_convert.jobs.quantize.plan import plan_quantize
 from irq_convert.jobs.quantize.quantize import quantize
+from irq_convert.progress import Progress
 from tests.checkpoint.meta_files import MetaModel, converted, whole_tensors, write_meta
 from tests.folders import listing
+from tests.hf.test_meta_tokenizer import train_pieces
+from tests.jobs.common.test_torchrun import finish, start
 from tests.tiny import tiny_model
 
 
@@ -85,3 +95,49 @@ def test_a_version_that_nobody_tells_is_asked_for(tmp_path: Path) -> None:
     quantize(tmp_path / "13B", tmp_path / "out", llama_version="1")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["max_position_embeddings"] == 2048
+
+
+@pytest.fixture
+def with_tokenizer(tmp_path: Path) -> Path:
+    model = MetaModel(parts=2, vocab=340)
+    write_meta(tmp_path / "Llama-2", model)
+    train_pieces(tmp_path / "Llama-2" / "tokenizer.model", model.vocab)
+    return tmp_path / "Llama-2"
+
+
+def test_only_the_first_process_makes_the_tokenizer(
+    with_tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes seconds, and the others write shards alone: these are the same."""
+    options = QuantizeOptions(threads=1)
+    whole = plan_quantize(open_source(str(with_tokenizer)), options)
+    assert "tokenizer.json" in whole.folder.files
+    part = plan_quantize(open_source(str(with_tokenizer)), options, shards_only=True)
+    assert "tokenizer.json" not in part.folder.files
+    assert part.folder.shards == whole.folder.shards
+    jobs = [quantize_job(plan, "m", tmp_path / "out", options) for plan in (whole, part)]
+    assert jobs[0].identity.digest() == jobs[1].identity.digest()
+    asked: list[bool] = []
+
+    def planned(checkpoint: object, options: object, *, shards_only: bool) -> None:
+        asked.append(shards_only)
+        raise InterruptedError
+
+    monkeypatch.setattr(room, "plan_quantize", planned)
+    for rank in range(3):
+        processes: Any = SimpleNamespace(ranks=Ranks(rank, 3))
+        args = (str(with_tokenizer), tmp_path / "out", options, None, processes, Progress())
+        with pytest.raises(InterruptedError):
+            room._quantize(*args)
+    assert asked == [False, True, True]
+
+
+@pytest.mark.slow
+def test_metas_files_by_two_processes(with_tokenizer: Path, tmp_path: Path) -> None:
+    more = ("--max-shard-size", "1e-4")
+    running = start(2, "quantize", with_tokenizer, tmp_path / "two", *more)
+    code, _, err = finish(running)
+    assert code == 0, err
+    quantize(with_tokenizer, tmp_path / "one", max_shard_bytes=100_000)
+    assert listing(tmp_path / "two") == listing(tmp_path / "one")
+    assert len(list((tmp_path / "one").glob("model-*"))) > 1
