@@ -35,8 +35,9 @@ def explain_failures() -> None:
             result = stock(self, model, adapter_name, *args, **kw)
             _probe(model, adapter_name)
             return result
-        except (RuntimeError, TypeError) as error:
-            if not any(isinstance(m, IrqLinear | IrqExperts) for m in model.modules()):
+        except (RuntimeError, TypeError, ValueError) as error:
+            packed = any(isinstance(m, IrqLinear | IrqExperts) for m in model.modules())
+            if not packed or _is_pefts_own(error):
                 raise
             kind = type(self).__name__.removesuffix("Model")
             raise UsageError(
@@ -46,6 +47,13 @@ def explain_failures() -> None:
 
     inject_adapter.irq_convert = True  # type: ignore[attr-defined]
     BaseTuner.inject_adapter = inject_adapter  # type: ignore[method-assign]
+
+
+def _is_pefts_own(error: Exception) -> bool:
+    """Whether PEFT has refused what it would refuse on a dense model, in words that say it."""
+    words = str(error)
+    said = isinstance(error, ValueError) or words.startswith("trainable_token_indices cannot be")
+    return said and not any(kind.__name__ in words for kind in (IrqLinear, IrqExperts))
 
 
 def _probe(model: nn.Module, adapter_name: str) -> None:
@@ -61,6 +69,8 @@ def _probe(model: nn.Module, adapter_name: str) -> None:
     try:
         with torch.no_grad():
             shape = tuple(layer.get_delta_weight(adapter_name).shape)
+    except NotImplementedError:  # it never merges
+        return
     except RuntimeError:
         raise
     except Exception:  # it wants something else, or has no such thing: the forward will tell

@@ -13,14 +13,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from irq_convert.artifact.adapter_beside import Beside
+from irq_convert.artifact.adapter_beside import Beside, is_embedding
 from irq_convert.artifact.adapter_config import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     StoredConfig,
     read_config,
 )
-from irq_convert.artifact.adapter_kinds import IEC_LORA
+from irq_convert.artifact.adapter_kinds import IEC_LORA, LORA
+from irq_convert.artifact.adapter_tokens import ROWS, StoredTokens, require_tokens, stored_tokens
 from irq_convert.checkpoint.files import sha256_file
 from irq_convert.checkpoint.float_dtypes import FLOATS
 from irq_convert.checkpoint.header import TensorInfo, read_header
@@ -34,14 +35,14 @@ if TYPE_CHECKING:
 
 PREFIX = "base_model.model."
 _A, _B, _BETA = ".lora_A.weight", ".lora_B.weight", ".lora_iec_beta"
+_EMBEDDING_A, _EMBEDDING_B = ".lora_embedding_A", ".lora_embedding_B"
 _DAMAGED = "the adapter is damaged: save or download it again"
 _KINDS = {
     "lora_magnitude_vector": "DoRA, which changes the weight's direction and length",
-    "lora_embedding_": "a LoRA of an embedding",
+    "lora_embedding_": "a LoRA of an embedding in an adapter of another type than LORA",
     "lora_A.bias": "a bias of LoRA",
     "lora_B.bias": "a bias of LoRA",
-    "trainable_tokens": "trainable tokens",
-    "token_adapter": "trainable tokens",
+    "token_adapter": "trainable tokens of a module that is no embedding or head",
 }
 
 
@@ -49,7 +50,8 @@ _KINDS = {
 class StoredLayer:
     """One adapted module: A `[rank, inputs or blocks]`, B `[out, rank]`, beta `[2]` or None.
 
-    `scaling` is alpha / rank, or alpha / sqrt(rank) for rsLoRA.
+    `scaling` is alpha / rank, or alpha / sqrt(rank) for rsLoRA. Of an `embedding` A is
+    `[rank, tokens]` and B `[width, rank]`: what they add is the transpose of their product.
     """
 
     module: str
@@ -57,6 +59,7 @@ class StoredLayer:
     b: TensorInfo
     beta: TensorInfo | None
     scaling: float
+    embedding: bool = False
 
     @property
     def rank(self) -> int:
@@ -69,8 +72,8 @@ class StoredAdapter:
 
     `layers` by module name, and what PEFT saves beside them: `saved` are whole tensors, of
     `modules_to_save` or of embeddings, by their name in the model; `again` second copies of those;
-    `bases` the tensors under adapted embeddings and heads. `sha256` is its identity
-    (`adapter_identity`).
+    `bases` the tensors under adapted embeddings and heads. `tokens` are rows that were trained
+    alone, by module. `sha256` is its identity (`adapter_identity`).
     """
 
     folder: Path
@@ -80,13 +83,19 @@ class StoredAdapter:
     sha256: str
     again: Mapping[str, TensorInfo] = field(default_factory=dict)
     bases: Mapping[str, TensorInfo] = field(default_factory=dict)
+    tokens: Mapping[str, StoredTokens] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors together."""
         parts = [part for each in self.layers.values() for part in (each.a, each.b, each.beta)]
-        whole = (*self.saved.values(), *self.bases.values())
-        return sum(info.nbytes for info in (*parts, *whole) if info is not None)
+        return sum(info.nbytes for info in (*parts, *self.whole) if info is not None)
+
+    @property
+    def whole(self) -> list[TensorInfo]:
+        """Tensors that are no A, B or beta, each once."""
+        rows = [each.rows for each in self.tokens.values()]
+        return [*self.saved.values(), *self.bases.values(), *rows]
 
 
 def open_adapter(folder: Path | str) -> StoredAdapter:
@@ -109,8 +118,8 @@ def open_adapter(folder: Path | str) -> StoredAdapter:
         why = "only pickled weights, which are not opened" if pickled else f"no {WEIGHTS_FILE}"
         raise IrqError(f"{folder}: {why}; save the adapter again as safetensors")
     tensors = read_header(folder / WEIGHTS_FILE).tensors
-    layers, beside = _sort(config, tensors)
-    if not layers and not beside.saved:
+    layers, beside, tokens = _sort(config, tensors)
+    if not layers and not beside.saved and not tokens:
         raise IrqError(f"{folder / WEIGHTS_FILE}: holds no tensor: {_DAMAGED}")
     return StoredAdapter(
         folder,
@@ -120,6 +129,7 @@ def open_adapter(folder: Path | str) -> StoredAdapter:
         adapter_identity(folder),
         beside.again,
         beside.bases,
+        tokens,
     )
 
 
@@ -138,22 +148,30 @@ def adapter_identity(folder: Path) -> str:
 
 def _sort(
     config: StoredConfig, tensors: Mapping[str, TensorInfo]
-) -> tuple[dict[str, StoredLayer], Beside]:
-    """Every tensor of the file to its layer, or to what is saved beside layers."""
+) -> tuple[dict[str, StoredLayer], Beside, dict[str, StoredTokens]]:
+    """Every tensor of the file to its layer, to what is saved beside layers, or to tokens."""
     modules: dict[str, dict[str, TensorInfo]] = {}
+    tokens: dict[str, StoredTokens] = {}
     beside = Beside()
+    ends: tuple[str, ...] = (_A, _B, _BETA)
+    if config.peft_type == LORA:
+        ends += (_EMBEDDING_A, _EMBEDDING_B)
     for key, info in tensors.items():
         name = key.removeprefix(PREFIX)
-        suffix = next((end for end in (_A, _B, _BETA) if name.endswith(end)), None)
+        suffix = next((end for end in ends if name.endswith(end)), None)
         if name == key:
             raise IrqError(f"{_where(info)}: does not begin with {PREFIX}: not a tensor of PEFT's")
         if suffix is not None:
             modules.setdefault(name.removesuffix(suffix), {})[suffix] = info
+        elif name.endswith(ROWS) and is_embedding(f"{name.removesuffix(ROWS)}.weight"):
+            module = name.removesuffix(ROWS)
+            tokens[module] = stored_tokens(config.raw, module, info)
         elif not beside.add(config, name, info):
             raise IrqError(f"{_where(info)}: {_unknown(key)}: it cannot be merged")
     layers = {module: _layer(config, module, parts) for module, parts in sorted(modules.items())}
-    beside.check(config, layers)
-    return layers, beside
+    beside.check(config, {*layers, *tokens})
+    require_tokens(config.raw, tokens)
+    return layers, beside, tokens
 
 
 def _where(info: TensorInfo) -> str:
@@ -169,7 +187,9 @@ def _unknown(key: str) -> str:
 
 def _layer(config: StoredConfig, module: str, parts: Mapping[str, TensorInfo]) -> StoredLayer:
     connected = config.peft_type == IEC_LORA and config.connection != "none"
-    wanted = {_A, _B, _BETA} if connected else {_A, _B}
+    embedding = _EMBEDDING_A in parts or _EMBEDDING_B in parts
+    first, second = (_EMBEDDING_A, _EMBEDDING_B) if embedding else (_A, _B)
+    wanted = {first, second, _BETA} if connected else {first, second}
     for suffix in sorted(wanted - set(parts)):
         rest = min(parts.values(), key=lambda info: info.name)
         raise IrqError(
@@ -178,7 +198,7 @@ def _layer(config: StoredConfig, module: str, parts: Mapping[str, TensorInfo]) -
     for suffix in sorted(set(parts) - wanted):
         kind = f"{config.peft_type} with connection {config.connection!r}"
         raise IrqError(f"{_where(parts[suffix])}: an adapter of type {kind} has none: {_DAMAGED}")
-    a, b, beta = parts[_A], parts[_B], parts.get(_BETA)
+    a, b, beta = parts[first], parts[second], parts.get(_BETA)
     rank = config.rank_of(module)
     for info, length, axis, of in ((a, 2, 0, "rank"), (b, 2, 1, "rank"), (beta, 1, 0, "betas")):
         if info is None:
@@ -191,12 +211,16 @@ def _layer(config: StoredConfig, module: str, parts: Mapping[str, TensorInfo]) -
             )
         if info.dtype not in FLOATS:
             raise IrqError(f"{_where(info)}: must be one of {', '.join(FLOATS)}: {_DAMAGED}")
-    return StoredLayer(module, a, b, beta, config.scaling_of(module))
+    return StoredLayer(module, a, b, beta, config.scaling_of(module), embedding)
 
 
 @dataclass(frozen=True)
 class LayerValues:
-    """The numbers of a layer in float64: `a`, `b` as stored, and the two betas that count."""
+    """The numbers of a layer in float64: `a`, `b`, and the two betas that count.
+
+    `a` and `b` are as stored; of an embedding they are the transposes of B and A, so that `b @ a`
+    is in any case the change of a weight without its scaling.
+    """
 
     a: torch.Tensor
     b: torch.Tensor
@@ -208,10 +232,12 @@ def read_layer(reader: TileReader, config: StoredConfig, layer: StoredLayer) -> 
 
     Raises `IrqError` naming the tensor when a number is NaN or infinite or the file ends early.
     """
-    a, b = (_finite(reader, info) for info in (layer.a, layer.b))
+    a, b = (read_finite(reader, info) for info in (layer.a, layer.b))
+    if layer.embedding:
+        a, b = b.T.contiguous(), a.T.contiguous()
     first = second = 0.0
     if layer.beta is not None:
-        first, second = _finite(reader, layer.beta).tolist()
+        first, second = read_finite(reader, layer.beta).tolist()
     return LayerValues(
         a,
         b,
@@ -222,7 +248,8 @@ def read_layer(reader: TileReader, config: StoredConfig, layer: StoredLayer) -> 
     )
 
 
-def _finite(reader: TileReader, info: TensorInfo) -> torch.Tensor:
+def read_finite(reader: TileReader, info: TensorInfo) -> torch.Tensor:
+    """A tensor of an adapter in float64; `IrqError` where a number is NaN or infinite."""
     values = reader.read_tensor(info).double()
     if not bool(values.isfinite().all()):
         raise IrqError(

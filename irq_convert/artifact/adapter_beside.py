@@ -7,7 +7,7 @@ have: the trained one again, the one from before training, and the base under an
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from irq_convert.artifact.adapter_config import StoredConfig
@@ -16,7 +16,8 @@ from irq_convert.checkpoint.header import TensorInfo
 from irq_convert.checkpoint.state_dict import HEADS
 from irq_convert.errors import IrqError
 
-_AGAIN, _BEFORE, _BASE = ".modules_to_save.", ".original_module.", ".base_layer."
+_AGAIN, _BEFORE = ".modules_to_save.", ".original_module."
+_BASES = (".token_adapter.base_layer.", ".base_layer.")
 _DAMAGED = "the adapter is damaged: save or download it again"
 _TASK_HEADS = {
     "SEQ_CLS": ("classifier", "score"),
@@ -42,18 +43,22 @@ class Beside:
     def add(self, config: StoredConfig, name: str, info: TensorInfo) -> bool:
         """Take in tensor `name`; False where no rule accounts for it."""
         for part, found in ((_AGAIN, self.again), (_BEFORE, self.before)):
-            if part in name and config.is_saved(name.replace(part, ".")):
-                found[name.replace(part, ".")] = info
+            plain = name.replace(part, ".")
+            # A head that PEFT keeps tied to a trained embedding is wrapped, and listed nowhere.
+            follows = is_embedding(plain) and bool(config.raw.get("ensure_weight_tying"))
+            if part in name and (config.is_saved(plain) or follows):
+                found[plain] = info
                 return True
-        if _BASE in name and is_embedding(name.replace(_BASE, ".")):
-            self.bases[name.replace(_BASE, ".")] = info
-            return True
+        for part in _BASES:
+            if part in name and is_embedding(name.replace(part, ".")):
+                self.bases[name.replace(part, ".")] = info
+                return True
         if config.is_saved(name) or is_embedding(name):
             self.saved[name] = info
             return True
         return False
 
-    def check(self, config: StoredConfig, layers: Mapping[str, object]) -> None:
+    def check(self, config: StoredConfig, layers: Collection[str]) -> None:
         """Raise `IrqError`, naming the tensor, for a copy of nothing, or of another shape."""
         for copies in (self.again, self.before):
             for name, info in copies.items():
@@ -68,7 +73,7 @@ class Beside:
             if name.rpartition(".")[0] not in layers:
                 raise IrqError(
                     f"{info.shard.name}: {info.name} {list(info.shape)} is the base of a layer "
-                    f"that has no A and B in the file: {_DAMAGED}"
+                    f"of which nothing else is in the file: {_DAMAGED}"
                 )
         listed = _TASK_HEADS.get(str(config.raw.get("task_type")), ())
         for wanted in config.modules_to_save:
@@ -83,3 +88,10 @@ def is_embedding(name: str) -> bool:
     """Whether a tensor is of a module that holds a row for each token, by its name."""
     parts = name.split(".")
     return len(parts) > 1 and parts[-2] in (*EMBEDDINGS, *HEADS) and parts[-1] in ("weight", "bias")
+
+
+def copied_embedding(name: str) -> str | None:
+    """The embedding or head that tensor `name` of an adapter is, or is a copy of; None for none."""
+    for part in (_AGAIN, _BEFORE, *_BASES):
+        name = name.replace(part, ".")
+    return name if is_embedding(name) else None

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from irq_convert.artifact.adapter_kinds import IEC_LORA, LORA, AdapterKind, Connection, kind_of
+from irq_convert.artifact.adapter_tokens import KEY, check_tokens
 from irq_convert.checkpoint.json_files import read_json_object
 from irq_convert.core.spec import BLOCK_SIZES
 from irq_convert.errors import IrqError, UsageError
@@ -51,6 +52,7 @@ _NEUTRAL = {
     "task_type",
     "use_rslora",
     "velora_config",
+    KEY,
     *OWN_KEYS,
 }
 
@@ -243,6 +245,7 @@ def _check(path: Path, config: StoredConfig) -> None:
     if config.block_size is not None and config.block_size not in BLOCK_SIZES:
         raise IrqError(f"{path}: block_size {config.block_size!r} must be one of {BLOCK_SIZES}")
     _check_layers(path, config.raw)
+    check_tokens(path, config.raw)
     patterns = [*config.rank_pattern, *config.alpha_pattern, *config.modules_to_save]
     layers: Any = config.raw.get("layers_pattern") or []
     patterns += [layers] if isinstance(layers, str) else layers

@@ -12,6 +12,7 @@ from irq_convert.artifact.checksums import check_files, files_bytes
 from irq_convert.artifact.compare import Comparison
 from irq_convert.artifact.contents import Artifact, examine_artifact, find_manifest
 from irq_convert.artifact.manifest import MANIFEST_NAME, broken_seal
+from irq_convert.artifact.recount import wrong_entropies
 from irq_convert.artifact.structure import WAY_OUT, is_number
 from irq_convert.artifact.values import Measured, check_values
 from irq_convert.checkpoint.reader import TileReader
@@ -51,11 +52,12 @@ def verify_artifact(
 ) -> VerifyReport:
     """Check the artifact in `folder`: structure, checksums, legal values; `against` its source too.
 
-    With the source every tensor is accounted for, copied ones are compared byte for byte, and error
-    and entropy of quantized ones are recomputed; where checksums show damage, the tensors that
-    differ are found by quantizing again. Memory is bounded by a tile, whatever the sizes. What is
-    wrong is in the report's `failures`. Raises `UsageError` when `folder` is no irq artifact and
-    `IrqError` when the source cannot be read.
+    The entropies that the manifest notes are counted again from the codes. With the source every
+    tensor is accounted for, copied ones are compared byte for byte, and errors of quantized ones
+    are recomputed; where checksums show damage, the tensors that differ are found by quantizing
+    again. Memory is bounded by a tile, whatever the sizes. What is wrong is in the report's
+    `failures`. Raises `UsageError` when `folder` is no irq artifact and `IrqError` when the source
+    cannot be read.
     """
     folder = Path(folder)
     failures: list[str] = []
@@ -82,6 +84,7 @@ def verify_artifact(
         failures += illegal.values()
         if not problems:
             failures += _totals(artifact)
+            failures += wrong_entropies(artifact, frozenset(changed))
         if against is not None:
             comparison = Comparison(artifact, against, frozenset(changed), frozenset(illegal))
             failures += comparison.run(advance, complete=not problems)

@@ -40,6 +40,7 @@ WHERE = (
     "between the first shard and the last",
     "after the last shard, before the rename",
     "after the rename",
+    "while layers are calibrated",
 )
 
 
@@ -50,23 +51,29 @@ class Conversion:
     """
 
     def __init__(self, folder: Path, rows: int, shard_bytes: int, overwrite: bool = False) -> None:
-        from irq_convert.core.spec import QuantSpec
-        from irq_convert.jobs.quantize.options import QuantizeOptions
-
         self.folder = folder
-        self.source = make_source(folder / "source", rows=rows)
+        self._make(rows)
         self.out = folder / "work" / "out"
         self.partial = self.out.with_name("out.partial")
+        self.calibration = self.out.with_name("out.calibration")
         self.out.parent.mkdir(parents=True)
-        spec = QuantSpec("nf4", 16, "mse")
-        self.options = QuantizeOptions(
-            spec, max_shard_bytes=shard_bytes, threads=1, overwrite=overwrite
-        )
+        self.options = self._options(shard_bytes, overwrite)
         self._convert(folder / "whole")  # here, so that children have all imports and kernels
         self.whole = listing(folder / "whole")
         self.old = {**self.whole, "config.json": b"older"} if overwrite else None
         self._put_old()
         self.shards = [name for name in self.whole if name.endswith(".safetensors")]
+
+    def _make(self, rows: int) -> None:
+        """Write the source."""
+        self.source = make_source(self.folder / "source", rows=rows)
+
+    def _options(self, shard_bytes: int, overwrite: bool) -> Any:
+        from irq_convert.core.spec import QuantSpec
+        from irq_convert.jobs.quantize.options import QuantizeOptions
+
+        spec = QuantSpec("nf4", 16, "mse")
+        return QuantizeOptions(spec, max_shard_bytes=shard_bytes, threads=1, overwrite=overwrite)
 
     def _convert(self, out: Path) -> None:
         from irq_convert.jobs.quantize.quantize import quantize
@@ -113,16 +120,17 @@ class Conversion:
         if self.finished:
             return WHERE[4]
         if not self.partial.exists():
-            return WHERE[0]
+            return WHERE[0] if not self.calibration.exists() else WHERE[5]
         count = len(list(self.partial.glob("records/model*.record")))
         return WHERE[3] if count == len(self.shards) else WHERE[2] if count else WHERE[1]
 
     def check(self) -> None:
         """Everything with a final name is whole, whatever has happened."""
         assert self.finished in (True, False)
-        for path in self.partial.glob("files/*"):
-            if not path.name.startswith("."):
-                assert path.read_bytes() == self.whole[path.name], f"{path} is half-written"
+        for path in self.partial.glob("files/**/*"):
+            if path.is_file() and not path.name.startswith("."):
+                name = path.relative_to(self.partial / "files").as_posix()
+                assert path.read_bytes() == self.whole[name], f"{path} is half-written"
 
     def finish(self) -> None:
         """Run to the end, compare, and make room for the next."""
@@ -130,12 +138,16 @@ class Conversion:
             assert self.end(self.start()), "the last run was killed"
         elif self.old is None:
             from irq_convert.checkpoint.disk import remove_leftovers
+            from irq_convert.jobs.calibration.workspace import remove_finished
 
             remove_leftovers(self.out)  # what any further command does
+            remove_finished(self.out)
         else:
             assert self.end(self.start()), "the last run was killed"
         assert listing(self.out) == self.whole, "continued, it comes out otherwise"
-        assert [path.name for path in self.out.parent.iterdir()] == ["out"], "something is left"
+        assert [path.name for path in self.out.parent.iterdir()] == ["out"], (
+            f"something is left: {[p.as_posix() for p in self.out.parent.rglob('*')]}"
+        )
         self._put_old()
 
     def seconds(self) -> float:
@@ -147,6 +159,30 @@ class Conversion:
             found.append(time.perf_counter() - begun)
             self.finish()
         return statistics.median(found)
+
+
+class Calibrated(Conversion):
+    """A conversion that calibrates its weights first."""
+
+    def _make(self, rows: int) -> None:
+        from tests.jobs.calibration.words import word_text, write_word_tokenizer
+        from tests.tiny import LLAMA, VOCABULARY, llama_tensors, write_source
+
+        self.source = self.folder / "source"
+        write_source(self.source, llama_tensors(), LLAMA, 1)
+        write_word_tokenizer(self.source, VOCABULARY)
+        self.text = self.folder / "text.txt"
+        self.text.write_text(word_text(VOCABULARY, rows))
+
+    def _options(self, shard_bytes: int, overwrite: bool) -> Any:
+        from irq_convert.jobs.calibration.options import CalibrationOptions
+        from irq_convert.jobs.quantize.options import QuantizeOptions
+
+        calibrate = CalibrationOptions(str(self.text), tokens=512, window=32)
+        return QuantizeOptions.of(
+            bits=3, block_size=16, calibrate=calibrate, max_shard_bytes=shard_bytes, threads=1,
+            overwrite=overwrite,
+        )  # fmt: skip
 
 
 def random_kills(conversion: Conversion, kills: int, seed: int) -> Counter[str]:
@@ -220,6 +256,9 @@ def main() -> None:
         if args.kills:
             large = Conversion(folder / "random", rows=10_000, shard_bytes=100_000)
             report("random moments", random_kills(large, args.kills, args.seed))
+            fitted = Calibrated(folder / "fitted", rows=2_000, shard_bytes=40_000)
+            fell = random_kills(fitted, args.kills, args.seed)
+            report("random moments of a calibrated conversion", fell)
         for overwrite in (False, True) if args.steps else ():
             small = Conversion(folder / f"steps {overwrite}", 172, 10_000, overwrite)
             what = "steps, replacing an older artifact" if overwrite else "steps"

@@ -15,7 +15,9 @@ from irq_convert.cli.main import app, main
 
 from .process import assert_fails, fresh
 
-COMMANDS = ["quantize", "inspect", "verify", "eval", "finetune", "merge", "export", "push", "demo"]
+COMMANDS = [
+    "quantize", "measure", "inspect", "verify", "eval", "finetune", "merge", "export", "push", "demo"
+]  # fmt: skip
 HEAVY = ("torch", "transformers", "numpy", "numba", "huggingface_hub", "matplotlib")
 
 

@@ -33,7 +33,7 @@ class CalibrationOptions:
     held_out: int = 8
     alpha: float = 0.5
     ridge: float = 0.05
-    damping: float = 0.01
+    damping: float = 0.05
     rounds: int = 2
     sweep: bool = True
 

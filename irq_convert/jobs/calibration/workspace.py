@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from irq_convert.checkpoint.disk import Staging
-from irq_convert.checkpoint.lock import Held, take_folder
+from irq_convert.checkpoint.disk import Staging, partial_folder
+from irq_convert.checkpoint.files import write_bytes_atomic
+from irq_convert.checkpoint.layout import LOCK_NAME
+from irq_convert.checkpoint.lock import Held, take_folder, unused
 from irq_convert.checkpoint.system import os_errors
 from irq_convert.errors import IrqError
 from irq_convert.jobs.common.identity import Identity
@@ -25,7 +27,7 @@ from irq_convert.jobs.common.records import ShardRecord, begin_records, write_sh
 from irq_convert.jobs.common.resume import Output, Resume, find_finished, verify_finished
 from irq_convert.progress import Progress
 
-_SUFFIX, _STATES = ".calibration", "states"
+_SUFFIX, _STATES, _FINISHED = ".calibration", "states", "finished"
 
 
 def calibration_folder(out: Path) -> Path:
@@ -94,6 +96,21 @@ def workspace(
         held.release()
 
 
+def mark_finished(out: Path) -> None:
+    """Note that the output is about to take its name, after which nothing here is needed."""
+    write_bytes_atomic(calibration_folder(out) / _FINISHED, b"")
+
+
+def remove_finished(out: Path) -> None:
+    """Remove what a run has left that was killed when its output had taken its name."""
+    root = calibration_folder(out)
+    with suppress(OSError):
+        names = {path.name for path in root.iterdir()} if root.is_dir() else {""}
+        marked = _FINISHED in names and not partial_folder(out).exists()
+        if (marked or names <= {LOCK_NAME}) and unused(root):
+            _remove(root)
+
+
 def _open(
     staging: Staging,
     identity: Identity,
@@ -136,4 +153,16 @@ def _settle(root: Path, work: Workspace | None, total: int, resume: Resume) -> s
 
 
 def _remove(root: Path) -> None:
-    shutil.rmtree(root, ignore_errors=True)
+    """Remove the folder; what says that it is not needed, and whose it is, last."""
+    with suppress(OSError):
+        last = (_FINISHED, LOCK_NAME)
+        for path in sorted(root.iterdir(), key=lambda path: path.name != "records"):
+            if path.name in last:
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+        for name in last:
+            (root / name).unlink(missing_ok=True)
+        root.rmdir()

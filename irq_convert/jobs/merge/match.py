@@ -25,11 +25,11 @@ class Match:
     """By tensor of the artifact: layers that change it, and saved tensors that take its place.
 
     `every` are all layers of the adapter, those for a second name of a tied tensor too, whether or
-    not the result has it. `bases` are what layers are added to instead of the artifact's tensor, where `vocabulary` has
-    another size than the artifact's. `tokens` are rows that take the place of a tensor's. `untied`
-    are ties of which the result writes each tensor, `added` those that the artifact does not have,
-    by the name of the one that they were. `inside` is the module that the adapter's names begin in,
-    "" for the model itself; None where names are otherwise.
+    not the result has it. `bases` are what layers are added to instead of the artifact's tensor,
+    where `vocabulary` has another size than the artifact's. `tokens` are rows that take the place
+    of a tensor's. `untied` are ties of which the result writes each tensor, `added` those that the
+    artifact does not have, by the name of the one that they were. `inside` is the module that the
+    adapter's names begin in, "" for the model itself; None where names are otherwise.
     """
 
     layers: Mapping[str, Adapted]

@@ -30,6 +30,7 @@ from irq_convert.checkpoint.system import os_errors
 from irq_convert.core.tensor_stats import TensorStats, decode_stats
 from irq_convert.errors import UsageError
 from irq_convert.jobs.calibration.loop import Calibrated
+from irq_convert.jobs.calibration.workspace import mark_finished, remove_finished
 from irq_convert.jobs.common.kernels import load_kernels
 from irq_convert.jobs.common.options import chosen
 from irq_convert.jobs.common.ranks import Ranks
@@ -85,6 +86,7 @@ def quantize(
     with RunProcesses() as processes:
         if processes.ranks.first:
             remove_leftovers(out)
+            remove_finished(out)
         options = for_process(options, processes.ranks)
         progress = (progress if processes.ranks.first else None) or Progress()
         report = _quantize(model, out, options, revision, processes, progress)
@@ -170,6 +172,8 @@ def _write_shards(
         write_json_atomic(written.folder / MANIFEST_NAME, manifest)
         size = (written.folder / MANIFEST_NAME).stat().st_size
         size += sum(int(entry["bytes"]) for entry in files.values())
+        if found is not None:
+            mark_finished(out)
         return _report(plan, out, manifest, size)
 
     return run_shard_job(job, processes, QuantizeReport, finish, progress)

@@ -84,7 +84,7 @@ def test_a_layer_that_is_no_linear(artifact: Path, tmp_path: Path) -> None:
         linear_shapes(artifact) | {"model.embed_tokens": (80, 96, None)},
         target_modules=["q_proj", "embed_tokens"],
     )
-    with pytest.raises(IrqError, match="Embedding: only linear layers"):
+    with pytest.raises(IrqError, match="a module Embedding as a linear layer: only linear"):
         merge(artifact, adapter, tmp_path / "out", LAYERS)
 
 

@@ -157,7 +157,7 @@ def test_an_adapter_that_learned_nothing_on_a_layer_never_called(
     change_tensors(tmp_path / "adapter", lambda tensors: tensors[key].add_(1), WEIGHTS)
     with pytest.raises(IrqError) as error:
         irq_convert.merge(pictures, tmp_path / "adapter", tmp_path / "n", to="dense", any_base=True)
-    assert_one_line(str(error.value), POOL, "only linear layers are merged")
+    assert_one_line(str(error.value), POOL, "only linear layers and embeddings are merged")
 
 
 @pytest.mark.parametrize("module", ["score", "classifier"])
