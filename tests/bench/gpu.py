@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import statistics
 import sys
 import tempfile
 import time
@@ -22,12 +21,15 @@ from typing import Any
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
 from irq_convert.core.backends import resolve_backend
 from irq_convert.core.dequantize import dequantize_tensor
 from irq_convert.core.quantize import quantize_tensor
-from irq_convert.core.quantized import QuantizedTensor
 from irq_convert.core.spec import QuantSpec
 from irq_convert.nn.function import packed_linear
+from tests.bench.gpu_parts import Clock, Row, describe, differing, normal, stored_bytes
+from tests.bench.gpu_solver import same_weighted, solving, weighted
 
 GIB = 1 << 30
 BLOCK = 64
@@ -45,47 +47,8 @@ EXACT = (
     QuantSpec("int2", 32, "mse", 0, "integer"),
 )
 LAYERS = 32
+SOLVED, SMALL = ((4096, 4096), (4096, 11008)), ((64, 200), (32, 256))
 LAYER_7B = ((4096, 4096),) * 4 + ((11008, 4096),) * 2 + ((4096, 11008),)
-Row = tuple[str, ...]
-
-
-class Clock:
-    """Seconds of a call, waiting for the device before and after it."""
-
-    def __init__(self, device: torch.device, rounds: int) -> None:
-        self.device, self.rounds = device, rounds
-
-    def seconds(self, call: Callable[[], object]) -> float:
-        """The median of some rounds after one that is not counted."""
-        call()
-        return statistics.median(self.once(call) for _ in range(self.rounds))
-
-    def once(self, call: Callable[[], object]) -> float:
-        self._wait()
-        start = time.perf_counter()
-        call()
-        self._wait()
-        return time.perf_counter() - start
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-
-def describe(spec: QuantSpec) -> str:
-    parts = [spec.codebook, f"B{spec.block_size}", spec.objective]
-    parts += [f"refine {spec.refine}"] if spec.refine else []
-    parts += ["integer zero"] if spec.zero_point == "integer" else []
-    return " ".join(parts)
-
-
-def normal(rows: int, cols: int, device: torch.device, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator(device).manual_seed(seed)
-    return (torch.randn(rows, cols, generator=generator, device=device) * 0.02).bfloat16()
-
-
-def stored_bytes(q: QuantizedTensor) -> int:
-    return sum(part.nbytes for part in q.parts().values())
 
 
 def copy_rate(clock: Clock, size: int) -> float:
@@ -188,15 +151,10 @@ def equality(device: torch.device, size: tuple[int, int]) -> Iterator[Row]:
     weight[3], weight[5, :BLOCK] = 0.0, 0.25
     for spec in EXACT:
         ours = quantize_tensor(weight.to(device), spec)
-        parts, known = ours.parts(), quantize_tensor(weight, spec, backend="numba").parts()
-        wrong = sum(
-            int((parts[k].cpu().view(torch.uint8) != known[k].view(torch.uint8)).sum())
-            for k in known
-        )
-        dense = dequantize_tensor(ours).cpu().view(torch.int32)
         there = quantize_tensor(weight, spec, backend="numba")
+        wrong, total = differing(ours, there)
+        dense = dequantize_tensor(ours).cpu().view(torch.int32)
         values = int((dense != dequantize_tensor(there).view(torch.int32)).sum())
-        total = sum(part.nbytes for part in known.values())
         yield describe(spec), f"{wrong:,} of {total:,}", f"{values:,} of {weight.numel():,}"
 
 
@@ -287,6 +245,21 @@ def measure(args: argparse.Namespace) -> Iterator[tuple[str, Row, list[Row]]]:
         "differences from the CPU kernels",
         ("search", "stored bytes", "dequantized values"),
         list(equality(device, (260, 1100))),
+    )
+    yield (
+        f"the search weighed by importance, {size} x {size} bf16",
+        ("search", "plain ns/weight", "weighted ns/weight", "ratio"),
+        list(weighted(clock, size)),
+    )
+    yield (
+        "differences from the CPU kernels, weighed by importance",
+        ("search", "stored bytes"),
+        list(same_weighted(device, (260, 1100))),
+    )
+    yield (
+        "a matrix solved for its inputs, scale and tau and codes",
+        ("search", "shape", "seconds", "seconds on the CPU", "codes that differ", "loss / CPU's"),
+        list(solving(clock, SMALL if args.small else SOLVED)),
     )
     if args.checkpoint:
         heads = ("", "GB", "seconds", "GB/s")

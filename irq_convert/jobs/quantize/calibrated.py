@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -39,22 +39,26 @@ from irq_convert.progress import Progress
 
 @dataclass(frozen=True)
 class CalibrationPlan:
-    """What is known before a layer is run: the model, the windows, and what each layer makes."""
+    """What is known before a layer is run: the model, the windows, and what each layer makes.
+
+    Only the first of several processes has windows: it calibrates, and tells the others.
+    """
 
     options: CalibrationOptions
     model: LayeredModel
-    windows: Windows
+    windows: Windows | None
     layers: tuple[LayerFile, ...]
 
     def describe(self) -> dict[str, Any]:
         """What tells this calibration from another, besides the options."""
-        return {"calibration_text": self.windows.describe()}
+        assert self.windows is not None
+        return {f"calibration_{name}": value for name, value in self.windows.describe().items()}
 
 
 def plan_calibration(
-    plan: QuantizePlan, options: QuantizeOptions, progress: Progress
+    plan: QuantizePlan, options: QuantizeOptions, progress: Progress, first: bool = True
 ) -> CalibrationPlan | None:
-    """Read the text and lay out the layers; None where nothing is calibrated.
+    """Read the text, in the `first` process, and lay out the layers; None without a calibration.
 
     Raises `UsageError` for a model that cannot be run layer by layer, a window longer than its
     context or tokens beyond its vocabulary, and as reading the text does.
@@ -67,7 +71,23 @@ def plan_calibration(
         model = open_layered(checkpoint, options.device)
     except NotLayered as error:
         raise _refused(plan, str(error)) from error
+    outputs = {tensor.name: tensor.outputs for tensor in plan.quantized}
+    layers = layer_files(model, outputs)
+    if not first:
+        return CalibrationPlan(chosen, model, None, layers)
     check_context(model.model.config, chosen.window, "--calibration-window")
+    windows = _windows(plan, options, chosen, model, progress)
+    check_vocabulary(model.model, windows.ids)
+    return CalibrationPlan(chosen, model, windows, layers)
+
+
+def _windows(
+    plan: QuantizePlan,
+    options: QuantizeOptions,
+    chosen: CalibrationOptions,
+    model: LayeredModel,
+    progress: Progress,
+) -> Windows:
     progress.stage("reading the text")
     folder = plan.folder
     tokenizer = source_tokenizer(folder.source, folder.made, folder.carried, folder.config)
@@ -81,10 +101,7 @@ def plan_calibration(
             ids, name = sample_tokens(model, tokenizer, chosen, progress), SELF
     else:
         ids, name = tokenize_source(chosen, tokenizer)
-    windows = choose_windows(ids, chosen, name)
-    check_vocabulary(model.model, windows.ids)
-    outputs = {tensor.name: tensor.outputs for tensor in plan.quantized}
-    return CalibrationPlan(chosen, model, windows, layer_files(model, outputs))
+    return choose_windows(ids, chosen, name)
 
 
 def _refused(plan: QuantizePlan, why: str) -> UsageError:
@@ -92,6 +109,19 @@ def _refused(plan: QuantizePlan, why: str) -> UsageError:
         f"{plan.checkpoint.folder}: cannot be calibrated layer by layer: {why}; leave out "
         "--calibrate, or give --importance"
     )
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Calibrated weights, and the manifest's `calibration`."""
+
+    weights: Calibrated
+    record: Mapping[str, Any]
+
+    @property
+    def kept(self) -> Calibrated | None:
+        """The weights, where they are better than those made without data."""
+        return self.weights if self.weights.judgement.better else None
 
 
 @contextmanager
@@ -103,7 +133,7 @@ def calibrated_weights(
     options: QuantizeOptions,
     processes: RunProcesses,
     progress: Progress,
-) -> Iterator[Calibrated | None]:
+) -> Iterator[Fitted | None]:
     """Calibrate in the first process, or take what an earlier run has finished; lend the result.
 
     None where nothing is to be calibrated. The files are there until the block ends; what is
@@ -114,9 +144,13 @@ def calibrated_weights(
         return
     layers = calibration.layers
     if not processes.ranks.first:
-        told = json.loads(processes.take("calibrated"))
-        yield _from_folder(calibration_folder(out), layers, Judgement(**told))
+        record = json.loads(processes.take("calibrated"))
+        judgement = Judgement(**{each.name: record[each.name] for each in fields(Judgement)})
+        yield Fitted(_from_folder(calibration_folder(out), layers, judgement), record)
         return
+    assert calibration.windows is not None
+    # The others wait, so their processors are free.
+    threads = options.threads and options.threads * processes.ranks.beside
     identity = quantize_identity(plan, model, options, calibration.describe())
     with workspace(out, identity, layers, options.resume, progress) as work:
         run = Calibration(
@@ -127,16 +161,17 @@ def calibrated_weights(
             layers,
             work,
             progress,
-            options.threads,
+            threads,
         )
         try:
             found = run.run()
         except NotLayered as error:
             raise _refused(plan, str(error)) from error
-        processes.put("calibrated", json.dumps(found.judgement.to_dict()).encode())
+        record = _record(calibration, found)
+        processes.put("calibrated", json.dumps(record).encode())
         for line in _remarks(found):
             progress.note(line)
-        yield found
+        yield Fitted(found, record)
 
 
 def _from_folder(root: Path, layers: tuple[LayerFile, ...], judgement: Judgement) -> Calibrated:
@@ -169,12 +204,9 @@ def _remarks(found: Calibrated) -> Iterator[str]:
         yield f"{len(found.unseen)} tensors were reached by no token and are quantized without data"
 
 
-def calibration_record(
-    calibration: CalibrationPlan | None, found: Calibrated | None
-) -> Mapping[str, Any] | None:
-    """The manifest's `calibration`; None where there was none."""
-    if calibration is None or found is None:
-        return None
+def _record(calibration: CalibrationPlan, found: Calibrated) -> dict[str, Any]:
+    """The manifest's `calibration`."""
+    assert calibration.windows is not None
     options = calibration.options.to_dict()
     return {
         **calibration.windows.describe(),

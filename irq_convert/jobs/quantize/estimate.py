@@ -110,9 +110,8 @@ def estimate_quantize(
         sizes = plan.bytes_in, plan.folder.bytes_out, plan.bytes_needed
         calibration = plan_calibration(plan, options, progress)
         cost = None
-        if calibration is not None:
-            fitted = (calibration.model, calibration.layers, calibration.windows)
-            cost = estimate_calibration(*fitted)
+        if calibration is not None and calibration.windows is not None:
+            cost = estimate_calibration(calibration.model, calibration.layers, calibration.windows)
         weighing = plan_importance(file, plan, progress)
         job = quantize_job(plan, model, out, options, weighing=weighing)
         # What a calibrated run has left is told by the result of calibrating, which is not known.

@@ -128,7 +128,8 @@ class QuantizeOptions:
 
     def to_dict(self) -> dict[str, object]:
         """What decides the bytes of the artifact, for the manifest."""
-        calibration = {} if self.calibrate is None else {"calibration": self.calibrate.to_dict()}
+        own = {} if self.calibrate is None else self.calibrate.to_dict()
+        calibration = {f"calibration_{name}": value for name, value in own.items()}
         return {
             **calibration,
             "codebook": self.spec.codebook,

@@ -29,7 +29,6 @@ from irq_convert.checkpoint.source import Checkpoint
 from irq_convert.checkpoint.system import os_errors
 from irq_convert.core.tensor_stats import TensorStats, decode_stats
 from irq_convert.errors import UsageError
-from irq_convert.jobs.calibration.loop import Calibrated
 from irq_convert.jobs.calibration.workspace import mark_finished, remove_finished
 from irq_convert.jobs.common.kernels import load_kernels
 from irq_convert.jobs.common.options import chosen
@@ -38,9 +37,8 @@ from irq_convert.jobs.common.resume import Resume
 from irq_convert.jobs.common.shard_job import WrittenShards, run_shard_job
 from irq_convert.jobs.common.torchrun import RunProcesses
 from irq_convert.jobs.quantize.calibrated import (
-    CalibrationPlan,
+    Fitted,
     calibrated_weights,
-    calibration_record,
     plan_calibration,
 )
 from irq_convert.jobs.quantize.importance import (
@@ -136,13 +134,11 @@ def _quantize(
             progress.note(note)
         require_readable(checkpoint.folder, plan.folder.carried)
         weighing = plan_importance(file, plan, progress)
-        calibration = plan_calibration(plan, options, progress)
+        calibration = plan_calibration(plan, options, progress, processes.ranks.first)
         load_kernels(options.spec, progress, device=options.device, threads=options.threads)
         lent = calibrated_weights(plan, calibration, model, out, options, processes, progress)
-        with lent as found:
-            return _write_shards(
-                plan, model, out, options, processes, progress, calibration, found, weighing
-            )
+        with lent as fitted:
+            return _write_shards(plan, model, out, options, processes, progress, fitted, weighing)
 
 
 def _write_shards(
@@ -152,15 +148,14 @@ def _write_shards(
     options: QuantizeOptions,
     processes: RunProcesses,
     progress: Progress,
-    calibration: CalibrationPlan | None,
-    found: Calibrated | None,
+    fitted: Fitted | None,
     weighing: Weighing | None,
 ) -> QuantizeReport:
-    record = calibration_record(calibration, found)
+    record = None if fitted is None else fitted.record
     of_data = {} if record is None else {"calibration_record": record}
-    better = found if found is not None and found.judgement.better else None
+    made = None if fitted is None else fitted.kept
     job = quantize_job(
-        plan, model, out, options, of_data=of_data, calibrated=better, weighing=weighing
+        plan, model, out, options, of_data=of_data, calibrated=made, weighing=weighing
     )
     importance = None if weighing is None else weighing.record
 
@@ -172,7 +167,7 @@ def _write_shards(
         write_json_atomic(written.folder / MANIFEST_NAME, manifest)
         size = (written.folder / MANIFEST_NAME).stat().st_size
         size += sum(int(entry["bytes"]) for entry in files.values())
-        if found is not None:
+        if fitted is not None:
             mark_finished(out)
         return _report(plan, out, manifest, size)
 

@@ -41,7 +41,9 @@ def _logits(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(
     "kind",
     [
-        pytest.param(k, id=k.name, marks=() if k.name in ("Llama 3", "Mixtral") else pytest.mark.slow)
+        pytest.param(
+            k, id=k.name, marks=() if k.name in ("Llama 3", "Mixtral") else pytest.mark.slow
+        )
         for k in KINDS
     ],
 )

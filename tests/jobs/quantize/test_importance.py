@@ -1,0 +1,364 @@
+"""`--importance`: lower weighted errors, the same bytes whatever the run, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from irq_convert.artifact.importance import Importance, read_importance, write_importance
+from irq_convert.artifact.manifest import fingerprint, read_manifest
+from irq_convert.checkpoint.source import open_checkpoint
+from irq_convert.core.dequantize import dequantize_tensor
+from irq_convert.core.quantize import quantize_tensor
+from irq_convert.core.spec import QuantSpec
+from irq_convert.errors import IrqError, UsageError
+from irq_convert.jobs.inspect import inspect
+from irq_convert.jobs.quantize.estimate import estimate_quantize
+from irq_convert.jobs.quantize.options import QuantizeOptions
+from irq_convert.jobs.quantize.plan import plan_quantize
+from irq_convert.jobs.quantize.quantize import quantize
+from irq_convert.progress import Progress
+from tests.architectures.zoo import BY_NAME, write_checkpoint
+from tests.artifact.imatrix_files import write_gguf, write_list
+from tests.folders import listing, read_tensors
+from tests.formats import numpy_reader
+from tests.jobs.common.test_torchrun import finish, start
+from tests.tiny import LLAMA, llama_tensors, write_source
+
+Values = dict[str, np.ndarray]
+
+
+class Notes(Progress):
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.lines.append(text)
+
+
+def make_importance(source: Path, path: Path, seed: int = 0, **more: Any) -> Values:
+    """Write importance of very unlike columns for what `quantize` would quantize."""
+    checkpoint = open_checkpoint(source)
+    random = np.random.default_rng(seed)
+    values = {}
+    for tensor in plan_quantize(checkpoint, QuantizeOptions()).quantized:
+        stack = tensor.info.shape[:1] if len(tensor.info.shape) == 3 else ()
+        values[tensor.name] = np.exp(random.normal(0, 3, (*stack, tensor.shape.cols)))
+    found = {"model": "m", "revision": None}
+    found["tensors_sha256"] = fingerprint(checkpoint.tensors.values())
+    write_importance(path, replace(Importance(values, "t.txt", 64, 16, "", found), **more))
+    return values
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return write_source(tmp_path / "source")
+
+
+@pytest.fixture
+def file(source: Path, tmp_path: Path) -> Path:
+    make_importance(source, tmp_path / "i.safetensors")
+    return tmp_path / "i.safetensors"
+
+
+def weighted_error(out: Path, source: Path, values: Values) -> dict[str, float]:
+    """By the independent reader, of each tensor with its columns weighed."""
+    found = {}
+    dense, wanted = numpy_reader.read_artifact(out), read_tensors(source)
+    plan = plan_quantize(open_checkpoint(source), QuantizeOptions())
+    transposed = {tensor.name for tensor in plan.quantized if tensor.transposed}
+    for name, own in values.items():
+        error = (dense[name].astype(np.float64) - wanted[name].double().numpy()) ** 2
+        error = np.swapaxes(error, -1, -2) if name in transposed else error
+        found[name] = float((error * own[..., None, :]).sum())
+    return found
+
+
+@pytest.mark.parametrize("name", ["Llama 2", "GPT-2", "Mixtral", "Mixtral, fused", "gpt-oss"])
+def test_the_weighted_error_of_every_tensor_falls(tmp_path: Path, name: str) -> None:
+    source = write_checkpoint(BY_NAME[name], tmp_path / "source")
+    file = tmp_path / "i.safetensors"
+    values = make_importance(source, file)
+    options = QuantizeOptions(QuantSpec("nf3", 16, objective="mse"))
+    quantize(source, tmp_path / "plain", options)
+    quantize(source, tmp_path / "weighed", replace(options, importance=file))
+    before = weighted_error(tmp_path / "plain", source, values)
+    after = weighted_error(tmp_path / "weighed", source, values)
+    assert after.keys() == before.keys() == values.keys()
+    for tensor in values:
+        assert after[tensor] < before[tensor], tensor
+
+
+def test_each_tensor_is_what_quantize_tensor_gives(
+    tmp_path: Path, source: Path, file: Path
+) -> None:
+    options = QuantizeOptions(QuantSpec("int3", 32, objective="mse", refine=2), importance=file)
+    quantize(source, tmp_path / "out", options)
+    values, found = read_importance(file).values, numpy_reader.read_artifact(tmp_path / "out")
+    for name, weight in read_tensors(source).items():
+        if name in values:
+            own = quantize_tensor(weight, options.spec, importance=values[name])
+            np.testing.assert_array_equal(found[name], dequantize_tensor(own).numpy())
+
+
+@pytest.mark.parametrize("name", ["Mixtral, fused", "gpt-oss", "GPT-2"])
+def test_tiles_and_threads_change_no_byte(tmp_path: Path, name: str) -> None:
+    source = write_checkpoint(BY_NAME[name], tmp_path / "source")
+    file = tmp_path / "i.safetensors"
+    make_importance(source, file)
+    found = []
+    for number, (tile, threads) in enumerate(((1 << 21, 1), (1, 2), (5000, 1))):
+        options = QuantizeOptions.of(
+            bits=2, block_size=16, importance=file, tile_weights=tile, threads=threads
+        )
+        assert options.spec.objective == "mse"
+        quantize(source, tmp_path / str(number), options)
+        found.append(listing(tmp_path / str(number)))
+    assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.slow
+def test_processes_change_no_byte(tmp_path: Path, source: Path, file: Path) -> None:
+    more = ("--bits", 3, "--importance", file, "--max-shard-size", "5e-5", "--threads", 1)
+    found = []
+    for processes in (1, 2):
+        out = tmp_path / f"out-{processes}"
+        code, _, err = finish(start(processes, "quantize", source, out, *more))
+        assert (code, err) == (0, "")
+        found.append(listing(out))
+    assert found[0] == found[1]
+
+
+def test_the_manifest_says_it(tmp_path: Path, source: Path, file: Path) -> None:
+    notes = Notes()
+    report = quantize(source, tmp_path / "out", importance=file, progress=notes)
+    assert notes.lines == []
+    manifest = read_manifest(tmp_path / "out")
+    record = manifest["importance"]
+    assert record == report.importance
+    assert record == {
+        "kind": "irq importance",
+        "file": file.name,
+        "sha256": __import__("hashlib").sha256(file.read_bytes()).hexdigest(),
+        "text": "t.txt",
+        "tokens": 64,
+    }
+    assert manifest["options"]["objective"] == "mse"
+    assert inspect(tmp_path / "out").to_dict()["importance"] == record
+
+
+def test_a_run_is_not_continued_with_another_file(
+    tmp_path: Path, source: Path, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    settings = {"importance": file, "max_shard_bytes": 50_000}
+    stop_after(monkeypatch, 2)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(source, out, **settings)
+    monkeypatch.undo()
+    other = tmp_path / "j.safetensors"
+    make_importance(source, other, seed=1)
+    for importance in (other, None):
+        for job in (quantize, estimate_quantize):
+            with pytest.raises(UsageError, match=r"importance was \w+ and is \w+ now"):
+                job(source, out, **{**settings, "importance": importance, **_mse(importance)})
+    assert estimate_quantize(source, out, **settings).finished == 2
+    quantize(source, out, **settings)
+    quantize(source, tmp_path / "again", **settings)
+    assert listing(out) == listing(tmp_path / "again")
+
+
+def _mse(importance: Path | None) -> dict[str, str]:
+    return {} if importance else {"objective": "mse"}
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """Interrupt a run when it has written so many shards."""
+    from irq_convert.jobs.quantize import job
+
+    done = []
+    original = job.quantize_shard
+
+    def shard(*args: Any, **more: Any) -> Any:
+        if len(done) == count:
+            raise KeyboardInterrupt
+        done.append(1)
+        return original(*args, **more)
+
+    monkeypatch.setattr(job, "quantize_shard", shard)
+
+
+def _with(change: Callable[[dict[str, Any]], None]) -> Callable[[Path, Values], None]:
+    def write(path: Path, values: Values) -> None:
+        tensors = dict(values)
+        change(tensors)
+        found = read_importance(path)
+        write_importance(path, replace(found, values=tensors))
+
+    return write
+
+
+UP = "model.layers.0.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda v: v.pop(UP), f"lacks 1 of the 14 weights to quantize, the first is {UP}"),
+        (lambda v: v.update({UP: v[UP][:-1]}), f"{UP} [172, 96] has importance [95], not [96]"),
+        (lambda v: v.update({UP: v[UP][None]}), f"{UP} [172, 96] has importance [1, 96], not [96]"),
+    ],
+)
+@pytest.mark.parametrize("job", [quantize, estimate_quantize])
+def test_what_does_not_fit(
+    tmp_path: Path, source: Path, file: Path, change: Any, says: str, job: Any
+) -> None:
+    _with(change)(file, dict(read_importance(file).values))
+    before = listing(tmp_path)
+    with pytest.raises(UsageError) as caught:
+        job(source, tmp_path / "out", importance=file)
+    assert str(caught.value).startswith(f"{file}: {says}")
+    assert listing(tmp_path) == before
+
+
+def test_what_is_kept_need_not_be_there(tmp_path: Path, source: Path, file: Path) -> None:
+    _with(lambda v: v.pop(UP))(file, dict(read_importance(file).values))
+    quantize(source, tmp_path / "out", importance=file, keep=("up_proj",))
+
+
+def test_notes(tmp_path: Path, source: Path, file: Path) -> None:
+    values = dict(read_importance(file).values) | {"x.weight": np.ones(3)}
+    told = {"model": "org/other", "revision": None, "tensors_sha256": "00"}
+    write_importance(file, Importance(values, "t.txt", 64, 16, "", told))
+    notes = Notes()
+    estimate_quantize(source, tmp_path / "out", importance=file, progress=notes)
+    assert notes.lines == [
+        f"{file}: 1 names in it are not used, the first is x.weight",
+        f"{file}: measured on org/other, whose files are not those of this model; all names and "
+        "shapes fit",
+    ]
+
+
+def test_nothing_to_weigh_is_refused(source: Path, file: Path) -> None:
+    with pytest.raises(UsageError, match="--objective none without --refine looks at no error"):
+        QuantizeOptions.of(objective="none", importance=file)
+    QuantizeOptions.of(objective="none", refine=1, importance=file)
+
+
+def test_a_file_that_is_not_there(tmp_path: Path, source: Path) -> None:
+    for path, says in ((tmp_path / "none", "no such file"), (source, "a folder, not a file")):
+        with pytest.raises(UsageError, match=says):
+            quantize(source, tmp_path / "out", importance=path)
+
+
+LLAMA_CPP = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def llama_cpp_values(values: Mapping[str, np.ndarray]) -> Values:
+    """What llama.cpp would have for these, by its names."""
+    found = {}
+    for name, own in values.items():
+        _, _, layer, *rest = name.removesuffix(".weight").split(".")
+        found[f"blk.{layer}.{LLAMA_CPP['.'.join(rest)]}.weight"] = own[None]
+    return found
+
+
+@pytest.mark.parametrize("write", [write_list, write_gguf])
+def test_an_imatrix_gives_what_our_own_file_gives(
+    tmp_path: Path, source: Path, file: Path, write: Any
+) -> None:
+    values = read_importance(file).values
+    notes = Notes()
+    path = write(
+        tmp_path / "imatrix", llama_cpp_values(values) | {"output.weight": np.ones((1, 96))}
+    )
+    quantize(source, tmp_path / "own", importance=file)
+    quantize(source, tmp_path / "theirs", importance=path, progress=notes)
+    assert notes.lines == []
+    one, other = (listing(tmp_path / name) for name in ("own", "theirs"))
+    assert one["model.safetensors"] == other["model.safetensors"]
+    record = read_manifest(tmp_path / "theirs")["importance"]
+    assert (record["kind"], record["file"], record["text"]) == ("imatrix", "imatrix", "wiki.txt")
+    assert record["tokens"] == (None if write is write_list else 4096)
+
+
+@pytest.mark.parametrize("name", ["Mixtral", "Mixtral, fused"])
+@pytest.mark.parametrize("write", [write_list, write_gguf])
+def test_experts_of_an_imatrix(tmp_path: Path, name: str, write: Any) -> None:
+    source = write_checkpoint(BY_NAME[name], tmp_path / "source")
+    random = np.random.default_rng(0)
+    own: Values = {}
+    theirs: Values = {}
+    for layer in range(2):
+        top = f"model.layers.{layer}"
+        for module, called in list(LLAMA_CPP.items())[:4]:
+            own[f"{top}.{module}.weight"] = np.exp(random.normal(0, 3, 32))
+            theirs[f"blk.{layer}.{called}.weight"] = own[f"{top}.{module}.weight"][None]
+        up, down = (np.exp(random.normal(0, 3, (4, cols))) for cols in (32, 56))
+        for part, values in (("gate", up), ("up", up), ("down", down)):
+            theirs[f"blk.{layer}.ffn_{part}_exps.weight"] = values
+        if name == "Mixtral":
+            for part, values in (("w1", up), ("w3", up), ("w2", down)):
+                for expert in range(4):
+                    key = f"{top}.block_sparse_moe.experts.{expert}.{part}.weight"
+                    own[key] = values[expert]
+        else:
+            own[f"{top}.mlp.experts.gate_up_proj"] = up
+            own[f"{top}.mlp.experts.down_proj"] = down
+    told = {"model": "m", "revision": None}
+    told["tensors_sha256"] = fingerprint(open_checkpoint(source).tensors.values())
+    write_importance(tmp_path / "own.safetensors", Importance(own, "t", 1, 1, "", told))
+    write(tmp_path / "imatrix", theirs)
+    for file in ("own.safetensors", "imatrix"):
+        quantize(source, tmp_path / f"out-{file}", importance=tmp_path / file, block_size=16)
+    one, other = (listing(tmp_path / f"out-{file}") for file in ("own.safetensors", "imatrix"))
+    assert one["model.safetensors"] == other["model.safetensors"]
+
+
+def test_an_imatrix_of_another_model(tmp_path: Path, source: Path, file: Path) -> None:
+    values = llama_cpp_values(read_importance(file).values)
+    up = values.pop("blk.0.ffn_up.weight")
+    short = write_gguf(tmp_path / "short", {**values, "blk.0.ffn_gate.weight": up[:, :-1]})
+    with pytest.raises(UsageError, match=r"has importance 95 numbers as blk\.0\.ffn_gate"):
+        quantize(source, tmp_path / "out", importance=short)
+    values = {name: own for name, own in values.items() if "blk.1.attn_output" not in name}
+    less = write_list(tmp_path / "less", values | {"blk.7.attn_q.weight": up})
+    with pytest.raises(UsageError, match=r"lacks 1 of the 14 .* model\.layers\.1\.self_attn\.o_p"):
+        quantize(source, tmp_path / "out", importance=less)
+    notes = Notes()
+    estimate_quantize(
+        source, tmp_path / "out", importance=less, keep=("1.self_attn.o_proj",), progress=notes
+    )
+    assert notes.lines == [f"{less}: 1 names in it are not used, the first is blk.7.attn_q.weight"]
+
+
+def test_an_imatrix_for_a_model_without_names(tmp_path: Path, file: Path) -> None:
+    config = {**LLAMA, "architectures": ["OtherForCausalLM"], "model_type": "of my own"}
+    source = write_source(tmp_path / "other", llama_tensors(torch.float32), config)
+    path = write_list(tmp_path / "imatrix", {"blk.0.attn_q.weight": np.ones((1, 96))})
+    with pytest.raises(UsageError, match="a model of type 'of my own' are not known"):
+        quantize(source, tmp_path / "out", importance=path)
+
+
+def test_damage_is_said_before_the_source_is_opened(tmp_path: Path, file: Path) -> None:
+    raw = bytearray(file.read_bytes())
+    raw[-8:] = np.float64(-1).tobytes()
+    file.write_bytes(raw)
+    with pytest.raises(IrqError, match="has negative numbers"):
+        quantize(tmp_path / "none", tmp_path / "out", importance=file)
+    assert json.loads(json.dumps(QuantizeOptions(importance=file).to_dict()))
