@@ -29,17 +29,17 @@ class ExpertInputs:
     every: torch.Tensor
 
     @classmethod
-    def count(cls, site: Site, pass_over: Pass) -> ExpertInputs:
-        """Look at all windows once."""
+    def count(cls, site: Site, pass_over: Pass, device: str = "cpu") -> ExpertInputs:
+        """Look at all windows once; moments are summed up on `device`."""
         tokens = np.zeros(site.matrices, np.int64)
         squares = np.zeros((site.matrices, site.cols), np.float64)
-        every = Moments(site.cols)
+        every = Moments(site.cols, device=device)
 
         def listen(key: str, expert: int, x: torch.Tensor) -> None:
             if key == site.key and x.numel():
                 rows = x.reshape(-1, site.cols)
                 tokens[expert] += len(rows)
-                squares[expert] += rows.double().square().sum(0).numpy()
+                squares[expert] += rows.double().square().sum(0).cpu().numpy()
                 every.add(rows)
 
         pass_over(listen)
@@ -54,7 +54,7 @@ class ExpertInputs:
         """Squares of each column, `[matrices of stored, cols]`, with what few tokens lack."""
         total = max(1, int(self.tokens.sum()))
         missing = np.maximum(0, ENOUGH * self.site.cols - self.tokens) / total
-        of_all = self.every.diagonal().double().numpy()
+        of_all = self.every.diagonal().double().cpu().numpy()
         filled = self.squares + missing[:, None] * of_all[None]
         return filled[[rows.matrix for rows in stored.rows]]
 
@@ -64,7 +64,7 @@ class ExpertInputs:
         room = max(1, ROOM // (4 * site.cols**2))
         for first in range(0, site.matrices, room):
             found = {
-                expert: Moments(site.cols)
+                expert: Moments(site.cols, device=str(self.every.device))
                 for expert in range(first, min(site.matrices, first + room))
             }
 

@@ -22,7 +22,13 @@ from irq_convert.hf.layered import LayeredModel
 from irq_convert.jobs.calibration.experts import ExpertInputs
 from irq_convert.jobs.calibration.memo import Memo
 from irq_convert.jobs.calibration.moments import Moments
-from irq_convert.jobs.calibration.sites import Site, StoredRows, find_sites, listening
+from irq_convert.jobs.calibration.sites import (
+    SharedInputs,
+    Site,
+    StoredRows,
+    find_sites,
+    listening,
+)
 from irq_convert.jobs.calibration.states import StateFile, state_file
 from irq_convert.nn.recording import Listener
 
@@ -74,30 +80,6 @@ class LayerResult:
 
 class _Stop(Exception):
     """The inputs that were waited for have come."""
-
-
-class _Heard:
-    """Sorts weights into `groups` that are given the same tensor; `inputs` by the first of each.
-
-    Those in `stacked`, the experts', are a group each and their inputs are not kept.
-    """
-
-    def __init__(self, groups: list[list[str]], stacked: set[str]) -> None:
-        self._groups, self._stacked = groups, stacked
-        self._known = {key for group in groups for key in group}
-        self._last: torch.Tensor | None = None
-        self.inputs: dict[str, torch.Tensor] = {}
-
-    def listen(self, key: str, expert: int, x: torch.Tensor) -> None:
-        if key not in self._known:
-            self._known.add(key)
-            if self._last is x and key not in self._stacked:
-                self._groups[-1].append(key)
-            else:
-                self._groups.append([key])
-            self._last = x
-        if key not in self._stacked and any(group[0] == key for group in self._groups):
-            self.inputs.setdefault(key, x)
 
 
 @dataclass
@@ -167,7 +149,7 @@ class LayerCalibrator:
         opts = self.options
         for start, stop in opts.chunks():
             kept = start < opts.calibrating and opts.alpha > 0
-            heard = _Heard(self._groups, {site.key for site in self.sites if site.stacked})
+            heard = SharedInputs(self._groups, {site.key for site in self.sites if site.stacked})
             with listening(self.model, self.sites, heard.listen):
                 following.write(start, self._through(states.read(start, stop)))
             for key, x in heard.inputs.items() if kept else ():
@@ -187,7 +169,7 @@ class LayerCalibrator:
         """Give the layer its data-free weights."""
         for site in self.sites:
             for stored in site.stored:
-                weight = site.read(self.model, stored).cpu()
+                weight = site.read(self.model, stored)
                 spec = self.specs[stored.tensor]
                 found = quantize_tensor(
                     weight, spec, threads=self.options.threads, name=stored.tensor
@@ -197,7 +179,7 @@ class LayerCalibrator:
     def _solve_linears(self, group: list[str], states: StateFile) -> None:
         leader = self._by_key[group[0]]
         source = self._inputs.get(leader.key)
-        moments = Moments(leader.cols, source is not None)
+        moments = Moments(leader.cols, source is not None, self.model.device)
         seen: list[torch.Tensor] = []
 
         def listen(key: str, expert: int, x: torch.Tensor) -> None:
@@ -210,24 +192,27 @@ class LayerCalibrator:
                 seen.clear()
                 with self._memo.used(start), suppress(_Stop):
                     self._through(states.read(start, stop))
-                of_source = None if source is None else source.read(start, stop)
-                moments.add(seen[0], None if of_source is None else of_source.view(-1, leader.cols))
-        whole = moments.whole(leader.module)
-        shares = whole.diagonal().double().numpy()
+                own = None if source is None else _flat(source, start, stop, seen[0])
+                moments.add(seen[0], own)
+        whole, cross = moments.whole(leader.module), moments.cross
+        weights = {
+            key: self._by_key[key].read(self.model, self._by_key[key].stored[0]) for key in group
+        }
+        targets = dict(weights)
+        if cross is not None:
+            alpha, ridge = self.options.alpha, self.options.ridge
+            for key, weight in weights.items():
+                targets[key] = corrected(weight, whole, cross, alpha, ridge)
+        moments.cross = cross = None  # as large as H: what follows needs the room
+        shares = whole.diagonal().double().cpu().numpy()
         factor = factorize(whole, self.options.solver.damping, leader.key)
         for key in group:
             site = self._by_key[key]
             (stored,) = site.stored
-            weight = site.read(self.model, stored)
-            target = weight
-            if moments.cross is not None:
-                target = corrected(
-                    weight, whole, moments.cross, self.options.alpha, self.options.ridge
-                )
             spec = self.specs[stored.tensor]
-            weighing = column_shares(shares, len(weight), spec.block_size, stored.tensor)
-            solver = self._solver(stored, weight, weighing)
-            solver.solve(0, target, whole, factor, self.options.solver)
+            weighing = column_shares(shares, len(weights[key]), spec.block_size, stored.tensor)
+            solver = self._solver(stored, weights[key], weighing)
+            solver.solve(0, targets[key], whole, factor, self.options.solver)
             self._settle(site, stored, solver)
             self._memo.solved(site)
 
@@ -247,7 +232,7 @@ class LayerCalibrator:
                     with self._memo.used(start):
                         self._through(states.read(start, stop))
 
-        experts = ExpertInputs.count(site, pass_over)
+        experts = ExpertInputs.count(site, pass_over, self.model.device)
         shares = {
             stored.tensor: column_shares(
                 experts.importance(stored), stored.rows[0].stop - stored.rows[0].start,
@@ -298,3 +283,8 @@ class LayerCalibrator:
                 self._result.tensors[stored.tensor] = found
                 self._result.unseen.append(stored.tensor)
                 site.write(self.model, stored, dequantize_tensor(found[0]))
+
+
+def _flat(inputs: StateFile, start: int, stop: int, like: torch.Tensor) -> torch.Tensor:
+    """Kept inputs of some windows, `[tokens, cols]`, where and as `like` is."""
+    return inputs.read(start, stop).view(-1, like.shape[-1]).to(like.device)

@@ -15,6 +15,7 @@ from irq_convert.artifact.contents import write_quantized
 from irq_convert.checkpoint.files import sha256_file
 from irq_convert.checkpoint.header import TensorInfo, read_header
 from irq_convert.checkpoint.writer import ShardWriter, TensorSpec, build_header
+from irq_convert.core.solver.moments import full_precision
 from irq_convert.core.spec import QuantSpec
 from irq_convert.core.tensor_stats import TensorStats, decode_stats, encode_stats
 from irq_convert.core.threads import torch_threads
@@ -104,7 +105,8 @@ class Calibration:
             self.progress.note(f"{len(done)} of {count} layers are calibrated already")
         self.model.read_order = self.model.plan_reading(len(done), passes=2)
         # Products are added up in another order by another number of threads.
-        with torch.no_grad(), torch_threads(self.threads), ExitStack() as files:
+        precise = full_precision()
+        with torch.no_grad(), torch_threads(self.threads), precise, ExitStack() as files:
             current = self._begin(len(done), files)
             for number in range(len(done), count):
                 following = self._open(number + 1, files, new=True)

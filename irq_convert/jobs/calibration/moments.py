@@ -20,14 +20,15 @@ class Moments:
 
     cols: int
     cross_wanted: bool = False
+    device: str = "cpu"
     tokens: int = 0
     _upper: torch.Tensor = field(init=False)
     cross: torch.Tensor | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        self._upper = torch.zeros(self.cols, self.cols)
+        self._upper = torch.zeros(self.cols, self.cols, device=self.device)
         if self.cross_wanted:
-            self.cross = torch.zeros(self.cols, self.cols)
+            self.cross = torch.zeros(self.cols, self.cols, device=self.device)
 
     def add(self, seen: torch.Tensor, of_source: torch.Tensor | None = None) -> None:
         """Add inputs `[tokens, cols]` of the quantized model, and those of the source."""
@@ -40,9 +41,13 @@ class Moments:
             self.cross.addmm_((of_source - seen).T, seen)
 
     def whole(self, name: str) -> torch.Tensor:
-        """H; `IrqError` naming the layer when its inputs have overflowed."""
-        upper = self._upper.triu()
-        found = upper + upper.triu(1).T
+        """H, after which nothing is added; `IrqError` when the inputs of `name` have overflowed."""
+        found = self._upper
+        for start in range(0, self.cols, PANEL):
+            stop = start + PANEL
+            corner = found[start:stop, start:stop].triu()
+            found[start:stop, start:stop] = corner + corner.triu(1).T
+            found[stop:, start:stop] = found[start:stop, stop:].T
         if not bool(torch.isfinite(found.diagonal()).all()):
             raise IrqError(
                 f"{name}: its inputs overflow on this text (NaN or infinite): check the source's "

@@ -139,3 +139,27 @@ def listening(model: LayeredModel, sites: tuple[Site, ...], listener: Listener) 
         for module, named in stacks.items():
             hooks.enter_context(expert_inputs(model.module(module), named, listener))
         yield
+
+
+class SharedInputs:
+    """Sorts weights into `groups` that are given the same tensor; `inputs` by the first of each.
+
+    Those in `stacked`, the experts', are a group each and their inputs are not kept.
+    """
+
+    def __init__(self, groups: list[list[str]], stacked: set[str]) -> None:
+        self._groups, self._stacked = groups, stacked
+        self._known = {key for group in groups for key in group}
+        self._last: torch.Tensor | None = None
+        self.inputs: dict[str, torch.Tensor] = {}
+
+    def listen(self, key: str, expert: int, x: torch.Tensor) -> None:
+        if key not in self._known:
+            self._known.add(key)
+            if self._last is x and key not in self._stacked:
+                self._groups[-1].append(key)
+            else:
+                self._groups.append([key])
+            self._last = x
+        if key not in self._stacked and any(group[0] == key for group in self._groups):
+            self.inputs.setdefault(key, x)
