@@ -149,10 +149,27 @@ def command_again(subject: PushedFolder) -> str:
     size = options.pop("max_shard_bytes", None)
     for pattern, bits in options.pop("bits_for", ()):
         words += ["--bits-for", f"{pattern}={bits}"]
+    words += _data_flags(subject, options)
     words += _flags(options)
     if isinstance(size, int):
         words += ["--max-shard-size", repr(size / 1e9)]
     return shlex.join(words)
+
+
+def _data_flags(subject: PushedFolder, options: dict[str, Any]) -> list[str]:
+    """The flags of what the weights were fitted to, by the names of files; taken from `options`."""
+    own = {key: options.pop(key) for key in list(options) if key.startswith(_CALIBRATION)}
+    fitted, weighed = (subject.note.get(key) or {} for key in ("calibration", "importance"))
+    words = ["--importance", str(weighed["file"])] if weighed.get("file") else []
+    if not own or not fitted:
+        return words
+    words += ["--calibrate", str(fitted["text"])]
+    for flag, key in (("calibration-tokens", "tokens"), ("calibration-window", "window")):
+        words += [f"--{flag}", str(own[f"{_CALIBRATION}{key}"])]
+    return [*words, "--seed", str(own[f"{_CALIBRATION}seed"])]
+
+
+_CALIBRATION = "calibration_"
 
 
 def _flags(options: Mapping[str, Any]) -> Iterable[str]:
@@ -191,6 +208,7 @@ def _losses(subject: PushedFolder) -> list[str]:
         ("entropy of the codes, plain", f"{totals['entropy_plain']:.4f} bits"),
         ("entropy of the codes, stored", f"{totals['entropy']:.4f} bits"),
         ("squared error, of the weights' energy", f"{totals['relative_error']:.6f}"),
+        *_held_out(subject.note.get("calibration")),
     ]
     worst = sorted(tensors.items(), key=lambda item: (-item[1]["relative_error"], item[0]))
     rows = [
@@ -204,6 +222,18 @@ def _losses(subject: PushedFolder) -> list[str]:
         table(("tensor", "codebook", "entropy", "error"), rows),
         "`irq-convert verify` recomputes these figures from the source.",
     ]
+
+
+def _held_out(record: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """What held-out windows said of a calibration."""
+    if not record:
+        return []
+    tokens = record["windows"] * record["window"]
+    found = [
+        ("calibrated with", f"{record['text']}, {tokens:,} tokens"),
+        ("KL to the source, held out", f"{record['kl']:.4f}, without data {record['plain']:.4f}"),
+    ]
+    return found if record["kept"] == "calibrated" else found[1:]
 
 
 def _training(subject: PushedFolder) -> list[str]:
