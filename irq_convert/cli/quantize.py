@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -87,6 +88,20 @@ def quantize_command(
         int, typer.Option(help="With --calibrate: tokens that are seen together.")
     ] = WINDOW,
     seed: Annotated[int, typer.Option(help="With --calibrate: chooses among windows.")] = 0,
+    alpha: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="With --calibrate: how much of earlier layers' errors is corrected for; of "
+            "several the best on held-out windows.  \\[default: 0.5]"
+        ),
+    ] = None,
+    damping: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="With --calibrate: holds the solver back, in mean diagonals; of several the best."
+            "  \\[default: 0.05]"
+        ),
+    ] = None,
     importance: Annotated[
         Path | None,
         typer.Option(
@@ -148,7 +163,9 @@ def quantize_command(
             stream=stream,
             llama_version=llama_version,
             resume=resume,
-            calibrate=_calibration(calibrate, calibration_tokens, calibration_window, seed),
+            calibrate=_calibration(
+                calibrate, calibration_tokens, calibration_window, seed, alpha, damping
+            ),
             importance=importance,
         )
         target = push_target(push_to_hub, private=private, revision=push_revision)
@@ -160,13 +177,21 @@ def quantize_command(
 
 
 def _calibration(
-    text: str | None, tokens: int, window: int, seed: int
+    text: str | None,
+    tokens: int,
+    window: int,
+    seed: int,
+    alpha: list[float] | None,
+    damping: list[float] | None,
 ) -> CalibrationOptions | None:
     from irq_convert.jobs.calibration.options import CalibrationOptions
 
     if text is None:
         return None
-    return CalibrationOptions(text, tokens=tokens, window=window, seed=seed)
+    found = CalibrationOptions(text, tokens=tokens, window=window, seed=seed)
+    return replace(
+        found, alpha=tuple(alpha or found.alpha), damping=tuple(damping or found.damping)
+    )
 
 
 def _bits_for(text: str) -> tuple[str, int]:

@@ -15,9 +15,8 @@ from irq_convert.cli.main import app, main
 
 from .process import assert_fails, fresh
 
-COMMANDS = [
-    "quantize", "measure", "inspect", "verify", "eval", "finetune", "merge", "export", "push", "demo"
-]  # fmt: skip
+COMMANDS = ["quantize", "measure", "inspect", "verify", "eval", "finetune", "merge", "export"]
+COMMANDS += ["push", "demo"]
 HEAVY = ("torch", "transformers", "numpy", "numba", "huggingface_hub", "matplotlib")
 
 

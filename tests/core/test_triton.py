@@ -25,7 +25,7 @@ from tests.paths import ROOT
 
 KERNELS = {
     "prepare", "fit_groups", "search", "refine", "refine_zero_points", "measure", "add_up",
-    "emit", "dequantize",
+    "emit", "dequantize", "sweep_panel", "descend_panel",
 }  # fmt: skip
 needs_triton = pytest.mark.skipif(not support._installed(), reason="Triton is not installed")
 
@@ -40,13 +40,14 @@ def run(*command: str, **variables: str) -> subprocess.CompletedProcess[str]:
 
 @needs_triton
 @pytest.mark.slow
-def test_kernels_under_the_interpreter() -> None:
+@pytest.mark.parametrize(("folder", "least"), [("tests/core", 45), ("tests/core/solver", 10)])
+def test_kernels_under_the_interpreter(folder: str, least: int) -> None:
     options = ("-p", "no:cacheprovider", "-p", "no:xdist", "-o", "addopts=")
-    done = run("-m", "pytest", *options, "tests/core/triton_cases.py", TRITON_INTERPRET="1")
+    done = run("-m", "pytest", *options, f"{folder}/triton_cases.py", TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout + done.stderr
     passed = re.search(r"(\d+) passed", done.stdout)
     assert passed is not None
-    assert int(passed[1]) >= 20, done.stdout
+    assert int(passed[1]) >= least, done.stdout
 
 
 @needs_triton
@@ -126,7 +127,8 @@ def test_without_the_interpreter_the_cpu_is_refused(monkeypatch: pytest.MonkeyPa
 
 
 def test_triton_is_imported_only_when_a_tensor_asks_for_it() -> None:
-    code = "import sys, irq_convert.core.quantize, irq_convert.nn.function\n"
+    rooms = "irq_convert.core.quantize, irq_convert.core.solver.solve, irq_convert.nn.function"
+    code = f"import sys, {rooms}\n"
     assert run("-c", code + "sys.exit('triton' in sys.modules)").returncode == 0
 
 

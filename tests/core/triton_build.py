@@ -14,16 +14,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from irq_convert.core.blocks import BlockShape
+from irq_convert.core.solver.portable import Book
 from irq_convert.core.spec import QuantSpec
 from irq_convert.core.triton.dequantize import dequantize_triton
+from irq_convert.core.triton.descend import descend_panel_triton
 from irq_convert.core.triton.probe import failure
 from irq_convert.core.triton.quantize import quantize_triton
+from irq_convert.core.triton.sweep import sweep_panel_triton
 
 from .oracle import random_sample
 
@@ -81,6 +85,24 @@ def recorded(run: Callable[[], object]) -> list[Launch]:
     return launches
 
 
+def solving(spec: QuantSpec) -> list[Launch]:
+    """A panel of the sweep and a block of the descent, each with a tail and whole."""
+    book = Book(
+        spec.block_size,
+        torch.from_numpy(spec.book.level_array()),
+        torch.from_numpy(spec.book.midpoint_array()),
+    )
+    launches = []
+    for width in (24, spec.block_size):
+        tile, square, row = torch.zeros(16, width), torch.zeros(width, 256), torch.zeros(16)
+        square = square[:, 3 : 3 + width]
+        sweep = tile, tile, tile, tile, square, book
+        descend = tile, tile, square, square[0], row, row, book
+        launches += recorded(lambda: sweep_panel_triton(*sweep))  # noqa: B023
+        launches += recorded(lambda: descend_panel_triton(*descend))  # noqa: B023
+    return launches
+
+
 def floating(ptx: str) -> list[str]:
     """The instructions on floating-point numbers, each once."""
     code = re.findall(r"^\s*(?:@\S+\s+)?([a-z]+(?:\.\w+)+)\s", ptx, re.MULTILINE)
@@ -95,6 +117,9 @@ def main(architectures: list[int]) -> None:
         weight = torch.zeros(16, 256, dtype=torch.bfloat16)
         shape = BlockShape(16, 256, spec.block_size, spec.bits)
         launches = recorded(lambda: quantize_triton(weight, shape, spec))  # noqa: B023
+        weighing = np.ones((4, 256), np.int32), np.arange(16, dtype=np.int32) // 4
+        launches += recorded(lambda: quantize_triton(weight, shape, spec, weighing))  # noqa: B023
+        launches += solving(spec)
         for dtype in (torch.float32, torch.bfloat16):
             out = torch.empty(16, 96, dtype=dtype)
             launches += recorded(lambda: dequantize_triton(q, 0, 16, out))  # noqa: B023

@@ -24,6 +24,7 @@ from triton.runtime.interpreter import TensorHandle
 from irq_convert.core.blocks import BlockShape
 from irq_convert.core.codebook import CODEBOOKS
 from irq_convert.core.dequantize import dequantize_rows, dequantize_tensor
+from irq_convert.core.importance import Shares, column_shares
 from irq_convert.core.quantize import quantize_tensor, quantize_with_stats
 from irq_convert.core.quantized import QuantizedTensor
 from irq_convert.core.scales import expand_statistic
@@ -31,10 +32,12 @@ from irq_convert.core.spec import BLOCK_SIZES, QuantSpec
 from irq_convert.core.triton import dequantize as kernels
 from irq_convert.core.triton import quantize as driver
 from irq_convert.core.triton.arithmetic import round_down, round_even, round_up
+from irq_convert.core.triton.prepare import _sort_pairs
 from irq_convert.core.triton.probe import failure
 from irq_convert.errors import IrqError
 
 from .oracle import random_sample
+from .test_importance import WEIGHINGS, importance
 from .test_quantize import KINDS, make, same_bytes
 
 assert os.environ["TRITON_INTERPRET"] == "1", "run by test_triton.py"
@@ -53,10 +56,12 @@ def _quick_sort():
     tl.sort = REAL_SORT
 
 
-def assert_same(weight: torch.Tensor, spec: QuantSpec, other: str = "numba") -> QuantizedTensor:
+def assert_same(
+    weight: torch.Tensor, spec: QuantSpec, other: str = "numba", shares: Shares | None = None
+) -> QuantizedTensor:
     """The kernels give the bytes and statistics of another backend."""
-    ours, stats = quantize_with_stats(weight, spec, backend="triton")
-    theirs, expected = quantize_with_stats(weight, spec, backend=other)
+    ours, stats = quantize_with_stats(weight, spec, shares=shares, backend="triton")
+    theirs, expected = quantize_with_stats(weight, spec, shares=shares, backend=other)
     assert same_bytes(ours, theirs)
     assert (stats.plain, stats.stored) == (expected.plain, expected.stored)
     assert stats.energies.tobytes() == expected.energies.tobytes()
@@ -98,6 +103,41 @@ def test_same_bytes_with_integer_zero_points(
     assert_same(make(kind, rows, cols, seed), spec)
 
 
+@settings(max_examples=8)
+@given(
+    st.one_of(floats, integers),
+    st.sampled_from(KINDS),
+    st.sampled_from(WEIGHINGS),
+    st.integers(1, 3),
+    st.integers(1, 8),
+    st.integers(1, 150),
+    st.integers(0, 99),
+)
+def test_same_bytes_weighed_by_importance(
+    spec: QuantSpec, kind: str, weighing: str, matrices: int, rows: int, cols: int, seed: int
+) -> None:
+    given = importance(weighing, matrices, cols, seed)
+    shares = column_shares(given, rows, spec.block_size, "stack")
+    assert_same(make(kind, matrices * rows, cols, seed), spec, shares=shares)
+
+
+@pytest.mark.parametrize("codebook", sorted(CODEBOOKS))
+@pytest.mark.parametrize("objective", ["none", "entropy", "mse"])
+def test_every_weighted_search(codebook: str, objective: str) -> None:
+    """Two matrices with a tail, equal weights of different shares among them."""
+    shares = column_shares(importance("steep", 2, 44, 6), 3, 32, "stack")
+    for zero_point in ("float", "integer") if codebook.startswith("int") else ("float",):
+        spec = QuantSpec(codebook, 32, objective, 2, zero_point)
+        assert_same(make("equal", 6, 44, 7), spec, shares=shares)
+
+
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+def test_every_block_size_weighed(block_size: int) -> None:
+    spec, cols = QuantSpec("int3", block_size, "mse", 2), block_size + 9
+    shares = column_shares(importance("few", 1, cols, 8), 2, block_size, "weight")
+    assert_same(make("student", 2, cols, block_size), spec, shares=shares)
+
+
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
 def test_every_block_size_has_its_tails(block_size: int) -> None:
     assert_same(make("student", 3, block_size + 9, block_size), QuantSpec("nf3", block_size))
@@ -114,6 +154,8 @@ def test_against_torch_in_chunks_and_many_groups(monkeypatch: pytest.MonkeyPatch
     spec, weight = QuantSpec("nf4", 16, "entropy"), make("scales", 300, 17, 4)
     assert BlockShape(300, 17, 16, 4).row_multiple == 128
     assert_same(weight.t().contiguous().t(), spec, "torch")
+    shares = column_shares(importance("steep", 3, 17, 1), 100, 16, "stack")
+    assert_same(weight, spec, "torch", shares)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -(2.0**120)])
@@ -195,3 +237,22 @@ def test_the_sort_that_runs_on_the_device(monkeypatch: pytest.MonkeyPatch) -> No
     out = torch.empty_like(keys)
     _sorted[(1,)](keys, out, 2, 64)
     assert torch.equal(out, keys.sort(1).values)
+
+
+@triton.jit
+def _sorted_pairs(x, shares, out, moved, rows: tl.constexpr, n: tl.constexpr):
+    at = tl.arange(0, rows)[:, None] * n + tl.arange(0, n)[None, :]
+    key, share = _sort_pairs(tl.load(x + at), tl.load(shares + at))
+    tl.store(out + at, key)
+    tl.store(moved + at, share)
+
+
+def test_shares_stay_with_their_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tl, "sort", REAL_SORT)
+    keys = torch.tensor([[3.0, -torch.inf, 0.0, -2.5, torch.inf, 1e-40, -1e-40, 7.0]])
+    shares = torch.tensor([[1, 2, 255, 4, 0, 6, 7, 8]], dtype=torch.int32)
+    out, moved = torch.empty_like(keys), torch.empty_like(shares)
+    _sorted_pairs[(1,)](keys, shares, out, moved, 1, 8)
+    order = keys.argsort(1)
+    assert torch.equal(out, keys.gather(1, order))
+    assert torch.equal(moved, shares.gather(1, order))

@@ -56,7 +56,7 @@ def test_every_block_runs(
 def test_the_page_shows_every_verb() -> None:
     page = PAGE.read_text()
     verbs = ("quantize", "inspect", "verify", "evaluate", "load", "attach", "finetune", "merge")
-    for verb in (*verbs, "export", "push", "estimate_quantize"):
+    for verb in (*verbs, "export", "push", "measure", "estimate_quantize"):
         assert f"irq_convert.{verb}(" in page
 
 

@@ -22,7 +22,7 @@ from irq_convert.core.threads import torch_threads
 from irq_convert.hf.layered import LayeredModel
 from irq_convert.jobs.calibration.judge import Judgement, judge
 from irq_convert.jobs.calibration.layer import LayerCalibrator, LayerOptions, LayerResult
-from irq_convert.jobs.calibration.options import CalibrationOptions
+from irq_convert.jobs.calibration.options import Choice
 from irq_convert.jobs.calibration.sites import find_sites
 from irq_convert.jobs.calibration.states import StateFile, state_file
 from irq_convert.jobs.calibration.text import Windows
@@ -86,7 +86,7 @@ class Calibration:
     model: LayeredModel
     specs: Mapping[str, QuantSpec]
     windows: Windows
-    options: CalibrationOptions
+    choice: Choice
     layers: tuple[LayerFile, ...]
     work: Workspace
     progress: Progress
@@ -116,11 +116,11 @@ class Calibration:
 
     @property
     def _layer_options(self) -> LayerOptions:
-        windows, options = self.windows, self.options
+        windows, choice = self.windows, self.choice
         return LayerOptions(
-            solver=options.solver,
-            alpha=options.alpha,
-            ridge=options.ridge,
+            solver=choice.solver,
+            alpha=choice.alpha,
+            ridge=choice.ridge,
             windows=len(windows.ids),
             calibrating=windows.calibrating,
             tokens=windows.ids.shape[1],

@@ -15,14 +15,38 @@ SELF = "self"
 
 
 @dataclass(frozen=True)
+class Choice:
+    """What one run of the loop goes by.
+
+    `alpha`: how much of what earlier layers got wrong is corrected for, 0 to 1. `ridge` (mean
+    diagonals of H) holds the correction back, `damping` the sweep; `rounds` of refitting and
+    coordinate descent. `sweep`: False leaves the codes that the search gave.
+    """
+
+    alpha: float
+    ridge: float
+    damping: float
+    rounds: int
+    sweep: bool
+
+    @property
+    def solver(self) -> SolverOptions:
+        """How each matrix is solved."""
+        return SolverOptions(self.damping, self.rounds, self.sweep)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
 class CalibrationOptions:
     """Options of one calibration.
 
     `text`: a file, the name of a Hub dataset, or "self". `tokens` at most, in windows of `window`
-    tokens, chosen by `seed` where the text has more. One window in `held_out` judges the result and
-    chooses nothing else. `alpha`: how much of what earlier layers got wrong is corrected for, None
-    to choose it by the held-out windows among `ALPHAS`. `ridge` (mean diagonals of H) holds the
-    correction back, `damping` the sweep; `rounds` of refitting and coordinate descent.
+    tokens, chosen by `seed` where the text has more. One window in `held_out` judges the result.
+    The others are fields of `Choice`; of several values of `alpha` and `damping` every pair is
+    tried, and the one with the lowest KL on the held-out windows is kept.
     Raises `UsageError` for numbers out of range.
     """
 
@@ -31,9 +55,9 @@ class CalibrationOptions:
     window: int = WINDOW
     seed: int = 0
     held_out: int = 8
-    alpha: float = 0.5
+    alpha: tuple[float, ...] = (0.5,)
     ridge: float = 0.05
-    damping: float = 0.05
+    damping: tuple[float, ...] = (0.05,)
     rounds: int = 2
     sweep: bool = True
 
@@ -47,18 +71,32 @@ class CalibrationOptions:
             )
         if self.held_out < 2:
             raise UsageError(f"held_out {self.held_out}: one window in two at most is held out")
-        if not 0 <= self.alpha <= 1:
-            raise UsageError(f"alpha {self.alpha}: from 0 to 1")
-        if self.ridge <= 0 or self.damping <= 0 or not 0 <= self.rounds <= 100:
-            raise UsageError("ridge and damping have to be above 0, rounds from 0 to 100")
+        for name in ("alpha", "damping"):  # a notebook says alpha=0.5
+            given = getattr(self, name)
+            many = (given,) if isinstance(given, int | float) else tuple(given)
+            object.__setattr__(self, name, tuple(map(float, many)))
+        if not self.alpha or not all(0 <= alpha <= 1 for alpha in self.alpha):
+            raise UsageError(f"--alpha {_listed(self.alpha)}: from 0 to 1")
+        if not self.damping or not all(0 < damping < 100 for damping in self.damping):
+            raise UsageError(f"--damping {_listed(self.damping)}: above 0, in mean diagonals")
+        if not self.ridge > 0 or not 0 <= self.rounds <= 100:
+            raise UsageError("ridge has to be above 0, rounds from 0 to 100")
 
     @property
-    def solver(self) -> SolverOptions:
-        """How each matrix is solved."""
-        return SolverOptions(self.damping, self.rounds, self.sweep)
+    def choices(self) -> tuple[Choice, ...]:
+        """Everything that is tried."""
+        return tuple(
+            Choice(alpha, self.ridge, damping, self.rounds, self.sweep)
+            for alpha in dict.fromkeys(self.alpha)
+            for damping in dict.fromkeys(self.damping)
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """What decides the bytes of the artifact; the text is told by its hash elsewhere."""
         found = asdict(self)
         del found["text"]
-        return found
+        return {**found, "alpha": list(self.alpha), "damping": list(self.damping)}
+
+
+def _listed(values: tuple[float, ...]) -> str:
+    return " ".join(f"{value:g}" for value in values)

@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import count, takewhile
 from pathlib import Path
 
 from irq_convert.checkpoint.disk import Staging, partial_folder
@@ -30,11 +31,11 @@ from irq_convert.progress import Progress
 _SUFFIX, _STATES, _FINISHED = ".calibration", "states", "finished"
 
 
-def calibration_folder(out: Path) -> Path:
-    """The folder `<out>.calibration`."""
+def calibration_folder(out: Path, number: int = 0) -> Path:
+    """The folder `<out>.calibration`, or one with a number where several choices are tried."""
     with os_errors("look at it", out):
         real = Path(out).resolve()
-    return real.with_name(real.name + _SUFFIX)
+    return real.with_name(f"{real.name}{_SUFFIX}{f'-{number}' if number else ''}")
 
 
 @dataclass
@@ -68,6 +69,7 @@ def workspace(
     layers: Sequence[Output],
     resume: Resume,
     progress: Progress,
+    number: int = 0,
 ) -> Iterator[Workspace]:
     """Lend the folder of the calibration for `out`, with what an earlier run of it has finished.
 
@@ -75,7 +77,7 @@ def workspace(
     and `resume` allows, and the error or `progress.kept` says so. Raises `UsageError` when another
     run holds it or has left another calibration there, and `IrqError` when the disk refuses.
     """
-    root = calibration_folder(out)
+    root = calibration_folder(out, number)
     held = Held()
     work: Workspace | None = None
     try:
@@ -98,17 +100,25 @@ def workspace(
 
 def mark_finished(out: Path) -> None:
     """Note that the output is about to take its name, after which nothing here is needed."""
-    write_bytes_atomic(calibration_folder(out) / _FINISHED, b"")
+    for root in _folders(out):
+        write_bytes_atomic(root / _FINISHED, b"")
 
 
 def remove_finished(out: Path) -> None:
     """Remove what a run has left that was killed when its output had taken its name."""
-    root = calibration_folder(out)
-    with suppress(OSError):
-        names = {path.name for path in root.iterdir()} if root.is_dir() else {""}
-        marked = _FINISHED in names and not partial_folder(out).exists()
-        if (marked or names <= {LOCK_NAME}) and unused(root):
-            _remove(root)
+    for root in _folders(out):
+        with suppress(OSError):
+            names = {path.name for path in root.iterdir()}
+            marked = _FINISHED in names and not partial_folder(out).exists()
+            if (marked or names <= {LOCK_NAME}) and unused(root):
+                _remove(root)
+
+
+def _folders(out: Path) -> list[Path]:
+    """All folders of calibrations for `out` that are there."""
+    first = calibration_folder(out)
+    numbered = (calibration_folder(out, number) for number in count(1))
+    return [*filter(Path.is_dir, [first]), *takewhile(Path.is_dir, numbered)]
 
 
 def _open(

@@ -62,23 +62,17 @@ def measure(
             progress.stage("planning")
             plan = plan_measure(checkpoint, options, progress)
             found, experts, how = _run(plan, model, target, options, revision, progress)
-    unreached = _unreached(plan, found, experts, progress)
-    windows = plan.windows
-    importance = Importance(
-        values=found,
-        text=windows.name,
-        tokens=windows.ids.numel(),
-        window=options.window,
-        tokens_sha256=windows.sha256,
-        source=describe_source(checkpoint, model),
-    )
+            unreached = _unreached(plan, found, experts, progress)
+    windows, tokens = plan.windows, plan.windows.ids.numel()
+    source = describe_source(checkpoint, model)
+    importance = Importance(found, windows.name, tokens, options.window, windows.sha256, source)
     progress.stage("writing")
     size = write_importance(target, importance)
     return MeasureReport(
         out=str(target),
         model=model,
         text=windows.name,
-        tokens=windows.ids.numel(),
+        tokens=tokens,
         windows=len(windows.ids),
         window=options.window,
         how=how,

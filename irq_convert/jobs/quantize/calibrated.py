@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from irq_convert.jobs.calibration.loop import (
     collect,
     layer_files,
 )
-from irq_convert.jobs.calibration.options import SELF, CalibrationOptions
+from irq_convert.jobs.calibration.options import SELF, CalibrationOptions, Choice
 from irq_convert.jobs.calibration.sampled import sample_tokens
 from irq_convert.jobs.calibration.source import (
     check_context,
@@ -28,7 +28,7 @@ from irq_convert.jobs.calibration.source import (
     source_tokenizer,
 )
 from irq_convert.jobs.calibration.text import Windows, choose_windows, tokenize_source
-from irq_convert.jobs.calibration.workspace import calibration_folder, workspace
+from irq_convert.jobs.calibration.workspace import Workspace, calibration_folder, workspace
 from irq_convert.jobs.common.records import read_run, read_shard_record
 from irq_convert.jobs.common.torchrun import RunProcesses
 from irq_convert.jobs.quantize.job import quantize_identity
@@ -144,34 +144,67 @@ def calibrated_weights(
         return
     layers = calibration.layers
     if not processes.ranks.first:
-        record = json.loads(processes.take("calibrated"))
+        told = json.loads(processes.take("calibrated"))
+        record = told["record"]
         judgement = Judgement(**{each.name: record[each.name] for each in fields(Judgement)})
-        yield Fitted(_from_folder(calibration_folder(out), layers, judgement), record)
+        root = calibration_folder(out, told["number"])
+        yield Fitted(_from_folder(root, layers, judgement), record)
         return
-    assert calibration.windows is not None
     # The others wait, so their processors are free.
     threads = options.threads and options.threads * processes.ranks.beside
-    identity = quantize_identity(plan, model, options, calibration.describe())
-    with workspace(out, identity, layers, options.resume, progress) as work:
-        run = Calibration(
-            calibration.model,
-            {tensor.name: tensor.spec for tensor in plan.quantized if tensor.spec},
-            calibration.windows,
-            calibration.options,
-            layers,
-            work,
-            progress,
-            threads,
-        )
-        try:
-            found = run.run()
-        except NotLayered as error:
-            raise _refused(plan, str(error)) from error
-        record = _record(calibration, found)
-        processes.put("calibrated", json.dumps(record).encode())
-        for line in _remarks(found):
+    with ExitStack() as folders:
+        tried: list[Tried] = []
+        for number, choice in enumerate(calibration.options.choices):
+            of_data = calibration.describe() | {"calibration_choice": choice.to_dict()}
+            identity = quantize_identity(plan, model, options, of_data)
+            work = folders.enter_context(
+                workspace(out, identity, layers, options.resume, progress, number)
+            )
+            tried.append(
+                Tried(number, choice, _run(plan, calibration, choice, work, threads, progress))
+            )
+        best = min(tried, key=lambda each: each.found.judgement.kl)
+        record = _record(calibration, tried, best)
+        told = {"number": best.number, "record": record}
+        processes.put("calibrated", json.dumps(told).encode())
+        for line in _remarks(best.found):
             progress.note(line)
-        yield Fitted(found, record)
+        yield Fitted(best.found, record)
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A choice and what has come of it."""
+
+    number: int
+    choice: Choice
+    found: Calibrated
+
+
+def _run(
+    plan: QuantizePlan,
+    calibration: CalibrationPlan,
+    choice: Choice,
+    work: Workspace,
+    threads: int | None,
+    progress: Progress,
+) -> Calibrated:
+    assert calibration.windows is not None
+    specs = {tensor.name: tensor.spec for tensor in plan.quantized if tensor.spec}
+    run = Calibration(
+        calibration.model,
+        specs,
+        calibration.windows,
+        choice,
+        calibration.layers,
+        work,
+        progress,
+        threads,
+    )
+    try:
+        return run.run()
+    except NotLayered as error:
+        raise _refused(plan, str(error)) from error
 
 
 def _from_folder(root: Path, layers: tuple[LayerFile, ...], judgement: Judgement) -> Calibrated:
@@ -204,15 +237,22 @@ def _remarks(found: Calibrated) -> Iterator[str]:
         yield f"{len(found.unseen)} tensors were reached by no token and are quantized without data"
 
 
-def _record(calibration: CalibrationPlan, found: Calibrated) -> dict[str, Any]:
+def _record(calibration: CalibrationPlan, tried: Sequence[Tried], best: Tried) -> dict[str, Any]:
     """The manifest's `calibration`."""
     assert calibration.windows is not None
-    options = calibration.options.to_dict()
+    found = best.found
+    others = [
+        {"alpha": each.choice.alpha, "damping": each.choice.damping, "kl": each.found.judgement.kl}
+        for each in tried
+    ]
+    choice = {key: value for key, value in best.choice.to_dict().items() if key != "sweep"}
     return {
         **calibration.windows.describe(),
-        **{name: options[name] for name in ("seed", "alpha", "ridge", "damping", "rounds")},
+        "seed": calibration.options.seed,
+        **choice,
         **found.judgement.to_dict(),
         "kept": "calibrated" if found.judgement.better else "plain",
         "few_tokens": sum(found.few.values()),
         "unseen": len(found.unseen),
+        **({"tried": others} if len(others) > 1 else {}),
     }

@@ -184,6 +184,19 @@ def test_the_better_one_is_kept(
     assert one == other
 
 
+def test_of_several_choices_the_best_is_kept(source: Path, text: Path, tmp_path: Path) -> None:
+    report = quantize(source, tmp_path / "out", calibrating(text, alpha=(0.0, 0.5, 1.0)))
+    record = report.calibration
+    assert record is not None
+    tried = {each["alpha"]: each["kl"] for each in record["tried"]}
+    assert list(tried) == [0.0, 0.5, 1.0]
+    assert tried[record["alpha"]] == record["kl"] == min(tried.values())
+    quantize(source, tmp_path / "alone", calibrating(text, alpha=record["alpha"]))
+    one, other = ((tmp_path / n / "model.safetensors").read_bytes() for n in ("out", "alone"))
+    assert one == other
+    assert not list(tmp_path.glob("*.calibration*"))
+
+
 def test_a_dry_run_says_what_it_costs(source: Path, text: Path, tmp_path: Path) -> None:
     before = listing(tmp_path)
     found = estimate_quantize(source, tmp_path / "out", calibrating(text))
@@ -283,7 +296,12 @@ def test_layer_zero_is_what_the_solver_gives_for_its_true_inputs(
     x = seen[0].reshape(-1, 96).double()
     weight = layer.weight.detach()
     wanted, _ = solve_matrix(
-        weight, weight, (x.T @ x).float(), QuantSpec("nf2", 16, "mse"), chosen.solver, threads=1
+        weight,
+        weight,
+        (x.T @ x).float(),
+        QuantSpec("nf2", 16, "mse"),
+        chosen.choices[0].solver,
+        threads=1,
     )
     loaded: Any = irq_convert.load(tmp_path / "out", dtype=torch.float32)
     found = loaded.model.layers[0].self_attn.q_proj.dequantize()

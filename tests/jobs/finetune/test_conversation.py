@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from irq_convert.errors import IrqError
+from irq_convert.jobs.common.rows import DataRow
 from irq_convert.jobs.finetune.data import load_data
 from irq_convert.jobs.finetune.encode import encode_script
 from irq_convert.jobs.finetune.prompts import script
-from irq_convert.jobs.common.rows import DataRow
 from tests.jobs.finetune.test_encode import learned
 
 TEMPLATE = """\

@@ -10,9 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from irq_convert.errors import IrqError
+from irq_convert.jobs.common.rows import DataRow
 from irq_convert.jobs.finetune.encode import IGNORED, Collator, Example, encode_script, padding_id
 from irq_convert.jobs.finetune.prompts import script
-from irq_convert.jobs.common.rows import DataRow
 
 TEMPLATE = (
     "<s>{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}"
