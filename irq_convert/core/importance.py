@@ -49,8 +49,8 @@ def column_shares(importance: np.ndarray, rows: int, block_size: int, name: str)
     padding = -cols % block_size
     blocks = np.pad(wide, ((0, 0), (0, padding))).reshape(matrices, -1, block_size)
     most = blocks.max(axis=2, keepdims=True)
-    # Scaled by a power of two first: the quotient of two denormal numbers may overflow.
-    unit = np.ldexp(1.0, -np.frexp(most)[1])
-    part = (blocks * unit) / np.where(most > 0, most * unit, 1.0)
+    # Scaled by a power of two first: of two denormal numbers the quotient has few digits.
+    exponent = -np.frexp(most)[1]
+    part = np.ldexp(blocks, exponent) / np.where(most > 0, np.ldexp(most, exponent), 1.0)
     whole = np.maximum(1, np.rint(part * MOST_SHARE)).astype(np.int32)
     return Shares(np.ascontiguousarray(whole.reshape(matrices, -1)[:, :cols]), rows)

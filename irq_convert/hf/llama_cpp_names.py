@@ -18,10 +18,13 @@ _ARCHITECTURES = {
     "deepseekv2": "deepseek2",
     "deepseekv3": "deepseek2",
     "ernie45moe": "ernie4_5-moe",
+    "glm": "chatglm",
+    "gptbigcode": "starcoder",
     "granitemoehybrid": "granitehybrid",
     "granitemoeshared": "granitemoe",
-    "minimax": "minimax-m2",
-    "ministral": "llama",
+    "hunyuanv1dense": "hunyuan-dense",
+    "hunyuanv1moe": "hunyuan-moe",
+    "ministral3": "mistral3",
     "mistral": "llama",
     "mixtral": "llama",
     "olmo3": "olmo2",
@@ -29,6 +32,8 @@ _ARCHITECTURES = {
     "qwen25vl": "qwen2vl",
 }
 """By `model_type` without marks, where llama.cpp has another name."""
+_COLUMNS_MOVE = ("plamo",)
+"""Architectures whose converter moves columns of attention, too."""
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 _FUSED = {
@@ -75,7 +80,7 @@ class LlamaCppNames:
         kind = _model_type(config)
         plain = _plain(kind).removesuffix("text")
         arch = known.get(_plain(_ARCHITECTURES.get(plain, plain)))
-        if arch is None:
+        if arch is None or plain.startswith(_COLUMNS_MOVE):
             raise UsageError(
                 f"llama.cpp's names for a model of type {kind!r} are not known: use "
                 "`irq-convert measure`, which reads the model itself"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import sys
 import tempfile
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from irq_convert.artifact.imatrix import read_imatrix
-from irq_convert.errors import IrqError
+from irq_convert.errors import IrqError, UsageError
 from tests.folders import assert_one_line
 
 from .imatrix_files import write_gguf, write_list
@@ -98,6 +99,15 @@ def test_what_is_none(tmp_path: Path, data: bytes, says: str) -> None:
 def test_a_model_in_gguf_is_no_imatrix(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "i.gguf", MEANS, kind="model")
     with pytest.raises(IrqError, match="a GGUF file of type 'model', no imatrix"):
+        read_imatrix(path)
+
+
+def test_the_newer_form_without_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_gguf(tmp_path / "i.gguf", MEANS)
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(UsageError, match=r"pip install 'irq-convert\[gguf\]'"):
         read_imatrix(path)
 
 

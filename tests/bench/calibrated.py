@@ -2,7 +2,7 @@
 
     python tests/bench/calibrated.py MODEL --text C4 --judge OTHER --judge MORE --codebooks int3,nf3
     python tests/bench/calibrated.py MODEL --text C4 --judge OTHER --codebooks int3 --ablation
-    python tests/bench/calibrated.py MODEL --text C4 --judge OTHER --codebooks int3 --tokens 4096,8192
+    python tests/bench/calibrated.py MODEL --text C4 --judge OTHER --codebooks int3 --tokens 4096,9
 
 Every row quantizes MODEL in blocks of 64 and measures it beside the dense model on the same
 windows; seconds are of quantizing alone. The ablation adds one piece of the loop after the other.

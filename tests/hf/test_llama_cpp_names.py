@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import gguf
@@ -62,10 +63,16 @@ def test_a_text_model_inside() -> None:
     assert found.names[0] == "blk.0.ffn_up.weight"
 
 
-@pytest.mark.parametrize("config", [None, {}, {"model_type": "of my own"}])
+@pytest.mark.parametrize("config", [None, {}, {"model_type": "of my own"}, {"model_type": "plamo"}])
 def test_an_architecture_that_is_not_known(config: dict | None) -> None:
     with pytest.raises(UsageError, match="are not known: use `irq-convert measure`"):
         LlamaCppNames(config, ["a.0.weight"])
+
+
+def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(UsageError, match=r"pip install 'irq-convert\[gguf\]'"):
+        LlamaCppNames({"model_type": "llama"}, [])
 
 
 @pytest.mark.slow

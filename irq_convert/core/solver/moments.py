@@ -1,9 +1,9 @@
 """Second moments of a layer's inputs, and what the solver needs of them.
 
-`H = sum x^ x^T` over the inputs x^ of the quantized model, `C = sum (x - x^) x^T`, where x are
-those of the source. In exact algebra
+`H = sum z z^T` over the inputs z of the quantized model, `C = sum (x - z) z^T`, where x are those
+of the source. In exact algebra, with lambda 0,
 
-    || X W^T - X^ Q^T ||^2 = || X^ (W* - Q)^T ||^2 + const,    W* = W + W C (H + lambda I)^-1,
+    || X W^T - Z Q^T ||^2 = || Z (W* - Q)^T ||^2 + const,    W* = W + W C (H + lambda I)^-1,
 
 so correcting for the layers before is quantizing W* against H (the one formula behind GPTAQ, QEP,
 Qronos and their kind).
@@ -11,7 +11,10 @@ Qronos and their kind).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -35,18 +38,50 @@ class Factor:
     damping: float
 
 
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Products of float32 matrices are in float32 all through, not in TF32 as a GPU may.
+
+    torch keeps two sets of names for that, and refuses to read the older one where it contradicts
+    the other; both say the same within, and what they said before after it.
+    """
+    backends: tuple[Any, ...] = (
+        torch.backends.cuda.matmul,
+        getattr(torch.backends.mkldnn, "matmul", None),
+    )
+    newer = [each for each in backends if hasattr(each, "fp32_precision")]  # from torch 2.9 on
+    before = [each.fp32_precision for each in newer]
+    older = None
+    with suppress(RuntimeError):
+        older = torch.get_float32_matmul_precision()
+    try:
+        if older is not None:
+            torch.set_float32_matmul_precision("highest")
+        for each in newer:
+            each.fp32_precision = "ieee"
+        yield
+    finally:
+        if older is not None:
+            torch.set_float32_matmul_precision(older)
+        for each, precision in zip(newer, before, strict=True):
+            each.fp32_precision = precision
+
+
 def damped(moments: torch.Tensor, damping: float) -> torch.Tensor:
     """`moments` float32 `[cols, cols]` with `damping` times the mean diagonal on it, as a copy.
 
     Columns that never saw an input get the mean, so that they keep to their weights.
     """
     found = moments.clone()
-    diagonal = found.diagonal()
+    _damp(found.diagonal(), damping)
+    return found
+
+
+def _damp(diagonal: torch.Tensor, damping: float) -> None:
     mean = float(diagonal.double().mean())
     dead = diagonal <= 0
     diagonal += damping * mean if mean > 0 else 1.0
     diagonal[dead] = mean if mean > 0 else 1.0
-    return found
 
 
 def factorize(moments: torch.Tensor, damping: float, name: str) -> Factor:
@@ -61,15 +96,14 @@ def factorize(moments: torch.Tensor, damping: float, name: str) -> Factor:
     backwards = order.flip(0)
     wide = torch.float64 if len(order) < WIDE else torch.float32
     for _ in range(_TRIES):
-        flipped = damped(moments, damping)[backwards][:, backwards].to(wide)
-        lower, failed = torch.linalg.cholesky_ex(flipped)
+        flipped = moments.index_select(0, backwards).index_select(1, backwards)
+        _damp(flipped.diagonal(), damping)
+        lower, failed = torch.linalg.cholesky_ex(flipped.to(wide))
         del flipped
         if not bool(failed):
             # H = (J L J) (J L J)^T with J the reversal: its factor is upper in the sweep's order.
-            upper = lower.flip(0, 1)
-            del lower
-            feedback = upper.div_(upper.diagonal().clone()).T.contiguous().float()
-            return Factor(order, feedback, damping)
+            lower /= lower.diagonal().clone()
+            return Factor(order, lower.T.flip(0, 1).float().contiguous(), damping)
         damping *= 2
     raise IrqError(f"{name}: the second moments of its inputs cannot be factored")
 
@@ -85,5 +119,6 @@ def corrected(
     lower, failed = torch.linalg.cholesky_ex(damped(moments, ridge).to(wide))
     if bool(failed):
         return weight
-    pulled = (weight @ cross).to(wide)
+    with full_precision():
+        pulled = (weight @ cross).to(wide)
     return weight + alpha * torch.cholesky_solve(pulled.T, lower).T.float()

@@ -5,16 +5,20 @@
 2. The sweep: codes column by column against H, for the target W*.
 3. Rounds of refitting scale and tau on their grids, and of coordinate descent over the codes.
 
-What is stored is what was optimized: nothing is rounded afterwards.
+What is stored is what was optimized: nothing is rounded afterwards. All of it happens on the device
+of the weights, by the backend that the search takes there.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 
+from irq_convert.core.backends import resolve_backend
 from irq_convert.core.blocks import GROUP_SIZE
 from irq_convert.core.importance import Shares, column_shares
 from irq_convert.core.kernels.descend import descend_rows
@@ -25,6 +29,7 @@ from irq_convert.core.quantize import quantize_with_stats
 from irq_convert.core.quantized import QuantizedTensor
 from irq_convert.core.scales import expand_statistic
 from irq_convert.core.search_plan import entropy_table
+from irq_convert.core.solver import portable
 from irq_convert.core.solver.moments import Factor, damped, factorize
 from irq_convert.core.solver.options import SolverOptions
 from irq_convert.core.spec import QuantSpec
@@ -46,21 +51,29 @@ class MatrixSolver:
         *,
         threads: int | None = None,
         name: str = "weight",
+        backend: str = "auto",
     ) -> None:
         """Find scale and tau of `weight`, float32 `[rows, cols]`; `shares` weigh its columns.
 
-        Raises `IrqError` naming the tensor for weights that are not finite.
+        `backend` is that of `quantize_tensor`. Raises `IrqError` naming the tensor for weights
+        that are not finite.
         """
-        self._weight, self._spec, self._threads, self._name = weight, spec, threads, name
+        self._weight, self._spec, self._threads = weight, spec, threads
+        self._backend = resolve_backend(backend, weight.device)
         self._found, self._stats = quantize_with_stats(
-            weight, spec, shares=shares, threads=threads, name=name
+            weight, spec, shares=shares, backend=self._backend, threads=threads, name=name
         )
         found = self._found
-        self._scale = expand_statistic(found.scale, found.scale_grid).contiguous().numpy()
-        self._tau = expand_statistic(found.tau, found.tau_grid).contiguous().numpy()
-        self._codes = unpack_codes(found.codes, spec.bits, found.cols).numpy()
-        self._levels, self._mids = spec.book.level_array(), spec.book.midpoint_array()
-        self._grids, self._zeros = _grids(found), _zero_points(found, spec)
+        self._scale = expand_statistic(found.scale, found.scale_grid).contiguous()
+        # A copy: integer zero points have their tau in float32, as it is.
+        self._tau = expand_statistic(found.tau, found.tau_grid).clone()
+        self._codes = unpack_codes(found.codes, spec.bits, found.cols)
+        self._book = portable.Book(
+            spec.block_size,
+            torch.from_numpy(spec.book.level_array()).to(weight.device),
+            torch.from_numpy(spec.book.midpoint_array()).to(weight.device),
+        )
+        self._grids, self._zeros = _grids(found), _zero_points(found, spec, self._book.levels)
 
     def solve(
         self,
@@ -74,10 +87,27 @@ class MatrixSolver:
 
         `moments`: H, float32 `[cols, cols]`, symmetric; `factor` is what `factorize` made of it.
         """
+        device = self._weight.device
+        target, moments = target.to(device).contiguous(), moments.to(device)
+        factor = replace(factor, order=factor.order.to(device), feedback=factor.feedback.to(device))
         rows = slice(start, start + len(target))
-        scale, tau, codes = self._scale[rows], self._tau[rows], self._codes[rows]
-        book = (self._spec.block_size, self._levels, self._mids, len(self._mids))
-        wanted = target.contiguous().numpy()
+        if self._backend == "numba":
+            self._solve_numba(rows, target, moments, factor, options)
+        else:
+            self._solve_device(rows, target, moments, factor, options)
+
+    def _solve_numba(
+        self,
+        rows: slice,
+        target: torch.Tensor,
+        moments: torch.Tensor,
+        factor: Factor,
+        options: SolverOptions,
+    ) -> None:
+        scale, tau, codes = (p[rows].numpy() for p in (self._scale, self._tau, self._codes))
+        levels, mids = self._book.levels.numpy(), self._book.mids.numpy()
+        book = (self._spec.block_size, levels, mids, len(mids))
+        wanted = target.numpy()
         with numba_threads(self._threads):
             if options.sweep:
                 order, feedback = factor.order.numpy(), factor.feedback.numpy()
@@ -86,17 +116,32 @@ class MatrixSolver:
                 against = damped(moments, factor.damping)
                 descend_rows(
                     wanted, against.numpy(), (1.0 / against.diagonal()).numpy(), *book,
-                    options.rounds, self._grids[rows], self._zeros[rows], scale, tau, codes,
-                    np.empty((len(codes), 2), np.float32),
+                    options.rounds, self._grids[rows].numpy(), self._zeros[rows].numpy(), scale,
+                    tau, codes, np.empty((len(codes), 2), np.float32),
                 )  # fmt: skip
+
+    def _solve_device(
+        self,
+        rows: slice,
+        target: torch.Tensor,
+        moments: torch.Tensor,
+        factor: Factor,
+        options: SolverOptions,
+    ) -> None:
+        scale, tau, codes = self._scale[rows], self._tau[rows], self._codes[rows]
+        sweep, descend = _panels(self._backend)
+        if options.sweep:
+            portable.sweep_rows(target, scale, tau, factor, self._book, codes, sweep)
+        if options.rounds:
+            portable.descend_rows(
+                target, damped(moments, factor.damping), self._book, options.rounds,
+                self._grids[rows], self._zeros[rows], scale, tau, codes, descend,
+            )  # fmt: skip
 
     def result(self) -> tuple[QuantizedTensor, TensorStats]:
         """What is stored, with its entropy and its error as a copy of the weights."""
-        codes = torch.from_numpy(self._codes)
-        stored = _store(self._found, self._spec, self._scale, self._tau, codes)
-        stats = _restate(
-            self._stats, self._weight, self._codes, self._scale, self._tau, self._levels
-        )
+        stored = _store(self._found, self._spec, self._scale, self._tau, self._codes)
+        stats = _restate(self._stats, self._weight, self._codes, self._scale, self._tau, self._book)
         return stored, stats
 
 
@@ -109,98 +154,110 @@ def solve_matrix(
     *,
     threads: int | None = None,
     name: str = "weight",
+    backend: str = "auto",
 ) -> tuple[QuantizedTensor, TensorStats]:
     """Quantize `target`, float32 `[rows, cols]`, for inputs with second moments `moments`.
 
     `weight` are the original weights, of which scale and tau are found; statistics speak of them.
-    `moments`: H, float32 `[cols, cols]`, symmetric. Raises `IrqError` naming the tensor for
-    weights or moments that are not finite.
+    `moments`: H, float32 `[cols, cols]`, symmetric. All lie on one device. Raises `IrqError`
+    naming the tensor for weights or moments that are not finite.
     """
     options = options or SolverOptions()
-    diagonal = moments.diagonal().double().numpy()
+    diagonal = moments.diagonal().double().cpu().numpy()
     shares = column_shares(diagonal, len(weight), spec.block_size, name)
-    solver = MatrixSolver(weight, spec, shares, threads=threads, name=name)
+    solver = MatrixSolver(weight, spec, shares, threads=threads, name=name, backend=backend)
     solver.solve(0, target, moments, factorize(moments, options.damping, name), options)
     return solver.result()
 
 
-def _grids(found: QuantizedTensor) -> np.ndarray:
+def _panels(backend: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """What sweeps a panel of columns, and what descends in a block."""
+    if backend == "triton":
+        from irq_convert.core.triton.descend import descend_panel_triton
+        from irq_convert.core.triton.sweep import sweep_panel_triton
+
+        return sweep_panel_triton, descend_panel_triton
+    return portable.sweep_panel, portable.descend_panel
+
+
+def _grids(found: QuantizedTensor) -> torch.Tensor:
     """Step, offset and 1 / step of scale and of tau for each block, `[rows, blocks, 6]`."""
     grid_of_scale, grid_of_tau = found.scale_grid, found.tau_grid
     assert grid_of_scale is not None
     columns = []
     for grid in (grid_of_scale, grid_of_scale if grid_of_tau is None else grid_of_tau):
         step, offset = grid[:, 0], grid[:, 1]
-        inverse = torch.where(step > 0, 1.0 / step, torch.zeros_like(step))
+        # One over a tensor of ones: a GPU may divide by other means where a number is given.
+        inverse = torch.where(step > 0, torch.ones_like(step) / step, torch.zeros_like(step))
         columns += [step, offset, inverse]
     by_group = torch.stack(columns, 1)
     by_block = by_group.repeat_interleave(GROUP_SIZE, 0)[: found.scale.numel()]
-    return by_block.view(*found.scale.shape, 6).contiguous().numpy()
+    return by_block.view(*found.scale.shape, 6).contiguous()
 
 
-def _zero_points(found: QuantizedTensor, spec: QuantSpec) -> np.ndarray:
+def _zero_points(found: QuantizedTensor, spec: QuantSpec, levels: torch.Tensor) -> torch.Tensor:
     """The code whose level ties tau to the scale, for each block; -1 where tau is free."""
-    shape = tuple(found.scale.shape)
     if spec.zero_point != ZeroPoint.INTEGER:
-        return np.full(shape, -1, np.int32)
+        return torch.full(found.scale.shape, -1, dtype=torch.int32, device=levels.device)
     scale = expand_statistic(found.scale, found.scale_grid)
-    levels = torch.from_numpy(spec.book.level_array())
     products = 0.0 - levels * scale[..., None]
     hit = products == found.tau[..., None]
-    return hit.to(torch.uint8).argmax(-1).to(torch.int32).numpy()
+    return hit.to(torch.uint8).argmax(-1).to(torch.int32)
 
 
 def _store(
-    found: QuantizedTensor, spec: QuantSpec, scale: np.ndarray, tau: np.ndarray, codes: torch.Tensor
+    found: QuantizedTensor,
+    spec: QuantSpec,
+    scale: torch.Tensor,
+    tau: torch.Tensor,
+    codes: torch.Tensor,
 ) -> QuantizedTensor:
     """`found` with other values on the same grids, which hold them exactly."""
 
-    def encoded(values: np.ndarray, grid: torch.Tensor) -> torch.Tensor:
-        each = grid.repeat_interleave(GROUP_SIZE, 0)[: values.size]
+    def encoded(values: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
+        each = grid.repeat_interleave(GROUP_SIZE, 0)[: values.numel()]
         step, offset = each[:, 0].double(), each[:, 1].double()
-        flat = torch.from_numpy(values).reshape(-1).double()
         safe = torch.where(step > 0, step, torch.ones_like(step))
-        code = torch.round(flat / safe - offset)
+        code = torch.round(values.reshape(-1).double() / safe - offset)
         return torch.where(step > 0, code, 0.0).to(torch.uint8).view(values.shape)
 
     assert found.scale_grid is not None
-    free = found.tau_grid is not None
     return replace(
         found,
         codes=pack_codes(codes, spec.bits),
         scale=encoded(scale, found.scale_grid),
-        tau=encoded(tau, found.tau_grid)
-        if found.tau_grid is not None and free
-        else (torch.from_numpy(tau)),
+        tau=tau if found.tau_grid is None else encoded(tau, found.tau_grid),
     )
 
 
 def _restate(
     stats: TensorStats,
     weight: torch.Tensor,
-    codes: np.ndarray,
-    scale: np.ndarray,
-    tau: np.ndarray,
-    levels: np.ndarray,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    tau: torch.Tensor,
+    book: portable.Book,
 ) -> TensorStats:
     """`stats` of the search, with entropy and error of what is stored in its place."""
     shape = stats.shape
     padding = shape.blocks_per_row * shape.block_size - shape.cols
-    table, total = entropy_table(shape.block_size), 0
-    blocks = np.pad(codes, ((0, 0), (0, padding)), constant_values=255)
-    blocks = blocks.reshape(shape.blocks, shape.block_size)
-    for code in range(len(levels)):
-        total += int(table[(blocks == code).sum(1)].sum(dtype=np.int64))
-    error = np.empty(shape.blocks, np.float64)
-    dense = np.pad(weight.numpy(), ((0, 0), (0, padding))).reshape(blocks.shape)
+    table = torch.from_numpy(entropy_table(shape.block_size)).to(codes.device)
+    outside = len(book.levels)
+    blocks = torch.nn.functional.pad(codes, (0, padding), value=outside).view(shape.blocks, -1)
+    dense = torch.nn.functional.pad(weight, (0, padding)).view(blocks.shape)
+    pairs = scale.reshape(-1, 1), tau.reshape(-1, 1)
+    error = torch.empty(shape.blocks, dtype=torch.float64, device=codes.device)
+    total = torch.zeros((), dtype=torch.int64, device=codes.device)
     step = GROUP_SIZE * 16
     for at in range(0, shape.blocks, step):
         part = slice(at, at + step)
-        value = levels[np.minimum(blocks[part], len(levels) - 1)]
-        value = value * scale.reshape(-1, 1)[part] + tau.reshape(-1, 1)[part]
-        wrong = np.where(blocks[part] == 255, 0.0, value.astype(np.float64) - dense[part])
+        for code in range(outside):
+            total += table[(blocks[part] == code).sum(1)].sum()
+        inside = blocks[part] < outside
+        value = book.values(blocks[part].clamp_max(outside - 1), *(p[part] for p in pairs))
+        wrong = torch.where(inside, value.double() - dense[part], 0.0)
         error[part] = (wrong * wrong).sum(1)
     energies = stats.energies.copy()
     starts = np.arange(0, shape.blocks, GROUP_SIZE)
-    energies[:, 1] = np.add.reduceat(error, starts)
-    return TensorStats(shape, stats.plain, total, energies)
+    energies[:, 1] = np.add.reduceat(error.cpu().numpy(), starts)
+    return TensorStats(shape, stats.plain, int(total), energies)

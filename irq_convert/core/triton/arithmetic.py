@@ -77,6 +77,14 @@ def negative_product(level, scale):
 
 
 @triton.jit
+def block_factor(lo, hi, BITS: tl.constexpr):
+    """The power of two that takes weights from `lo` to `hi` to `BITS` bits of fixed point."""
+    top = tl.maximum(tl.abs(lo), tl.abs(hi))
+    exponent = tl.maximum(top.to(tl.int32, bitcast=True) >> 23, 27) - 126
+    return ((BITS - exponent + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def count_below(keys, base, edge, B: tl.constexpr):
     """How many of the `B` sorted keys at `keys + base` lie below `edge`, int32 of its shape."""
     found = tl.zeros(edge.shape, tl.int32)

@@ -46,11 +46,14 @@ class Constants:
     level_fixed: torch.Tensor
     table: torch.Tensor
     n_levels: int
+    level_bits: int
 
 
 @functools.cache
-def constants(codebook: str, block_size: int, device: torch.device) -> Constants:
-    tables = make_tables(codebook, block_size)
+def constants(
+    codebook: str, block_size: int, device: torch.device, weighted: bool = False
+) -> Constants:
+    tables = make_tables(codebook, block_size, weighted)
 
     def moved(part: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(part.copy()).to(device)
@@ -61,13 +64,16 @@ def constants(codebook: str, block_size: int, device: torch.device) -> Constants
         level_fixed=moved(tables.level_fixed),
         table=moved(tables.entropy),
         n_levels=tables.n_levels,
+        level_bits=tables.level_bits,
     )
 
 
 @functools.cache
-def _search(spec: QuantSpec, device: torch.device) -> tuple[Plan, torch.Tensor]:
+def _search(
+    spec: QuantSpec, device: torch.device, weighted: bool = False
+) -> tuple[Plan, torch.Tensor]:
     """The plan, and its numbers on the device: radius, floor and shrink factors."""
-    plan = plan_search(spec)
+    plan = plan_search(spec, weighted)
     numbers = np.concatenate([np.array([plan.radius, plan.floor], np.float32), plan.shrinks])
     return plan, torch.from_numpy(numbers).to(device)
 
@@ -75,12 +81,17 @@ def _search(spec: QuantSpec, device: torch.device) -> tuple[Plan, torch.Tensor]:
 class _Scratch:
     """Buffers of one chunk, used again for every chunk."""
 
-    def __init__(self, blocks: int, block_size: int, device: torch.device) -> None:
+    def __init__(
+        self, blocks: int, block_size: int, device: torch.device, weighted: bool = False
+    ) -> None:
         def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
             return torch.empty(shape, dtype=dtype, device=device)
 
         self.keys = empty(blocks, block_size, dtype=torch.float32)
         self.prefix = empty(blocks, block_size + 1, dtype=torch.int32)
+        # Sums of shares, and of keys that no share weighs: only a weighted search has them.
+        self.mass = torch.empty_like(self.prefix) if weighted else self.prefix
+        self.plain = torch.empty_like(self.prefix) if weighted else self.prefix
         self.profile = empty(PROFILE_ROWS, blocks, dtype=torch.float32)
         self.squares = empty(blocks, dtype=torch.int64)
         self.errors = empty(blocks, dtype=torch.int64)
@@ -101,9 +112,15 @@ class _Result:
     energies: torch.Tensor
 
 
-def quantize_triton(weight: torch.Tensor, shape: BlockShape, spec: QuantSpec) -> tuple:
+def quantize_triton(
+    weight: torch.Tensor,
+    shape: BlockShape,
+    spec: QuantSpec,
+    weighing: tuple[np.ndarray, np.ndarray] | None = None,
+) -> tuple:
     """Quantize `weight`, `[rows, cols]` of any float dtype; the parts as `core.quantize` wants.
 
+    `weighing`: shares of columns, int32 `[matrices, cols]`, and each row's matrix, int32 `[rows]`.
     Byte for byte what the CPU kernels give. The tensor has to be where `support.why_not` allows.
     """
     device = weight.device
@@ -116,7 +133,10 @@ def quantize_triton(weight: torch.Tensor, shape: BlockShape, spec: QuantSpec) ->
         torch.empty((shape.groups, 2), dtype=torch.float64, device=device),
     )
     step = min(shape.rows, shape.tile_rows(CHUNK_WEIGHTS))
-    scratch = _Scratch(shape.tile(step).blocks, shape.block_size, device)
+    shared = None
+    if weighing is not None:
+        shared = tuple(torch.from_numpy(part).to(device) for part in weighing)
+    scratch = _Scratch(shape.tile(step).blocks, shape.block_size, device, shared is not None)
     with on_device(device):
         for start in range(0, shape.rows, step):
             rows = weight[start : start + step]
@@ -130,7 +150,8 @@ def quantize_triton(weight: torch.Tensor, shape: BlockShape, spec: QuantSpec) ->
                 *(tensor[blocks] for tensor in (out.scale, out.tau)),
                 *(tensor[groups] for tensor in (out.grids, out.counts, out.energies)),
             )
-            _quantize_chunk(rows.contiguous(), shape.tile(rows.shape[0]), spec, scratch, part)
+            own = None if shared is None else (shared[0], shared[1][start:stop])
+            _quantize_chunk(rows.contiguous(), shape.tile(rows.shape[0]), spec, own, scratch, part)
     return (
         out.packed,
         out.scale,
@@ -164,19 +185,25 @@ def together(items: int, each: int, most: int) -> int:
 
 
 def _quantize_chunk(
-    rows: torch.Tensor, shape: BlockShape, spec: QuantSpec, work: _Scratch, out: _Result
+    rows: torch.Tensor,
+    shape: BlockShape,
+    spec: QuantSpec,
+    shared: tuple[torch.Tensor, torch.Tensor] | None,
+    work: _Scratch,
+    out: _Result,
 ) -> None:
-    known = constants(spec.codebook, spec.block_size, rows.device)
-    plan, settings = _search(spec, rows.device)
+    weighted = shared is not None
+    known = constants(spec.codebook, spec.block_size, rows.device, weighted)
+    plan, settings = _search(spec, rows.device, weighted)
     where = (shape.cols, shape.blocks_per_row, shape.blocks)
-    book = {"N_LEVELS": known.n_levels, "B": spec.block_size, **LAUNCH}
-    tables = (known.mids, known.levels, known.table)
-    keys = (work.keys, work.prefix, work.profile)
+    keys = (work.keys, work.prefix, work.mass)
     sorted_blocks = together(shape.blocks, spec.block_size, TILE)
     prepare.prepare[spread(shape.blocks, sorted_blocks)](
-        rows, settings, known.levels, *keys, work.squares, work.bad, *where,
-        PATH=plan.path, UNIFORM=plan.uniform, FIXED_BITS=plan.fixed_bits, TOP=known.n_levels - 1,
-        B=spec.block_size, NB=sorted_blocks, **LAUNCH,
+        rows, *(shared or (work.bad, work.bad)), settings, known.levels, *keys, work.plain,
+        work.profile, work.squares, work.bad, *where,
+        PATH=plan.path, UNIFORM=plan.uniform, WEIGHTED=weighted, FIXED_BITS=plan.fixed_bits,
+        PLAIN_BITS=plan.plain_bits, TOP=known.n_levels - 1, B=spec.block_size, NB=sorted_blocks,
+        **LAUNCH,
     )  # fmt: skip
     at_once = together(shape.groups, GROUP_SIZE, GROUP_SIZE)
     grids.fit_groups[spread(shape.groups, at_once)](
@@ -184,17 +211,9 @@ def _quantize_chunk(
         PATH=plan.path, UNIFORM=plan.uniform, NG=at_once, **LAUNCH,
     )  # fmt: skip
     settled = (work.tau, work.scale, out.tau, out.scale, work.errors)
-    _search_chunk(spec, plan, settings, known, (*keys, out.grids), settled, where)
-    lanes = together(shape.blocks, 1, LANES)
-    totals.measure[spread(shape.blocks, lanes)](
-        *keys, work.tau, work.scale, work.errors, work.squares, *tables, work.sums, work.energies,
-        *where, UNIFORM=plan.uniform, NB=lanes, **book,
-    )  # fmt: skip
-    added = together(shape.groups, 1, GROUPS)
-    totals.add_up[spread(shape.groups, added)](
-        work.sums, work.energies, work.bad, out.counts, out.energies, shape.blocks, shape.groups,
-        NG=added, num_warps=1, **LAUNCH,
-    )  # fmt: skip
+    seen = (*keys, work.profile, out.grids)
+    _search_chunk(spec, plan, settings, known, seen, settled, where)
+    _measure_chunk(shape, plan, known, work, out)
     octets_per_row = -(-shape.cols // 8)
     at_once = together(shape.rows * octets_per_row, 1, OCTETS)
     emit.emit[spread(shape.rows * octets_per_row, at_once)](
@@ -214,7 +233,12 @@ def _search_chunk(
     where: tuple[int, int, int],
 ) -> None:
     """Search every block, then refine: `seen` is read, `settled` written."""
-    book = {"N_LEVELS": known.n_levels, "B": spec.block_size, **LAUNCH}
+    book = {
+        "WEIGHTED": plan.weighted,
+        "N_LEVELS": known.n_levels,
+        "B": spec.block_size,
+        **LAUNCH,
+    }
     trials = len(plan.shrinks)
     if plan.path == INTEGER:
         trials = 3 if plan.radius > 0 else 1
@@ -230,5 +254,24 @@ def _search_chunk(
         lanes = together(where[2], 1, LANES)
         kernel[spread(where[2], lanes)](
             *seen, known.mids, known.levels, known.level_fixed, known.table, *settled, *where,
-            plan.rounds, NB=lanes, **book,
+            plan.rounds, LEVEL_UNIT=float(1 << known.level_bits), NB=lanes, **book,
         )  # fmt: skip
+
+
+def _measure_chunk(
+    shape: BlockShape, plan: Plan, known: Constants, work: _Scratch, out: _Result
+) -> None:
+    """Entropies and energies of what was settled, added up by group."""
+    lanes = together(shape.blocks, 1, LANES)
+    totals.measure[spread(shape.blocks, lanes)](
+        work.keys, work.plain, work.profile, work.tau, work.scale, work.errors, work.squares,
+        known.mids, known.levels, known.table, work.sums, work.energies,
+        shape.cols, shape.blocks_per_row, shape.blocks,
+        UNIFORM=plan.uniform, WEIGHTED=plan.weighted, PLAIN_BITS=plan.plain_bits,
+        N_LEVELS=known.n_levels, B=shape.block_size, NB=lanes, **LAUNCH,
+    )  # fmt: skip
+    added = together(shape.groups, 1, GROUPS)
+    totals.add_up[spread(shape.groups, added)](
+        work.sums, work.energies, work.bad, out.counts, out.energies, shape.blocks, shape.groups,
+        NG=added, num_warps=1, **LAUNCH,
+    )  # fmt: skip

@@ -111,10 +111,10 @@ def candidate(
 
 @triton.jit
 def _best_on_path(
-    keys, prefix, mids, levels, table, b, n, factor, lo, hi, center, half, neutral, flat,
+    keys, prefix, mass, mids, levels, table, b, n, factor, lo, hi, center, half, neutral, flat,
     tau_step, tau_offset, tau_inverse, scale_step, scale_offset, scale_inverse,
     first, stride, size, shrink, z,
-    PATH: tl.constexpr, OBJECTIVE: tl.constexpr, UNIFORM: tl.constexpr,
+    PATH: tl.constexpr, OBJECTIVE: tl.constexpr, UNIFORM: tl.constexpr, WEIGHTED: tl.constexpr,
     N_LEVELS: tl.constexpr, B: tl.constexpr, NB: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """`(entropy sum, error, code)` of each block's winner, `[NB, 1]`; `C` candidates a step."""
@@ -132,8 +132,9 @@ def _best_on_path(
             scale_step, scale_offset, scale_inverse, shrink, z, levels, PATH, UNIFORM,
         )  # fmt: skip
         total, error = score(
-            keys, prefix, mids, levels, table, b, n, tau, scale, factor, N_LEVELS, B
-        )
+            keys, prefix, mass, mids, levels, table, b, n, tau, scale, factor, WEIGHTED, N_LEVELS,
+            B,
+        )  # fmt: skip
         if OBJECTIVE == ERROR:
             total = tl.zeros_like(total)
         away = tl.abs(tau - center)
@@ -161,9 +162,9 @@ def _best_on_path(
     do_not_specialize=["cols", "per_row", "blocks"], do_not_specialize_on_alignment=["grids"]
 )
 def search(
-    keys, prefix, profile, grids, settings, mids, levels, table,
+    keys, prefix, mass, profile, grids, settings, mids, levels, table,
     tau_out, scale_out, tau_codes, scale_codes, errors, cols, per_row, blocks, trials,
-    PATH: tl.constexpr, OBJECTIVE: tl.constexpr, UNIFORM: tl.constexpr,
+    PATH: tl.constexpr, OBJECTIVE: tl.constexpr, UNIFORM: tl.constexpr, WEIGHTED: tl.constexpr,
     N_LEVELS: tl.constexpr, B: tl.constexpr, NB: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """Settle `NB` blocks: their pair (float32), its codes (uint8), its error (int64), `[blocks]`.
@@ -206,9 +207,9 @@ def search(
         else:
             shrink = tl.load(settings + 2 + trial)
         total, error, code = _best_on_path(
-            keys, prefix, mids, levels, table, b, n, factor, lo, hi, center, half, neutral, flat,
-            tau_step, tau_offset, tau_inverse, scale_step, scale_offset, scale_inverse,
-            first, stride, size, shrink, z, PATH, OBJECTIVE, UNIFORM, N_LEVELS, B, NB, C,
+            keys, prefix, mass, mids, levels, table, b, n, factor, lo, hi, center, half, neutral,
+            flat, tau_step, tau_offset, tau_inverse, scale_step, scale_offset, scale_inverse,
+            first, stride, size, shrink, z, PATH, OBJECTIVE, UNIFORM, WEIGHTED, N_LEVELS, B, NB, C,
         )  # fmt: skip
         lower = (total == best_total) & (error < best_error)
         better = usable & ((total < best_total) | lower)

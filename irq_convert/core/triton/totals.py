@@ -6,7 +6,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from irq_convert.core.triton.arithmetic import CENTER, FACTOR, GROUP, NEUTRAL
+from irq_convert.core.triton.arithmetic import (
+    CENTER,
+    FACTOR,
+    GROUP,
+    HI,
+    LO,
+    NEUTRAL,
+    block_factor,
+)
 from irq_convert.core.triton.score import score
 
 CHUNK = tl.constexpr(32)
@@ -16,30 +24,43 @@ CHUNK = tl.constexpr(32)
 def measure(
     keys, prefix, profile, tau, scale, errors, squares, mids, levels, table, sums, energies,
     cols, per_row, blocks,
-    UNIFORM: tl.constexpr, N_LEVELS: tl.constexpr, B: tl.constexpr, NB: tl.constexpr,
+    UNIFORM: tl.constexpr, WEIGHTED: tl.constexpr, PLAIN_BITS: tl.constexpr,
+    N_LEVELS: tl.constexpr, B: tl.constexpr, NB: tl.constexpr,
 ):  # fmt: skip
-    """Entropy sums int64 `[2, blocks]`, uncalibrated and stored; energies float64 `[2, blocks]`."""
+    """Entropy sums int64 `[2, blocks]`, uncalibrated and stored; energies float64 `[2, blocks]`.
+
+    No share weighs the energies: after a weighted search, `prefix` and `squares` are those of the
+    keys alone in `PLAIN_BITS` bits, and errors are measured anew.
+    """
     number = tl.program_id(0) * NB + tl.arange(0, NB)
     real = number < blocks
     b = tl.minimum(number, blocks - 1)
     n = tl.minimum(cols - b % per_row * B, B)
-    factor = tl.load(profile + FACTOR * blocks + b)
+    if WEIGHTED:
+        lo, hi = tl.load(profile + LO * blocks + b), tl.load(profile + HI * blocks + b)
+        factor = block_factor(lo, hi, PLAIN_BITS)
+    else:
+        factor = tl.load(profile + FACTOR * blocks + b)
     base = tl.zeros((NB,), tl.float32)
     if UNIFORM:
         base = tl.load(profile + CENTER * blocks + b)
     neutral = tl.load(profile + NEUTRAL * blocks + b)
-    plain, _ = score(keys, prefix, mids, levels, table, b, n, base, neutral, factor, N_LEVELS, B)
-    stored, _ = score(
-        keys, prefix, mids, levels, table, b, n, tl.load(tau + b), tl.load(scale + b), factor,
-        N_LEVELS, B,
+    plain, _ = score(
+        keys, prefix, prefix, mids, levels, table, b, n, base, neutral, factor, False, N_LEVELS, B
+    )
+    stored, error = score(
+        keys, prefix, prefix, mids, levels, table, b, n, tl.load(tau + b), tl.load(scale + b),
+        factor, False, N_LEVELS, B,
     )  # fmt: skip
+    if not WEIGHTED:
+        error = tl.load(errors + b)
     tl.store(sums + b, plain.to(tl.int64), mask=real)
     tl.store(sums + blocks + b, stored.to(tl.int64), mask=real)
     wide = factor.to(tl.float64)
     unit = 1.0 / (wide * wide)
     square = tl.load(squares + b)
     tl.store(energies + b, square.to(tl.float64) * unit, mask=real)
-    wrong = (tl.load(errors + b) + square).to(tl.float64) * unit
+    wrong = (error + square).to(tl.float64) * unit
     tl.store(energies + blocks + b, wrong, mask=real)
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from irq_convert.artifact.importance import Importance, read_importance, write_importance
 from irq_convert.artifact.manifest import fingerprint, read_manifest
@@ -26,11 +26,10 @@ from irq_convert.jobs.quantize.plan import plan_quantize
 from irq_convert.jobs.quantize.quantize import quantize
 from irq_convert.progress import Progress
 from tests.architectures.zoo import BY_NAME, write_checkpoint
-from tests.artifact.imatrix_files import write_gguf, write_list
 from tests.folders import listing, read_tensors
 from tests.formats import numpy_reader
 from tests.jobs.common.test_torchrun import finish, start
-from tests.tiny import LLAMA, llama_tensors, write_source
+from tests.tiny import write_source
 
 Values = dict[str, np.ndarray]
 
@@ -146,7 +145,7 @@ def test_the_manifest_says_it(tmp_path: Path, source: Path, file: Path) -> None:
     assert record == {
         "kind": "irq importance",
         "file": file.name,
-        "sha256": __import__("hashlib").sha256(file.read_bytes()).hexdigest(),
+        "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
         "text": "t.txt",
         "tokens": 64,
     }
@@ -256,103 +255,6 @@ def test_a_file_that_is_not_there(tmp_path: Path, source: Path) -> None:
     for path, says in ((tmp_path / "none", "no such file"), (source, "a folder, not a file")):
         with pytest.raises(UsageError, match=says):
             quantize(source, tmp_path / "out", importance=path)
-
-
-LLAMA_CPP = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-
-
-def llama_cpp_values(values: Mapping[str, np.ndarray]) -> Values:
-    """What llama.cpp would have for these, by its names."""
-    found = {}
-    for name, own in values.items():
-        _, _, layer, *rest = name.removesuffix(".weight").split(".")
-        found[f"blk.{layer}.{LLAMA_CPP['.'.join(rest)]}.weight"] = own[None]
-    return found
-
-
-@pytest.mark.parametrize("write", [write_list, write_gguf])
-def test_an_imatrix_gives_what_our_own_file_gives(
-    tmp_path: Path, source: Path, file: Path, write: Any
-) -> None:
-    values = read_importance(file).values
-    notes = Notes()
-    path = write(
-        tmp_path / "imatrix", llama_cpp_values(values) | {"output.weight": np.ones((1, 96))}
-    )
-    quantize(source, tmp_path / "own", importance=file)
-    quantize(source, tmp_path / "theirs", importance=path, progress=notes)
-    assert notes.lines == []
-    one, other = (listing(tmp_path / name) for name in ("own", "theirs"))
-    assert one["model.safetensors"] == other["model.safetensors"]
-    record = read_manifest(tmp_path / "theirs")["importance"]
-    assert (record["kind"], record["file"], record["text"]) == ("imatrix", "imatrix", "wiki.txt")
-    assert record["tokens"] == (None if write is write_list else 4096)
-
-
-@pytest.mark.parametrize("name", ["Mixtral", "Mixtral, fused"])
-@pytest.mark.parametrize("write", [write_list, write_gguf])
-def test_experts_of_an_imatrix(tmp_path: Path, name: str, write: Any) -> None:
-    source = write_checkpoint(BY_NAME[name], tmp_path / "source")
-    random = np.random.default_rng(0)
-    own: Values = {}
-    theirs: Values = {}
-    for layer in range(2):
-        top = f"model.layers.{layer}"
-        for module, called in list(LLAMA_CPP.items())[:4]:
-            own[f"{top}.{module}.weight"] = np.exp(random.normal(0, 3, 32))
-            theirs[f"blk.{layer}.{called}.weight"] = own[f"{top}.{module}.weight"][None]
-        up, down = (np.exp(random.normal(0, 3, (4, cols))) for cols in (32, 56))
-        for part, values in (("gate", up), ("up", up), ("down", down)):
-            theirs[f"blk.{layer}.ffn_{part}_exps.weight"] = values
-        if name == "Mixtral":
-            for part, values in (("w1", up), ("w3", up), ("w2", down)):
-                for expert in range(4):
-                    key = f"{top}.block_sparse_moe.experts.{expert}.{part}.weight"
-                    own[key] = values[expert]
-        else:
-            own[f"{top}.mlp.experts.gate_up_proj"] = up
-            own[f"{top}.mlp.experts.down_proj"] = down
-    told = {"model": "m", "revision": None}
-    told["tensors_sha256"] = fingerprint(open_checkpoint(source).tensors.values())
-    write_importance(tmp_path / "own.safetensors", Importance(own, "t", 1, 1, "", told))
-    write(tmp_path / "imatrix", theirs)
-    for file in ("own.safetensors", "imatrix"):
-        quantize(source, tmp_path / f"out-{file}", importance=tmp_path / file, block_size=16)
-    one, other = (listing(tmp_path / f"out-{file}") for file in ("own.safetensors", "imatrix"))
-    assert one["model.safetensors"] == other["model.safetensors"]
-
-
-def test_an_imatrix_of_another_model(tmp_path: Path, source: Path, file: Path) -> None:
-    values = llama_cpp_values(read_importance(file).values)
-    up = values.pop("blk.0.ffn_up.weight")
-    short = write_gguf(tmp_path / "short", {**values, "blk.0.ffn_gate.weight": up[:, :-1]})
-    with pytest.raises(UsageError, match=r"has importance 95 numbers as blk\.0\.ffn_gate"):
-        quantize(source, tmp_path / "out", importance=short)
-    values = {name: own for name, own in values.items() if "blk.1.attn_output" not in name}
-    less = write_list(tmp_path / "less", values | {"blk.7.attn_q.weight": up})
-    with pytest.raises(UsageError, match=r"lacks 1 of the 14 .* model\.layers\.1\.self_attn\.o_p"):
-        quantize(source, tmp_path / "out", importance=less)
-    notes = Notes()
-    estimate_quantize(
-        source, tmp_path / "out", importance=less, keep=("1.self_attn.o_proj",), progress=notes
-    )
-    assert notes.lines == [f"{less}: 1 names in it are not used, the first is blk.7.attn_q.weight"]
-
-
-def test_an_imatrix_for_a_model_without_names(tmp_path: Path, file: Path) -> None:
-    config = {**LLAMA, "architectures": ["OtherForCausalLM"], "model_type": "of my own"}
-    source = write_source(tmp_path / "other", llama_tensors(torch.float32), config)
-    path = write_list(tmp_path / "imatrix", {"blk.0.attn_q.weight": np.ones((1, 96))})
-    with pytest.raises(UsageError, match="a model of type 'of my own' are not known"):
-        quantize(source, tmp_path / "out", importance=path)
 
 
 def test_damage_is_said_before_the_source_is_opened(tmp_path: Path, file: Path) -> None:
