@@ -61,15 +61,6 @@ def stored_as(source: Mapping[str, Any]) -> str:
     return ", ".join(str(word) for word in told if word) or PLAIN
 
 
-def importance_in_words(record: Mapping[str, Any]) -> str:
-    """A manifest's `importance` in a line: which file, and what was read for it."""
-    tokens, text = record.get("tokens"), record.get("text")
-    seen = [f"{tokens:,} tokens" if isinstance(tokens, int) else "", f"of {text}" if text else ""]
-    told = " ".join(filter(None, seen))
-    name = f"{record.get('file')} ({record.get('kind')})"
-    return f"{name}: {told}" if told else name
-
-
 def describe_tensor(
     info: TensorInfo, codebook: str, block_size: int, stats: TensorStats
 ) -> dict[str, Any]:

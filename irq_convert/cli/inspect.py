@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from irq_convert.cli.calibration_show import calibration_rows
+from irq_convert.cli.calibration_show import calibration_rows, importance_rows
 
 if TYPE_CHECKING:
     from irq_convert.artifact.contents import Artifact
@@ -54,13 +54,12 @@ def inspect_command(
 
 
 def _print_head(artifact: Artifact) -> None:
-    from irq_convert.artifact.manifest import importance_in_words, stored_as
+    from irq_convert.artifact.manifest import stored_as
     from irq_convert.checkpoint.system import short_bytes
     from irq_convert.cli.console import facts
 
     manifest = artifact.manifest or {}
     source = manifest.get("source", {})
-    weighed = manifest.get("importance")
     default = artifact.config.default
     share = artifact.quantized_weights / max(1, artifact.weights)
     overrides = len(artifact.config.overrides)
@@ -71,7 +70,6 @@ def _print_head(artifact: Artifact) -> None:
         ("revision", str(source.get("revision") or "")),
         ("format", f"{default.codebook}, blocks of {default.block_size}"),
         ("", f"{overrides} modules differ" if overrides else ""),
-        ("importance", importance_in_words(weighed) if weighed else ""),
         ("statistics", f"scale {default.scale_dtype}, tau {default.tau_dtype}"),
         (
             "tensors",
@@ -81,6 +79,7 @@ def _print_head(artifact: Artifact) -> None:
         ("quantized", f"{share:.1%} of {artifact.weights:,} weights"),
         ("bits per weight", f"{artifact.bits_per_weight:.4f}"),
         *calibration_rows(manifest.get("calibration")),
+        *importance_rows(manifest.get("importance")),
     ]
     facts((label, value) for label, value in lines if value)
 

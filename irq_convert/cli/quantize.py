@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from irq_convert.cli.calibration_show import calibration_rows
+from irq_convert.cli.calibration_show import calibration_rows, importance_rows
 from irq_convert.cli.console import is_main_process, main_process_only
 from irq_convert.cli.push import print_push, push_result, push_target
 from irq_convert.cli.shared import (
@@ -88,7 +88,7 @@ def quantize_command(
         int, typer.Option(help="With --calibrate: tokens that are seen together.")
     ] = WINDOW,
     seed: Annotated[int, typer.Option(help="With --calibrate: chooses among windows.")] = 0,
-    alpha: Annotated[
+    correction: Annotated[
         list[float] | None,
         typer.Option(
             help="With --calibrate: how much of earlier layers' errors is corrected for; of "
@@ -164,7 +164,7 @@ def quantize_command(
             llama_version=llama_version,
             resume=resume,
             calibrate=_calibration(
-                calibrate, calibration_tokens, calibration_window, seed, alpha, damping
+                calibrate, calibration_tokens, calibration_window, seed, correction, damping
             ),
             importance=importance,
         )
@@ -181,7 +181,7 @@ def _calibration(
     tokens: int,
     window: int,
     seed: int,
-    alpha: list[float] | None,
+    correction: list[float] | None,
     damping: list[float] | None,
 ) -> CalibrationOptions | None:
     from irq_convert.jobs.calibration.options import CalibrationOptions
@@ -190,7 +190,9 @@ def _calibration(
         return None
     found = CalibrationOptions(text, tokens=tokens, window=window, seed=seed)
     return replace(
-        found, alpha=tuple(alpha or found.alpha), damping=tuple(damping or found.damping)
+        found,
+        correction=tuple(correction or found.correction),
+        damping=tuple(damping or found.damping),
     )
 
 
@@ -263,6 +265,7 @@ def _print_estimate(found: QuantizeEstimate) -> None:
             ("quantized", f"{found.share:.1%} of {found.weights:,} weights"),
             ("", f"({found.quantized_tensors} of {found.tensors} tensors, by {found.decided_by})"),
             ("bits per weight", f"{found.bits_per_weight:.4f}"),
+            *importance_rows(found.importance),
             ("time", f"about {seconds(found.seconds)} ({found.rate / 1e6:.0f} M weights/s here)"),
             *resume_rows(found.finished, found.shards),
             ("disk needed", f"{found.disk_needed:,} bytes ({short_bytes(found.disk_free)} {free})"),
@@ -293,12 +296,10 @@ def _fetch_rows(found: QuantizeEstimate) -> list[tuple[str, str]]:
 
 
 def _print_report(report: QuantizeReport, options: QuantizeOptions) -> None:
-    from irq_convert.artifact.manifest import importance_in_words
     from irq_convert.checkpoint.system import short_bytes
     from irq_convert.cli.console import facts, seconds
 
     before, after = report.entropy_plain, report.entropy
-    weighed = report.importance
     rows = [
         ("artifact", report.out),
         ("source format", report.source_format),
@@ -306,7 +307,7 @@ def _print_report(report: QuantizeReport, options: QuantizeOptions) -> None:
         ("quantized", f"{report.share:.1%} of {report.weights:,} weights, {options.spec.codebook}"),
         ("", f"(decided by {report.decided_by})"),
         ("bits per weight", f"{report.bits_per_weight:.4f}"),
-        *([("importance", importance_in_words(weighed))] if weighed else []),
+        *importance_rows(report.importance),
         ("entropy", f"{before:.4f} -> {after:.4f} bits a code, of {options.spec.bits}"),
         ("relative error", f"{report.relative_error:.5f} (squared, of the weights' energy)"),
         *calibration_rows(report.calibration),

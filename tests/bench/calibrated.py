@@ -33,13 +33,13 @@ from irq_convert.jobs.quantize.options import QuantizeOptions
 from irq_convert.jobs.quantize.quantize import quantize
 
 PIECES: dict[str, dict[str, Any]] = {
-    "weighed statistics": {"sweep": False, "rounds": 0, "alpha": 0.0},
-    "+ sweep": {"rounds": 0, "alpha": 0.0},
-    "+ refit and descent, 1 round": {"rounds": 1, "alpha": 0.0},
-    "+ 2 rounds": {"alpha": 0.0},
-    "+ correction, alpha 0.5": {},
-    "alpha 0.75": {"alpha": 0.75},
-    "alpha 1": {"alpha": 1.0},
+    "weighed statistics": {"sweep": False, "rounds": 0, "correction": 0.0},
+    "+ sweep": {"rounds": 0, "correction": 0.0},
+    "+ refit and descent, 1 round": {"rounds": 1, "correction": 0.0},
+    "+ 2 rounds": {"correction": 0.0},
+    "+ correction, correction 0.5": {},
+    "correction 0.75": {"correction": 0.75},
+    "correction 1": {"correction": 1.0},
     "no rounds": {"rounds": 0},
     "damping 0.01": {"damping": 0.01},
 }

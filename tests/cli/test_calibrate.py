@@ -96,7 +96,7 @@ def test_two_processes_make_the_same(
     [
         (("--calibrate", "none.txt"), 2, "none.txt: no such text file"),
         (("--calibrate", "words.txt", "--calibration-window", "65"), 2, "context of 64"),
-        (("--calibrate", "words.txt", "--alpha", "2"), 2, "--alpha 2: from 0 to 1"),
+        (("--calibrate", "words.txt", "--correction", "2"), 2, "--correction 2: from 0 to 1"),
         (("--calibrate", "words.txt", "--damping", "0"), 2, "--damping 0: above 0"),
         (("--calibrate", "words.txt", "--importance", "x"), 2, "leave out --importance"),
         (("--calibrate", "self", "--stream"), 2, "leave out --stream"),

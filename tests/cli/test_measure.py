@@ -41,9 +41,11 @@ def test_from_a_text_to_an_artifact(irq: Commands, work: Path, text: Path) -> No
     assert "512 tokens of tales.txt, in 8 windows" in result.out
     assert f"{len(found.values)} of {len(found.values)} linear weights" in result.out
     assert str(file) in result.out
-    result = irq("quantize", DEMO, out, "--bits", 2, "--importance", file, "--threads", 1)
-    assert result.code == 0
+    quantize = ("quantize", DEMO, out, "--bits", 2, "--importance", file, "--threads", 1)
     line = "importance.safetensors (irq importance): 512 tokens of tales.txt"
+    assert line in irq(*quantize, "--dry-run").out
+    result = irq(*quantize)
+    assert result.code == 0
     assert line in result.out
     assert line in irq("inspect", out).out
     assert irq("verify", out, "--against", DEMO).code == 0

@@ -109,9 +109,9 @@ def factorize(moments: torch.Tensor, damping: float, name: str) -> Factor:
 
 
 def corrected(
-    weight: torch.Tensor, moments: torch.Tensor, cross: torch.Tensor, alpha: float, ridge: float
+    weight: torch.Tensor, moments: torch.Tensor, cross: torch.Tensor, part: float, ridge: float
 ) -> torch.Tensor:
-    """`W + alpha W C (H + ridge I)^-1`, float32 `[rows, cols]`; `ridge` in mean diagonals.
+    """`W + part W C (H + ridge I)^-1`, float32 `[rows, cols]`; `ridge` in mean diagonals.
 
     `moments` H and `cross` C, float32 `[cols, cols]`.
     """
@@ -121,4 +121,4 @@ def corrected(
         return weight
     with full_precision():
         pulled = (weight @ cross).to(wide)
-    return weight + alpha * torch.cholesky_solve(pulled.T, lower).T.float()
+    return weight + part * torch.cholesky_solve(pulled.T, lower).T.float()

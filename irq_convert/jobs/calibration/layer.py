@@ -39,13 +39,13 @@ CHUNK_TOKENS = 2048
 class LayerOptions:
     """How a layer is calibrated.
 
-    `alpha`: how much of what the layers before got wrong is corrected for, 0 to 1; `ridge`, in
+    `correction`: how much of what the layers before got wrong is corrected for, 0 to 1; `ridge`, in
     mean diagonals of H, keeps that from following the text. `windows` from `calibrating` on are
     held out.
     """
 
     solver: SolverOptions
-    alpha: float
+    correction: float
     ridge: float
     windows: int
     calibrating: int
@@ -148,7 +148,7 @@ class LayerCalibrator:
         """Move the source's states on; learn which weights share inputs, and keep these."""
         opts = self.options
         for start, stop in opts.chunks():
-            kept = start < opts.calibrating and opts.alpha > 0
+            kept = start < opts.calibrating and opts.correction > 0
             heard = SharedInputs(self._groups, {site.key for site in self.sites if site.stacked})
             with listening(self.model, self.sites, heard.listen):
                 following.write(start, self._through(states.read(start, stop)))
@@ -200,9 +200,9 @@ class LayerCalibrator:
         }
         targets = dict(weights)
         if cross is not None:
-            alpha, ridge = self.options.alpha, self.options.ridge
+            correction, ridge = self.options.correction, self.options.ridge
             for key, weight in weights.items():
-                targets[key] = corrected(weight, whole, cross, alpha, ridge)
+                targets[key] = corrected(weight, whole, cross, correction, ridge)
         moments.cross = cross = None  # as large as H: what follows needs the room
         shares = whole.diagonal().double().cpu().numpy()
         factor = factorize(whole, self.options.solver.damping, leader.key)

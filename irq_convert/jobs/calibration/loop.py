@@ -119,7 +119,7 @@ class Calibration:
         windows, choice = self.windows, self.choice
         return LayerOptions(
             solver=choice.solver,
-            alpha=choice.alpha,
+            correction=choice.correction,
             ridge=choice.ridge,
             windows=len(windows.ids),
             calibrating=windows.calibrating,

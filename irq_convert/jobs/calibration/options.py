@@ -18,12 +18,12 @@ SELF = "self"
 class Choice:
     """What one run of the loop goes by.
 
-    `alpha`: how much of what earlier layers got wrong is corrected for, 0 to 1. `ridge` (mean
+    `correction`: how much of what earlier layers got wrong is corrected for, 0 to 1. `ridge` (mean
     diagonals of H) holds the correction back, `damping` the sweep; `rounds` of refitting and
     coordinate descent. `sweep`: False leaves the codes that the search gave.
     """
 
-    alpha: float
+    correction: float
     ridge: float
     damping: float
     rounds: int
@@ -45,7 +45,7 @@ class CalibrationOptions:
 
     `text`: a file, the name of a Hub dataset, or "self". `tokens` at most, in windows of `window`
     tokens, chosen by `seed` where the text has more. One window in `held_out` judges the result.
-    The others are fields of `Choice`; of several values of `alpha` and `damping` every pair is
+    The others are fields of `Choice`; of several values of `correction` and `damping` every pair is
     tried, and the one with the lowest KL on the held-out windows is kept.
     Raises `UsageError` for numbers out of range.
     """
@@ -55,7 +55,7 @@ class CalibrationOptions:
     window: int = WINDOW
     seed: int = 0
     held_out: int = 8
-    alpha: tuple[float, ...] = (0.5,)
+    correction: tuple[float, ...] = (0.5,)
     ridge: float = 0.05
     damping: tuple[float, ...] = (0.05,)
     rounds: int = 2
@@ -71,12 +71,12 @@ class CalibrationOptions:
             )
         if self.held_out < 2:
             raise UsageError(f"held_out {self.held_out}: one window in two at most is held out")
-        for name in ("alpha", "damping"):  # a notebook says alpha=0.5
+        for name in ("correction", "damping"):  # a notebook says correction=0.5
             given = getattr(self, name)
             many = (given,) if isinstance(given, int | float) else tuple(given)
             object.__setattr__(self, name, tuple(map(float, many)))
-        if not self.alpha or not all(0 <= alpha <= 1 for alpha in self.alpha):
-            raise UsageError(f"--alpha {_listed(self.alpha)}: from 0 to 1")
+        if not self.correction or not all(0 <= correction <= 1 for correction in self.correction):
+            raise UsageError(f"--correction {_listed(self.correction)}: from 0 to 1")
         if not self.damping or not all(0 < damping < 100 for damping in self.damping):
             raise UsageError(f"--damping {_listed(self.damping)}: above 0, in mean diagonals")
         if not self.ridge > 0 or not 0 <= self.rounds <= 100:
@@ -86,8 +86,8 @@ class CalibrationOptions:
     def choices(self) -> tuple[Choice, ...]:
         """Everything that is tried."""
         return tuple(
-            Choice(alpha, self.ridge, damping, self.rounds, self.sweep)
-            for alpha in dict.fromkeys(self.alpha)
+            Choice(correction, self.ridge, damping, self.rounds, self.sweep)
+            for correction in dict.fromkeys(self.correction)
             for damping in dict.fromkeys(self.damping)
         )
 
@@ -95,7 +95,7 @@ class CalibrationOptions:
         """What decides the bytes of the artifact; the text is told by its hash elsewhere."""
         found = asdict(self)
         del found["text"]
-        return {**found, "alpha": list(self.alpha), "damping": list(self.damping)}
+        return {**found, "correction": list(self.correction), "damping": list(self.damping)}
 
 
 def _listed(values: tuple[float, ...]) -> str:

@@ -166,7 +166,7 @@ def _data_flags(subject: PushedFolder, options: dict[str, Any]) -> list[str]:
     words += ["--calibrate", str(fitted["text"])]
     for flag, key in (("calibration-tokens", "tokens"), ("calibration-window", "window")):
         words += [f"--{flag}", str(own[f"{_CALIBRATION}{key}"])]
-    return [*words, *_flags({key: fitted[key] for key in ("seed", "alpha", "damping")})]
+    return [*words, *_flags({key: fitted[key] for key in ("seed", "correction", "damping")})]
 
 
 _CALIBRATION = "calibration_"

@@ -242,7 +242,11 @@ def _record(calibration: CalibrationPlan, tried: Sequence[Tried], best: Tried) -
     assert calibration.windows is not None
     found = best.found
     others = [
-        {"alpha": each.choice.alpha, "damping": each.choice.damping, "kl": each.found.judgement.kl}
+        {
+            "correction": each.choice.correction,
+            "damping": each.choice.damping,
+            "kl": each.found.judgement.kl,
+        }
         for each in tried
     ]
     choice = {key: value for key, value in best.choice.to_dict().items() if key != "sweep"}

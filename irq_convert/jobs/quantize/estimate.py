@@ -69,6 +69,7 @@ class QuantizeEstimate:
     fetched: int = 0
     fetched_to: str | None = None
     calibration: CalibrationCost | None = None
+    importance: Mapping[str, Any] | None = None
     source_format: str = PLAIN
 
     @property
@@ -143,6 +144,7 @@ def estimate_quantize(
         fetched_to=str(fetched_to) if fetched else None,
         source_format=stored_as(job.identity.source),
         calibration=cost,
+        importance=None if weighing is None else weighing.record,
     )
 
 

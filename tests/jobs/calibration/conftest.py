@@ -33,7 +33,7 @@ def calibrating(text: Path | str, **others: Any) -> QuantizeOptions:
     """Options of a small calibrated run; `others` are those of both kinds."""
     own = {
         name: others.pop(name)
-        for name in ("alpha", "rounds", "tokens", "window", "seed")
+        for name in ("correction", "rounds", "tokens", "window", "seed")
         if name in others
     }
     chosen = CalibrationOptions(str(text), **({"tokens": TOKENS, "window": WINDOW} | own))

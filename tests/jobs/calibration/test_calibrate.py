@@ -67,7 +67,7 @@ def test_it_is_closer_to_the_source_than_without_data(
         {"bits_for": ((DOWN, 4),)},
         {"codebook": "int", "zero_point": "integer", "bits": 3},
         {"objective": "entropy", "bits": 3},
-        {"alpha": 0.0, "rounds": 0},
+        {"correction": 0.0, "rounds": 0},
     ],
 )
 def test_other_options_compose(
@@ -185,13 +185,13 @@ def test_the_better_one_is_kept(
 
 
 def test_of_several_choices_the_best_is_kept(source: Path, text: Path, tmp_path: Path) -> None:
-    report = quantize(source, tmp_path / "out", calibrating(text, alpha=(0.0, 0.5, 1.0)))
+    report = quantize(source, tmp_path / "out", calibrating(text, correction=(0.0, 0.5, 1.0)))
     record = report.calibration
     assert record is not None
-    tried = {each["alpha"]: each["kl"] for each in record["tried"]}
+    tried = {each["correction"]: each["kl"] for each in record["tried"]}
     assert list(tried) == [0.0, 0.5, 1.0]
-    assert tried[record["alpha"]] == record["kl"] == min(tried.values())
-    quantize(source, tmp_path / "alone", calibrating(text, alpha=record["alpha"]))
+    assert tried[record["correction"]] == record["kl"] == min(tried.values())
+    quantize(source, tmp_path / "alone", calibrating(text, correction=record["correction"]))
     one, other = ((tmp_path / n / "model.safetensors").read_bytes() for n in ("out", "alone"))
     assert one == other
     assert not list(tmp_path.glob("*.calibration*"))

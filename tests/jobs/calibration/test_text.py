@@ -106,7 +106,7 @@ def test_a_text_of_one_window_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"window": 1}, {"tokens": 7, "window": 4}, {"held_out": 1}, {"alpha": 1.5}]
+    "changes", [{"window": 1}, {"tokens": 7, "window": 4}, {"held_out": 1}, {"correction": 1.5}]
 )
 def test_numbers_out_of_range(changes: dict[str, Any]) -> None:
     with pytest.raises(UsageError):

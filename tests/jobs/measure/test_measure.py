@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -204,6 +206,21 @@ def test_inputs_that_overflow_are_named(make: Make, text: Path, tmp_path: Path) 
     change_tensors(source, spoil)
     before = listing(tmp_path)
     with pytest.raises(IrqError, match=r"inputs of model\.layers\.0\.mlp\.down_proj overflow"):
+        measured(source, text)
+    assert listing(tmp_path) == before
+
+
+def test_a_full_disk_leaves_nothing(
+    make: Make, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make("Llama 2")
+    before = listing(tmp_path)
+
+    def refuse(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    with pytest.raises(IrqError, match="cannot hold hidden states: no space left"):
         measured(source, text)
     assert listing(tmp_path) == before
 
