@@ -1,0 +1,36 @@
+"""What a card says of an artifact that was fitted to a text."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from irq_convert.jobs.push.card_body import card_body, command_again
+from irq_convert.jobs.push.pushed_folder import examine_folder
+from irq_convert.jobs.quantize.quantize import quantize
+from tests.jobs.calibration.conftest import calibrating
+from tests.jobs.calibration.words import word_text, write_word_tokenizer
+from tests.tiny import LLAMA, VOCABULARY, llama_tensors, write_source
+
+
+def test_the_command_and_the_judgement(tmp_path: Path) -> None:
+    source = write_source(tmp_path / "source", llama_tensors(), LLAMA)
+    write_word_tokenizer(source, VOCABULARY)
+    text = tmp_path / "words.txt"
+    text.write_text(word_text(VOCABULARY, 2000))
+    report = quantize(source, tmp_path / "out", calibrating(text, correction=(0.25, 0.5)))
+    record = report.calibration
+    assert record is not None
+    subject = examine_folder(tmp_path / "out")
+    words = shlex.split(command_again(subject))
+    given = dict(zip(words, words[1:], strict=False))
+    assert given["--calibrate"] == "words.txt"
+    assert given["--calibration-tokens"] == "512"
+    assert given["--calibration-window"] == "32"
+    assert given["--seed"] == "0"
+    assert float(given["--correction"]) == record["correction"]
+    assert float(given["--damping"]) == record["damping"]
+    assert not [word for word in words if "held" in word or "sweep" in word or "ridge" in word]
+    body = card_body(subject, "me/out", None, {})
+    assert f"| KL to the source, held out | {record['kl']:.4f}, without data" in body
+    assert "| calibrated with | words.txt, 512 tokens |" in body
