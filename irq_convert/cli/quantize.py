@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from irq_convert.cli.calibration_show import calibration_rows, importance_rows
 from irq_convert.cli.console import is_main_process, main_process_only
 from irq_convert.cli.push import print_push, push_result, push_target
+from irq_convert.cli.quantize_show import print_estimate, print_report, warn_of_little
 from irq_convert.cli.shared import (
     AsJson,
     DryRun,
@@ -38,9 +38,7 @@ from irq_convert.jobs.common.resume import Resume
 if TYPE_CHECKING:
     from irq_convert.jobs.calibration.options import CalibrationOptions
     from irq_convert.jobs.push.push import PushOptions
-    from irq_convert.jobs.quantize.estimate import QuantizeEstimate
     from irq_convert.jobs.quantize.options import QuantizeOptions
-    from irq_convert.jobs.quantize.report import QuantizeReport
 
 
 def quantize_command(
@@ -214,8 +212,8 @@ def _dry_run(
     if as_json:
         typer.echo(json.dumps(found.to_dict(), indent=2))
     else:
-        _print_estimate(found)
-    _warn_of_little(found)
+        print_estimate(found)
+    warn_of_little(found)
 
 
 def _quantize(
@@ -234,85 +232,11 @@ def _quantize(
     if not is_main_process():
         return
     if not as_json:
-        _print_report(report, options)
-    _warn_of_little(report)
+        print_report(report, options)
+    warn_of_little(report)
     pushed = push_result(Path(report.out), target) if target else None
     if as_json:
         more = {"push": pushed.to_dict()} if pushed else {}
         typer.echo(json.dumps(report.to_dict() | more, indent=2))
     elif pushed:
         print_push(pushed)
-
-
-def _warn_of_little(found: QuantizeReport | QuantizeEstimate) -> None:
-    from irq_convert.jobs.quantize.report import little_quantized
-
-    line = little_quantized(found.weights, found.quantized_weights, found.kept)
-    if line is not None:
-        typer.echo(f"irq-convert: {line}", err=True)
-
-
-def _print_estimate(found: QuantizeEstimate) -> None:
-    from irq_convert.checkpoint.system import short_bytes
-    from irq_convert.cli.console import facts, resume_rows, seconds
-
-    free = "free" if found.disk_needed <= found.disk_free else "free: not enough"
-    facts(
-        [
-            ("source", f"{found.model}, {short_bytes(found.bytes_in)}, {found.source_format}"),
-            ("would write", f"{found.out}, {found.bytes_out:,} bytes + manifest"),
-            ("shards", str(found.shards)),
-            ("quantized", f"{found.share:.1%} of {found.weights:,} weights"),
-            ("", f"({found.quantized_tensors} of {found.tensors} tensors, by {found.decided_by})"),
-            ("bits per weight", f"{found.bits_per_weight:.4f}"),
-            *importance_rows(found.importance),
-            ("time", f"about {seconds(found.seconds)} ({found.rate / 1e6:.0f} M weights/s here)"),
-            *resume_rows(found.finished, found.shards),
-            ("disk needed", f"{found.disk_needed:,} bytes ({short_bytes(found.disk_free)} {free})"),
-            *_fetch_rows(found),
-            *_calibration_rows(found),
-        ]
-    )
-
-
-def _calibration_rows(found: QuantizeEstimate) -> list[tuple[str, str]]:
-    from irq_convert.checkpoint.system import short_bytes
-
-    cost = found.calibration
-    if cost is None:
-        return []
-    return [
-        ("calibrating", f"{cost.tokens:,} tokens in {cost.windows} windows, {cost.layers} layers"),
-        ("", f"about {short_bytes(cost.memory)} of memory, {short_bytes(cost.disk)} of the disk"),
-    ]
-
-
-def _fetch_rows(found: QuantizeEstimate) -> list[tuple[str, str]]:
-    from irq_convert.checkpoint.system import short_bytes
-
-    if not found.fetched:
-        return []
-    return [("download takes", f"{short_bytes(found.fetched)} in {found.fetched_to}")]
-
-
-def _print_report(report: QuantizeReport, options: QuantizeOptions) -> None:
-    from irq_convert.checkpoint.system import short_bytes
-    from irq_convert.cli.console import facts, seconds
-
-    before, after = report.entropy_plain, report.entropy
-    rows = [
-        ("artifact", report.out),
-        ("source format", report.source_format),
-        ("size", f"{short_bytes(report.bytes_in)} -> {short_bytes(report.bytes_out)}"),
-        ("quantized", f"{report.share:.1%} of {report.weights:,} weights, {options.spec.codebook}"),
-        ("", f"(decided by {report.decided_by})"),
-        ("bits per weight", f"{report.bits_per_weight:.4f}"),
-        *importance_rows(report.importance),
-        ("entropy", f"{before:.4f} -> {after:.4f} bits a code, of {options.spec.bits}"),
-        ("relative error", f"{report.relative_error:.5f} (squared, of the weights' energy)"),
-        *calibration_rows(report.calibration),
-        ("worst tensors", ""),
-        *((f"  {w.relative_error:.5f}", f"{w.name} ({w.codebook})") for w in report.worst),
-        ("time", f"{seconds(report.seconds)}"),
-    ]
-    facts(rows)

@@ -9,6 +9,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from irq_convert.core.threads import torch_threads
 from irq_convert.errors import UsageError
 from irq_convert.hf.layered import LayeredModel, NotLayered, open_layered
@@ -56,9 +58,16 @@ class CalibrationPlan:
 
 
 def plan_calibration(
-    plan: QuantizePlan, options: QuantizeOptions, progress: Progress, first: bool = True
+    plan: QuantizePlan,
+    options: QuantizeOptions,
+    progress: Progress,
+    *,
+    first: bool = True,
+    sample: bool = True,
 ) -> CalibrationPlan | None:
     """Read the text, in the `first` process, and lay out the layers; None without a calibration.
+
+    Without `sample` the windows of a text that the source would write are empty.
 
     Raises `UsageError` for a model that cannot be run layer by layer, a window longer than its
     context or tokens beyond its vocabulary, and as reading the text does.
@@ -76,7 +85,7 @@ def plan_calibration(
     if not first:
         return CalibrationPlan(chosen, model, None, layers)
     check_context(model.model.config, chosen.window, "--calibration-window")
-    windows = _windows(plan, options, chosen, model, progress)
+    windows = _windows(plan, options, chosen, model, progress, sample)
     check_vocabulary(model.model, windows.ids)
     return CalibrationPlan(chosen, model, windows, layers)
 
@@ -87,6 +96,7 @@ def _windows(
     chosen: CalibrationOptions,
     model: LayeredModel,
     progress: Progress,
+    sample: bool,
 ) -> Windows:
     progress.stage("reading the text")
     folder = plan.folder
@@ -96,7 +106,9 @@ def _windows(
             "--calibrate self needs the whole model, which --stream never has on the disk: leave "
             "out --stream, or give a text"
         )
-    if chosen.text == SELF:
+    if chosen.text == SELF and not sample:
+        ids, name = torch.zeros(chosen.tokens, dtype=torch.int64), SELF
+    elif chosen.text == SELF:
         with torch_threads(options.threads):
             ids, name = sample_tokens(model, tokenizer, chosen, progress), SELF
     else:

@@ -109,14 +109,11 @@ def estimate_quantize(
         for note in plan.notes:
             progress.note(note)
         sizes = plan.bytes_in, plan.folder.bytes_out, plan.bytes_needed
-        calibration = plan_calibration(plan, options, progress)
-        cost = None
-        if calibration is not None and calibration.windows is not None:
-            cost = estimate_calibration(calibration.model, calibration.layers, calibration.windows)
+        cost = _calibration_cost(plan, options, progress)
         weighing = plan_importance(file, plan, progress)
         job = quantize_job(plan, model, out, options, weighing=weighing)
         # What a calibrated run has left is told by the result of calibrating, which is not known.
-        found = scan_finished(job) if calibration is None else None
+        found = scan_finished(job) if cost is None else None
         tensors = (tensor.info for shard in _missing(plan, found) for tensor in shard.tensors)
         fetched_to, fetched = checkpoint.fetcher.room(checkpoint.read_order(tensors).groups)
     load_kernels(options.spec, progress, device=options.device, threads=options.threads)
@@ -146,6 +143,16 @@ def estimate_quantize(
         calibration=cost,
         importance=None if weighing is None else weighing.record,
     )
+
+
+def _calibration_cost(
+    plan: QuantizePlan, options: QuantizeOptions, progress: Progress
+) -> CalibrationCost | None:
+    """What calibrating would take; None where nothing is calibrated. No text is sampled."""
+    planned = plan_calibration(plan, options, progress, sample=False)
+    if planned is None or planned.windows is None:
+        return None
+    return estimate_calibration(planned.model, planned.layers, planned.windows)
 
 
 def _left(plan: QuantizePlan, found: FinishedShards | None) -> int:

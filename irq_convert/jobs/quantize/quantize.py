@@ -134,7 +134,7 @@ def _quantize(
             progress.note(note)
         require_readable(checkpoint.folder, plan.folder.carried)
         weighing = plan_importance(file, plan, progress)
-        calibration = plan_calibration(plan, options, progress, processes.ranks.first)
+        calibration = plan_calibration(plan, options, progress, first=processes.ranks.first)
         load_kernels(options.spec, progress, device=options.device, threads=options.threads)
         lent = calibrated_weights(plan, calibration, model, out, options, processes, progress)
         with lent as fitted:

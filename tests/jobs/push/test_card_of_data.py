@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import shlex
+from itertools import pairwise
 from pathlib import Path
 
 from irq_convert.jobs.push.card_body import card_body, command_again
-from irq_convert.jobs.push.pushed_folder import examine_folder
+from irq_convert.jobs.push.pushed_folder import open_pushed_folder
 from irq_convert.jobs.quantize.quantize import quantize
 from tests.jobs.calibration.conftest import calibrating
 from tests.jobs.calibration.words import word_text, write_word_tokenizer
@@ -21,9 +22,9 @@ def test_the_command_and_the_judgement(tmp_path: Path) -> None:
     report = quantize(source, tmp_path / "out", calibrating(text, correction=(0.25, 0.5)))
     record = report.calibration
     assert record is not None
-    subject = examine_folder(tmp_path / "out")
+    subject = open_pushed_folder(tmp_path / "out")
     words = shlex.split(command_again(subject))
-    given = dict(zip(words, words[1:], strict=False))
+    given = dict(pairwise(words))
     assert given["--calibrate"] == "words.txt"
     assert given["--calibration-tokens"] == "512"
     assert given["--calibration-window"] == "32"
