@@ -11,7 +11,7 @@ Qronos and their kind).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -84,6 +84,18 @@ def _damp(diagonal: torch.Tensor, damping: float) -> None:
     diagonal[dead] = mean if mean > 0 else 1.0
 
 
+@contextmanager
+def damped_in_place(moments: torch.Tensor, damping: float) -> Iterator[torch.Tensor]:
+    """`damped` for as long as the block runs, without a copy: `moments` may be large."""
+    diagonal = moments.diagonal()
+    before = diagonal.clone()
+    _damp(diagonal, damping)
+    try:
+        yield moments
+    finally:
+        diagonal.copy_(before)
+
+
 def factorize(moments: torch.Tensor, damping: float, name: str) -> Factor:
     """Factor `moments`, float32 `[cols, cols]`, columns by falling diagonal, ties by index.
 
@@ -103,7 +115,9 @@ def factorize(moments: torch.Tensor, damping: float, name: str) -> Factor:
         if not bool(failed):
             # H = (J L J) (J L J)^T with J the reversal: its factor is upper in the sweep's order.
             lower /= lower.diagonal().clone()
-            return Factor(order, lower.T.flip(0, 1).float().contiguous(), damping)
+            turned = lower.T.flip(0, 1)
+            del lower
+            return Factor(order, turned.float().contiguous(), damping)
         damping *= 2
     raise IrqError(f"{name}: the second moments of its inputs cannot be factored")
 
@@ -115,10 +129,28 @@ def corrected(
 
     `moments` H and `cross` C, float32 `[cols, cols]`.
     """
+    return corrections([weight], [pulled(weight, cross)], moments, part, ridge)[0]
+
+
+def pulled(weight: torch.Tensor, cross: torch.Tensor) -> torch.Tensor:
+    """`W C`, float32 `[rows, cols]`: all that `corrections` needs of C, which is large."""
+    with full_precision():
+        return weight @ cross
+
+
+def corrections(
+    weights: Sequence[torch.Tensor],
+    pulls: Sequence[torch.Tensor],
+    moments: torch.Tensor,
+    part: float,
+    ridge: float,
+) -> list[torch.Tensor]:
+    """`corrected` of several matrices that are given the same inputs; `pulls` as of `pulled`."""
     wide = torch.float64 if len(moments) < WIDE else torch.float32
     lower, failed = torch.linalg.cholesky_ex(damped(moments, ridge).to(wide))
     if bool(failed):
-        return weight
-    with full_precision():
-        pulled = (weight @ cross).to(wide)
-    return weight + part * torch.cholesky_solve(pulled.T, lower).T.float()
+        return list(weights)
+    return [
+        weight + part * torch.cholesky_solve(pull.T.to(wide), lower).T.float()
+        for weight, pull in zip(weights, pulls, strict=True)
+    ]

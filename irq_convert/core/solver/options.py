@@ -13,6 +13,6 @@ class SolverOptions:
     refitting and coordinate descent after it. `sweep`: False leaves the codes that the search gave.
     """
 
-    damping: float = 0.05
-    rounds: int = 2
+    damping: float = 0.1
+    rounds: int = 3
     sweep: bool = True

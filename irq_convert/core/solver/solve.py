@@ -30,7 +30,7 @@ from irq_convert.core.quantized import QuantizedTensor
 from irq_convert.core.scales import expand_statistic
 from irq_convert.core.search_plan import entropy_table
 from irq_convert.core.solver import portable
-from irq_convert.core.solver.moments import Factor, damped, factorize
+from irq_convert.core.solver.moments import Factor, damped, damped_in_place, factorize
 from irq_convert.core.solver.options import SolverOptions
 from irq_convert.core.spec import QuantSpec
 from irq_convert.core.tensor_stats import TensorStats
@@ -113,12 +113,12 @@ class MatrixSolver:
                 order, feedback = factor.order.numpy(), factor.feedback.numpy()
                 sweep_rows(wanted, scale, tau, feedback, order, *book, codes)
             if options.rounds:
-                against = damped(moments, factor.damping)
-                descend_rows(
-                    wanted, against.numpy(), (1.0 / against.diagonal()).numpy(), *book,
-                    options.rounds, self._grids[rows].numpy(), self._zeros[rows].numpy(), scale,
-                    tau, codes, np.empty((len(codes), 2), np.float32),
-                )  # fmt: skip
+                with damped_in_place(moments, factor.damping) as against:
+                    descend_rows(
+                        wanted, against.numpy(), (1.0 / against.diagonal()).numpy(), *book,
+                        options.rounds, self._grids[rows].numpy(), self._zeros[rows].numpy(),
+                        scale, tau, codes, np.empty((len(codes), 2), np.float32),
+                    )  # fmt: skip
 
     def _solve_device(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -13,7 +13,7 @@ from irq_convert.core.dequantize import dequantize_tensor
 from irq_convert.core.importance import Shares, column_shares
 from irq_convert.core.quantize import quantize_tensor, quantize_with_stats
 from irq_convert.core.quantized import QuantizedTensor
-from irq_convert.core.solver.moments import corrected, factorize
+from irq_convert.core.solver.moments import corrections, factorize, pulled
 from irq_convert.core.solver.options import SolverOptions
 from irq_convert.core.solver.solve import MatrixSolver
 from irq_convert.core.spec import QuantSpec
@@ -40,13 +40,15 @@ class LayerOptions:
     """How a layer is calibrated.
 
     `correction`: how much of what the layers before got wrong is corrected for, 0 to 1; `ridge`, in
-    mean diagonals of H, keeps that from following the text. `windows` from `calibrating` on are
+    mean diagonals of H, keeps that from following the text. `refine`: rounds of least squares in
+    the search for scale and tau. `windows` from `calibrating` on are
     held out.
     """
 
     solver: SolverOptions
     correction: float
     ridge: float
+    refine: int
     windows: int
     calibrating: int
     tokens: int
@@ -194,31 +196,31 @@ class LayerCalibrator:
                     self._through(states.read(start, stop))
                 own = None if source is None else _flat(source, start, stop, seen[0])
                 moments.add(seen[0], own)
-        whole, cross = moments.whole(leader.module), moments.cross
-        weights = {
-            key: self._by_key[key].read(self.model, self._by_key[key].stored[0]) for key in group
-        }
-        targets = dict(weights)
-        if cross is not None:
-            correction, ridge = self.options.correction, self.options.ridge
-            for key, weight in weights.items():
-                targets[key] = corrected(weight, whole, cross, correction, ridge)
-        moments.cross = cross = None  # as large as H: what follows needs the room
+        whole = moments.whole(leader.module)
+        sites = [self._by_key[key] for key in group]
+        weights = [site.read(self.model, site.stored[0]) for site in sites]
+        targets = weights
+        if moments.cross is not None:
+            pulls = [pulled(weight, moments.cross) for weight in weights]
+            moments.cross = None  # as large as H: what follows needs the room
+            targets = corrections(
+                weights, pulls, whole, self.options.correction, self.options.ridge
+            )
         shares = whole.diagonal().double().cpu().numpy()
         factor = factorize(whole, self.options.solver.damping, leader.key)
-        for key in group:
-            site = self._by_key[key]
+        for site, weight, target in zip(sites, weights, targets, strict=True):
             (stored,) = site.stored
             spec = self.specs[stored.tensor]
-            weighing = column_shares(shares, len(weights[key]), spec.block_size, stored.tensor)
-            solver = self._solver(stored, weights[key], weighing)
-            solver.solve(0, targets[key], whole, factor, self.options.solver)
+            weighing = column_shares(shares, len(weight), spec.block_size, stored.tensor)
+            solver = self._solver(stored, weight, weighing)
+            solver.solve(0, target, whole, factor, self.options.solver)
             self._settle(site, stored, solver)
             self._memo.solved(site)
 
     def _solver(self, stored: StoredRows, weight: torch.Tensor, shares: Shares) -> MatrixSolver:
-        spec, threads = self.specs[stored.tensor], self.options.threads
-        return MatrixSolver(weight, spec, shares, threads=threads, name=stored.tensor)
+        spec, options = self.specs[stored.tensor], self.options
+        spec = replace(spec, refine=spec.refine or options.refine)
+        return MatrixSolver(weight, spec, shares, threads=options.threads, name=stored.tensor)
 
     def _settle(self, site: Site, stored: StoredRows, solver: MatrixSolver) -> None:
         found, stats = solver.result()

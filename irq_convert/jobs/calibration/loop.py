@@ -121,6 +121,7 @@ class Calibration:
             solver=choice.solver,
             correction=choice.correction,
             ridge=choice.ridge,
+            refine=choice.refine,
             windows=len(windows.ids),
             calibrating=windows.calibrating,
             tokens=windows.ids.shape[1],

@@ -20,13 +20,15 @@ class Choice:
 
     `correction`: how much of what earlier layers got wrong is corrected for, 0 to 1. `ridge` (mean
     diagonals of H) holds the correction back, `damping` the sweep; `rounds` of refitting and
-    coordinate descent. `sweep`: False leaves the codes that the search gave.
+    coordinate descent after it, and `refine` of least squares in the search before, where the
+    weights' own options ask for none. `sweep`: False leaves the codes that the search gave.
     """
 
     correction: float
     ridge: float
     damping: float
     rounds: int
+    refine: int
     sweep: bool
 
     @property
@@ -57,8 +59,9 @@ class CalibrationOptions:
     held_out: int = 8
     correction: tuple[float, ...] = (0.5,)
     ridge: float = 0.05
-    damping: tuple[float, ...] = (0.05,)
-    rounds: int = 2
+    damping: tuple[float, ...] = (0.1,)
+    rounds: int = 3
+    refine: int = 10
     sweep: bool = True
 
     def __post_init__(self) -> None:
@@ -79,14 +82,14 @@ class CalibrationOptions:
             raise UsageError(f"--correction {_listed(self.correction)}: from 0 to 1")
         if not self.damping or not all(0 < damping < 100 for damping in self.damping):
             raise UsageError(f"--damping {_listed(self.damping)}: above 0, in mean diagonals")
-        if not self.ridge > 0 or not 0 <= self.rounds <= 100:
-            raise UsageError("ridge has to be above 0, rounds from 0 to 100")
+        if not self.ridge > 0 or not 0 <= self.rounds <= 100 or not 0 <= self.refine <= 100:
+            raise UsageError("ridge has to be above 0, rounds and refine from 0 to 100")
 
     @property
     def choices(self) -> tuple[Choice, ...]:
         """Everything that is tried."""
         return tuple(
-            Choice(correction, self.ridge, damping, self.rounds, self.sweep)
+            Choice(correction, self.ridge, damping, self.rounds, self.refine, self.sweep)
             for correction in dict.fromkeys(self.correction)
             for damping in dict.fromkeys(self.damping)
         )
