@@ -38,16 +38,20 @@ def run(*command: str, **variables: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@needs_triton
-@pytest.mark.slow
-@pytest.mark.parametrize(("folder", "least"), [("tests/core", 45), ("tests/core/solver", 10)])
-def test_kernels_under_the_interpreter(folder: str, least: int) -> None:
+def run_cases(folder: str, least: int) -> None:
+    """Run the cases in `folder` under the interpreter: at least so many, and all have to pass."""
     options = ("-p", "no:cacheprovider", "-p", "no:xdist", "-o", "addopts=")
     done = run("-m", "pytest", *options, f"{folder}/triton_cases.py", TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout + done.stderr
     passed = re.search(r"(\d+) passed", done.stdout)
     assert passed is not None
     assert int(passed[1]) >= least, done.stdout
+
+
+@needs_triton
+@pytest.mark.slow
+def test_kernels_under_the_interpreter() -> None:
+    run_cases("tests/core", 45)
 
 
 @needs_triton

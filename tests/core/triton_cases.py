@@ -103,7 +103,7 @@ def test_same_bytes_with_integer_zero_points(
     assert_same(make(kind, rows, cols, seed), spec)
 
 
-@settings(max_examples=8)
+@settings(max_examples=4)
 @given(
     st.one_of(floats, integers),
     st.sampled_from(KINDS),
@@ -122,7 +122,7 @@ def test_same_bytes_weighed_by_importance(
 
 
 @pytest.mark.parametrize("codebook", sorted(CODEBOOKS))
-@pytest.mark.parametrize("objective", ["none", "entropy", "mse"])
+@pytest.mark.parametrize("objective", ["entropy", "mse"])
 def test_every_weighted_search(codebook: str, objective: str) -> None:
     """Two matrices with a tail, equal weights of different shares among them."""
     shares = column_shares(importance("steep", 2, 44, 6), 3, 32, "stack")

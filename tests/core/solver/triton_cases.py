@@ -44,7 +44,7 @@ def book_of(codebook: str) -> portable.Book:
 shapes = st.integers(1, 40), st.integers(1, 70), st.integers(0, 99)
 
 
-@settings(max_examples=15)
+@settings(max_examples=6)
 @given(st.sampled_from(sorted(CODEBOOKS)), *shapes)
 def test_a_panel_is_swept_as_in_torch(codebook: str, rows: int, width: int, seed: int) -> None:
     """Column by column the same operations, so the same bits; the feedback is part of a wider."""
@@ -57,7 +57,7 @@ def test_a_panel_is_swept_as_in_torch(codebook: str, rows: int, width: int, seed
         assert torch.equal(ours, theirs)
 
 
-@settings(max_examples=15)
+@settings(max_examples=6)
 @given(st.sampled_from(sorted(CODEBOOKS)), *shapes)
 def test_a_block_descends_as_in_torch(codebook: str, rows: int, width: int, seed: int) -> None:
     rng = torch.Generator().manual_seed(seed)
@@ -69,7 +69,7 @@ def test_a_block_descends_as_in_torch(codebook: str, rows: int, width: int, seed
     assert torch.equal(descend_panel_triton(*given), portable.descend_panel(*given))
 
 
-@settings(max_examples=5)
+@settings(max_examples=2)
 @given(st.one_of(specs, integers), st.integers(1, 12), st.integers(1, 140), st.integers(0, 99))
 def test_solved_as_in_torch(spec: QuantSpec, rows: int, cols: int, seed: int) -> None:
     p = problem(rows, cols, seed)

@@ -299,7 +299,7 @@ def test_layer_zero_is_what_the_solver_gives_for_its_true_inputs(
         weight,
         weight,
         (x.T @ x).float(),
-        QuantSpec("nf2", 16, "mse"),
+        QuantSpec("nf2", 16, "mse", chosen.refine),
         chosen.choices[0].solver,
         threads=1,
     )

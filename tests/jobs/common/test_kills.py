@@ -25,5 +25,5 @@ def test_killed_and_continued() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "random moments: 3 kills" in done.stdout
-    assert done.stdout.count("| after the last shard, before the rename |") == 3
+    assert done.stdout.count("| after the last shard, before the rename |") == 4
     assert "every result byte-identical" in done.stdout
