@@ -19,10 +19,8 @@ from irq_convert.artifact.manifest import MANIFEST_NAME
 from irq_convert.artifact.structure import WAY_OUT, StoredTensor
 from irq_convert.artifact.values import entropy_tolerance, tiles
 from irq_convert.checkpoint.reader import TileReader
-from irq_convert.core.blocks import BlockShape
 from irq_convert.core.packing import unpack_codes
-from irq_convert.core.search_plan import entropy_table
-from irq_convert.core.tensor_stats import TensorStats
+from irq_convert.core.tensor_stats import TensorStats, entropy_sum
 from irq_convert.version import PRODUCER
 
 SAME = 1e-12
@@ -34,23 +32,13 @@ def recount_entropy(tensor: StoredTensor) -> float:
 
     Memory is a tile's. Raises `IrqError` when a file cannot be read.
     """
-    shape, table, total = tensor.shape, entropy_table(tensor.shape.block_size), 0
+    shape, total = tensor.shape, 0
     with TileReader() as reader:
         for start, stop in tiles(shape):
             packed = read_part(reader, tensor, "", start, stop)
             codes = unpack_codes(packed, shape.bits, shape.cols).numpy()
-            total += int(table[_counts(codes, shape)].sum(dtype=np.int64))
+            total += entropy_sum(codes, shape)
     return TensorStats(shape, 0, total, np.zeros((0, 2))).entropy if tensor.weights else 0.0
-
-
-def _counts(codes: np.ndarray, shape: BlockShape) -> np.ndarray:
-    """How often each level is in each block, int64 `[blocks, levels]` of the rows of `codes`."""
-    levels, rows = 1 << shape.bits, len(codes)
-    block = np.arange(shape.cols) // shape.block_size
-    keys = (np.arange(rows)[:, None] * shape.blocks_per_row + block) * levels
-    keys += codes
-    blocks = rows * shape.blocks_per_row
-    return np.bincount(keys.reshape(-1), minlength=blocks * levels).reshape(blocks, levels)
 
 
 def wrong_entropies(artifact: Artifact, left_out: frozenset[str]) -> Iterator[str]:

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from irq_convert.cli.shared import AsJson, DryRun, Threads, TrustRemoteCode
+from irq_convert.cli.shared import (
+    AsJson,
+    DryRun,
+    LlamaVersion,
+    Revision,
+    Stream,
+    Threads,
+    TrustRemoteCode,
+)
 from irq_convert.jobs.calibration.options import TOKENS, WINDOW
 
 if TYPE_CHECKING:
@@ -29,19 +37,9 @@ def measure_command(
     tokens: Annotated[int, typer.Option(help="Most tokens to take.")] = TOKENS,
     window: Annotated[int, typer.Option(help="Tokens that are seen together.")] = WINDOW,
     seed: Annotated[int, typer.Option(help="Chooses among windows.")] = 0,
-    revision: Annotated[
-        str | None, typer.Option(help="Branch, tag or commit of a Hub repository.")
-    ] = None,
-    stream: Annotated[
-        bool,
-        typer.Option(
-            "--stream", help="Delete each file of a Hub model when it was read: little disk needed."
-        ),
-    ] = False,
-    llama_version: Annotated[
-        str | None,
-        typer.Option(help="Of Meta's own files, where they do not tell: 1, 2, 3, 3.1, 3.2, code."),
-    ] = None,
+    revision: Revision = None,
+    stream: Stream = False,
+    llama_version: LlamaVersion = None,
     device: Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1, mps.")] = "cpu",
     threads: Threads = None,
     trust_remote_code: TrustRemoteCode = False,

@@ -15,12 +15,15 @@ from irq_convert.cli.quantize_show import print_estimate, print_report, warn_of_
 from irq_convert.cli.shared import (
     AsJson,
     DryRun,
+    LlamaVersion,
     MaxShardSize,
     Overwrite,
     Private,
     PushRevision,
     PushToHub,
     Resuming,
+    Revision,
+    Stream,
     Threads,
     shard_bytes,
 )
@@ -32,7 +35,7 @@ from irq_convert.core.codebook import (
 )
 from irq_convert.core.objective import Objective, ZeroPoint
 from irq_convert.errors import UsageError
-from irq_convert.jobs.calibration.options import TOKENS, WINDOW
+from irq_convert.jobs.calibration.options import CORRECTION, DAMPING, TOKENS, WINDOW
 from irq_convert.jobs.common.resume import Resume
 
 if TYPE_CHECKING:
@@ -90,14 +93,14 @@ def quantize_command(
         list[float] | None,
         typer.Option(
             help="With --calibrate: how much of earlier layers' errors is corrected for; of "
-            "several the best on held-out windows.  \\[default: 0.5]"
+            f"several the best on held-out windows.  \\[default: {CORRECTION:g}]"
         ),
     ] = None,
     damping: Annotated[
         list[float] | None,
         typer.Option(
             help="With --calibrate: holds the solver back, in mean diagonals; of several the best."
-            "  \\[default: 0.05]"
+            f"  \\[default: {DAMPING:g}]"
         ),
     ] = None,
     importance: Annotated[
@@ -111,19 +114,9 @@ def quantize_command(
         bool,
         typer.Option("--include-towers", help="Quantize vision and audio towers, too."),
     ] = False,
-    revision: Annotated[
-        str | None, typer.Option(help="Branch, tag or commit of a Hub repository.")
-    ] = None,
-    stream: Annotated[
-        bool,
-        typer.Option(
-            "--stream", help="Delete each file of a Hub model when it was read: little disk needed."
-        ),
-    ] = False,
-    llama_version: Annotated[
-        str | None,
-        typer.Option(help="Of Meta's own files, where they do not tell: 1, 2, 3, 3.1, 3.2, code."),
-    ] = None,
+    revision: Revision = None,
+    stream: Stream = False,
+    llama_version: LlamaVersion = None,
     device: Annotated[str, typer.Option(help="Where to search: cpu, cuda, cuda:1, mps.")] = "cpu",
     threads: Threads = None,
     max_shard_size: MaxShardSize = 5.0,

@@ -13,6 +13,17 @@ import typer
 from irq_convert.errors import UsageError
 from irq_convert.jobs.common.resume import Resume
 
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub repository.")]
+Stream = Annotated[
+    bool,
+    typer.Option(
+        "--stream", help="Delete each file of a Hub model when it was read: little disk needed."
+    ),
+]
+LlamaVersion = Annotated[
+    str | None,
+    typer.Option(help="Of Meta's own files, where they do not tell: 1, 2, 3, 3.1, 3.2, code."),
+]
 Threads = Annotated[int | None, typer.Option(help="CPU threads.  \\[default: all]")]
 MaxShardSize = Annotated[float, typer.Option(help="Largest shard, in GB (10^9 bytes).")]
 RESUMING = "Continue a stopped run: where there is one, else fail, or start anew."

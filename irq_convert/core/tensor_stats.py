@@ -10,7 +10,10 @@ from typing import Any
 import numpy as np
 
 from irq_convert.core.blocks import BlockShape
-from irq_convert.core.search_plan import entropy_shift
+from irq_convert.core.search_plan import entropy_shift, entropy_table
+
+TILE = 1 << 20
+"""Codes that are counted at once."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,23 @@ class TensorStats:
     def relative_error(self) -> float:
         """`squared_error / energy`, 0 for a tensor of zeros."""
         return self.squared_error / self.energy if self.energy else 0.0
+
+
+def entropy_sum(codes: np.ndarray, shape: BlockShape) -> int:
+    """The sum of the integer entropy table over the blocks of `codes`, uint8 `[rows, cols]`.
+
+    `shape` may have more rows. What `TensorStats.stored` is, counted again.
+    """
+    table, levels = entropy_table(shape.block_size), 1 << shape.bits
+    block = np.arange(shape.cols) // shape.block_size
+    step, total = max(1, TILE // shape.cols), 0
+    for start in range(0, len(codes), step):
+        rows = codes[start : start + step]
+        keys = (np.arange(len(rows))[:, None] * shape.blocks_per_row + block) * levels
+        keys += rows
+        counts = np.bincount(keys.reshape(-1), minlength=len(rows) * shape.blocks_per_row * levels)
+        total += int(table[counts].sum(dtype=np.int64))
+    return total
 
 
 def encode_stats(stats: TensorStats) -> dict[str, Any]:

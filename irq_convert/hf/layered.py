@@ -22,7 +22,7 @@ from irq_convert.checkpoint.fetcher import ReadOrder
 from irq_convert.checkpoint.source import Checkpoint
 from irq_convert.hf.empty_model import NoModel, named_class, quiet_transformers
 from irq_convert.hf.layer_weights import WeightSource
-from irq_convert.hf.linears import find_linears
+from irq_convert.hf.linears import linears_of
 
 _LAYER = re.compile(r"^((?:[^.]+\.)*?[^.]+)\.(\d+)(?:\.|$)")
 
@@ -278,7 +278,7 @@ def _fill_buffers(model: Any, device: str) -> None:
 def _decoder_layers(model: Any, checkpoint: Checkpoint, source: WeightSource) -> tuple[str, ...]:
     """Names of the numbered modules that hold most of the linear weights of the language model."""
     counts: dict[str, int] = {}
-    for tensor in find_linears(checkpoint.config, checkpoint.tensors).tensors:
+    for tensor in linears_of(model, checkpoint.tensors).tensors:
         found = _LAYER.match(source.module_of.get(tensor, ""))
         if found:
             counts[found[1]] = counts.get(found[1], 0) + checkpoint.tensors[tensor].numel

@@ -61,13 +61,15 @@ def find_linears(
     Those of vision and audio towers only with `include_towers`.
     """
     try:
-        return ask_model(config, lambda model: _by_class(model, tensors, include_towers))
+        return ask_model(config, lambda model: linears_of(model, tensors, include_towers))
     except NoModel as no_model:
         return _by_name(tensors, str(no_model), include_towers)
 
 
-def _by_class(model: Any, tensors: Mapping[str, TensorInfo], include_towers: bool) -> Linears:
-    """Ask the class, built without memory; what the files call a module may differ from it."""
+def linears_of(
+    model: Any, tensors: Mapping[str, TensorInfo], include_towers: bool = False
+) -> Linears:
+    """`find_linears` of a model at hand, on meta; the files may call its modules otherwise."""
     import torch
     from transformers.pytorch_utils import Conv1D
 

@@ -149,15 +149,14 @@ def _descend_block(
 def _make_descend(digest):
     def descend_rows(
         target, moments, inverse, block_size, levels, mids, n_mids, rounds, grids, zeros, scale,
-        tau, codes, losses,
+        tau, codes,
     ):  # fmt: skip
         """Improve `scale`, `tau` (float32 `[rows, blocks_per_row]`) and `codes` (uint8) in place.
 
         `target` float32 `[rows, cols]`; `moments` float32 `[cols, cols]`, symmetric; `inverse`:
         one over its diagonal. `grids`: float32 `[rows, blocks_per_row, 6]`, step, offset and one
         over the step of scale, then of tau. `zeros`, int32 `[rows, blocks_per_row]`: the zero
-        point that ties tau to the scale, or -1. `losses`: float32 `[rows, 2]`, the error before
-        and after.
+        point that ties tau to the scale, or -1.
         """
         digest  # noqa: B018 - keys the cache
         rows, cols = target.shape
@@ -189,7 +188,6 @@ def _make_descend(digest):
                     value[here] = levels[code[here]] * scales[b] + taus[b]
                     wrong[here] = value[here] - target[row, j]
             _subtract_product(wrong, 0, cols, moments, gain, 0, cols)
-            _note_losses(wrong, gain, cols, losses, lanes, 0)
             for _ in range(rounds):
                 for b in range(blocks):
                     first = b * block_size
@@ -215,20 +213,8 @@ def _make_descend(digest):
                 for j in range(cols):
                     here = j * LANES + lane
                     codes[row, j] = np.uint8(code[here])
-                    wrong[here] = value[here] - target[row, j]
-            _note_losses(wrong, gain, cols, losses, lanes, 1)
 
     return descend_rows
-
-
-@kernel
-def _note_losses(wrong, gain, cols, losses, lanes, at):
-    """`(w - q) H (w - q)^T` of every lane: minus the sum of `wrong` times `gain`."""
-    for lane in range(LANES):
-        total = np.float64(0.0)
-        for j in range(cols):
-            total -= np.float64(wrong[j * LANES + lane]) * np.float64(gain[j * LANES + lane])
-        losses[lanes[lane], at] = F32(total)
 
 
 descend_rows = entry_point(_make_descend)

@@ -18,6 +18,12 @@ class Grid:
     offset: torch.Tensor
     inverse: torch.Tensor
 
+    @classmethod
+    def of_pairs(cls, pairs: torch.Tensor) -> Grid:
+        """The twin of `pairs`: grids as the format stores them, `[groups, 2]`."""
+        step, offset = pairs.unbind(1)
+        return cls(step, offset, _inverse(step))
+
     def of_blocks(self, blocks: int) -> Grid:
         """One entry a block instead of one a group, as a column."""
         each = [t.repeat_interleave(GROUP_SIZE)[:blocks, None] for t in self._all()]
@@ -62,9 +68,12 @@ def fit_grid(low: torch.Tensor, high: torch.Tensor, anchor: torch.Tensor) -> Gri
     same = low == high
     step = torch.where(same, low.abs(), step)
     offset = torch.where(same, torch.sign(low), offset)
-    zero = torch.zeros_like(step)
-    inverse = torch.where(step > 0, torch.ones_like(step) / step, zero)
-    return Grid(step, offset, inverse)
+    return Grid(step, offset, _inverse(step))
+
+
+def _inverse(step: torch.Tensor) -> torch.Tensor:
+    """`1 / step`, or 0 for step 0."""
+    return torch.where(step > 0, torch.ones_like(step) / step, torch.zeros_like(step))
 
 
 def _through_anchor(step: torch.Tensor, anchor: torch.Tensor) -> torch.Tensor:

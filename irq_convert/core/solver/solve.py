@@ -25,15 +25,15 @@ from irq_convert.core.kernels.descend import descend_rows
 from irq_convert.core.kernels.sweep import sweep_rows
 from irq_convert.core.objective import ZeroPoint
 from irq_convert.core.packing import pack_codes, unpack_codes
+from irq_convert.core.portable.grid import Grid
 from irq_convert.core.quantize import quantize_with_stats
 from irq_convert.core.quantized import QuantizedTensor
 from irq_convert.core.scales import expand_statistic
-from irq_convert.core.search_plan import entropy_table
 from irq_convert.core.solver import portable
-from irq_convert.core.solver.moments import Factor, damped, damped_in_place, factorize
+from irq_convert.core.solver.moments import Factor, damped_in_place, factorize
 from irq_convert.core.solver.options import SolverOptions
 from irq_convert.core.spec import QuantSpec
-from irq_convert.core.tensor_stats import TensorStats
+from irq_convert.core.tensor_stats import TensorStats, entropy_sum
 from irq_convert.core.threads import numba_threads
 
 
@@ -91,16 +91,15 @@ class MatrixSolver:
         target, moments = target.to(device).contiguous(), moments.to(device)
         factor = replace(factor, order=factor.order.to(device), feedback=factor.feedback.to(device))
         rows = slice(start, start + len(target))
-        if self._backend == "numba":
-            self._solve_numba(rows, target, moments, factor, options)
-        else:
-            self._solve_device(rows, target, moments, factor, options)
+        solve = self._solve_numba if self._backend == "numba" else self._solve_device
+        with damped_in_place(moments, factor.damping) as against:
+            solve(rows, target, against, factor, options)
 
     def _solve_numba(
         self,
         rows: slice,
         target: torch.Tensor,
-        moments: torch.Tensor,
+        against: torch.Tensor,
         factor: Factor,
         options: SolverOptions,
     ) -> None:
@@ -113,18 +112,17 @@ class MatrixSolver:
                 order, feedback = factor.order.numpy(), factor.feedback.numpy()
                 sweep_rows(wanted, scale, tau, feedback, order, *book, codes)
             if options.rounds:
-                with damped_in_place(moments, factor.damping) as against:
-                    descend_rows(
-                        wanted, against.numpy(), (1.0 / against.diagonal()).numpy(), *book,
-                        options.rounds, self._grids[rows].numpy(), self._zeros[rows].numpy(),
-                        scale, tau, codes, np.empty((len(codes), 2), np.float32),
-                    )  # fmt: skip
+                descend_rows(
+                    wanted, against.numpy(), (1.0 / against.diagonal()).numpy(), *book,
+                    options.rounds, self._grids[rows].numpy(), self._zeros[rows].numpy(),
+                    scale, tau, codes,
+                )  # fmt: skip
 
     def _solve_device(
         self,
         rows: slice,
         target: torch.Tensor,
-        moments: torch.Tensor,
+        against: torch.Tensor,
         factor: Factor,
         options: SolverOptions,
     ) -> None:
@@ -134,7 +132,7 @@ class MatrixSolver:
             portable.sweep_rows(target, scale, tau, factor, self._book, codes, sweep)
         if options.rounds:
             portable.descend_rows(
-                target, damped(moments, factor.damping), self._book, options.rounds,
+                target, against, self._book, options.rounds,
                 self._grids[rows], self._zeros[rows], scale, tau, codes, descend,
             )  # fmt: skip
 
@@ -182,17 +180,12 @@ def _panels(backend: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
 
 def _grids(found: QuantizedTensor) -> torch.Tensor:
     """Step, offset and 1 / step of scale and of tau for each block, `[rows, blocks, 6]`."""
-    grid_of_scale, grid_of_tau = found.scale_grid, found.tau_grid
-    assert grid_of_scale is not None
+    assert found.scale_grid is not None
     columns = []
-    for grid in (grid_of_scale, grid_of_scale if grid_of_tau is None else grid_of_tau):
-        step, offset = grid[:, 0], grid[:, 1]
-        # One over a tensor of ones: a GPU may divide by other means where a number is given.
-        inverse = torch.where(step > 0, torch.ones_like(step) / step, torch.zeros_like(step))
-        columns += [step, offset, inverse]
-    by_group = torch.stack(columns, 1)
-    by_block = by_group.repeat_interleave(GROUP_SIZE, 0)[: found.scale.numel()]
-    return by_block.view(*found.scale.shape, 6).contiguous()
+    for pairs in (found.scale_grid, found.scale_grid if found.tau_grid is None else found.tau_grid):
+        grid = Grid.of_pairs(pairs).of_blocks(found.scale.numel())
+        columns += [grid.step, grid.offset, grid.inverse]
+    return torch.cat(columns, 1).view(*found.scale.shape, 6)
 
 
 def _zero_points(found: QuantizedTensor, spec: QuantSpec, levels: torch.Tensor) -> torch.Tensor:
@@ -214,12 +207,9 @@ def _store(
 ) -> QuantizedTensor:
     """`found` with other values on the same grids, which hold them exactly."""
 
-    def encoded(values: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
-        each = grid.repeat_interleave(GROUP_SIZE, 0)[: values.numel()]
-        step, offset = each[:, 0].double(), each[:, 1].double()
-        safe = torch.where(step > 0, step, torch.ones_like(step))
-        code = torch.round(values.reshape(-1).double() / safe - offset)
-        return torch.where(step > 0, code, 0.0).to(torch.uint8).view(values.shape)
+    def encoded(values: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
+        grid = Grid.of_pairs(pairs).of_blocks(values.numel())
+        return grid.encode(values.reshape(-1, 1)).to(torch.uint8).view(values.shape)
 
     assert found.scale_grid is not None
     return replace(
@@ -241,18 +231,14 @@ def _restate(
     """`stats` of the search, with entropy and error of what is stored in its place."""
     shape = stats.shape
     padding = shape.blocks_per_row * shape.block_size - shape.cols
-    table = torch.from_numpy(entropy_table(shape.block_size)).to(codes.device)
     outside = len(book.levels)
     blocks = torch.nn.functional.pad(codes, (0, padding), value=outside).view(shape.blocks, -1)
     dense = torch.nn.functional.pad(weight, (0, padding)).view(blocks.shape)
     pairs = scale.reshape(-1, 1), tau.reshape(-1, 1)
     error = torch.empty(shape.blocks, dtype=torch.float64, device=codes.device)
-    total = torch.zeros((), dtype=torch.int64, device=codes.device)
     step = GROUP_SIZE * 16
     for at in range(0, shape.blocks, step):
         part = slice(at, at + step)
-        for code in range(outside):
-            total += table[(blocks[part] == code).sum(1)].sum()
         inside = blocks[part] < outside
         value = book.values(blocks[part].clamp_max(outside - 1), *(p[part] for p in pairs))
         wrong = torch.where(inside, value.double() - dense[part], 0.0)
@@ -260,4 +246,4 @@ def _restate(
     energies = stats.energies.copy()
     starts = np.arange(0, shape.blocks, GROUP_SIZE)
     energies[:, 1] = np.add.reduceat(error.cpu().numpy(), starts)
-    return TensorStats(shape, stats.plain, int(total), energies)
+    return TensorStats(shape, stats.plain, entropy_sum(codes.cpu().numpy(), shape), energies)

@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass
 import torch
 
 from irq_convert.hf.layered import LayeredModel
-from irq_convert.jobs.calibration.layer import CHUNK_TOKENS
 from irq_convert.jobs.calibration.loop import LayerFile
 from irq_convert.jobs.calibration.memo import ROOM
 from irq_convert.jobs.calibration.sites import Site, find_sites
+from irq_convert.jobs.calibration.states import CHUNK_TOKENS
 from irq_convert.jobs.calibration.text import Windows
 
 PASSES = 3.2

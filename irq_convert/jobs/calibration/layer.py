@@ -29,10 +29,8 @@ from irq_convert.jobs.calibration.sites import (
     find_sites,
     listening,
 )
-from irq_convert.jobs.calibration.states import StateFile, state_file
+from irq_convert.jobs.calibration.states import StateFile, chunks, state_file
 from irq_convert.nn.recording import Listener
-
-CHUNK_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -54,17 +52,11 @@ class LayerOptions:
     tokens: int
     threads: int | None = None
 
-    @property
-    def step(self) -> int:
-        """Windows that are run at once."""
-        return max(1, CHUNK_TOKENS // self.tokens)
-
     def chunks(self, first: int = 0, last: int | None = None) -> Iterator[tuple[int, int]]:
         """Windows `first .. last` in chunks that hold either calibrating or held-out ones."""
         last = self.windows if last is None else last
         for start, stop in ((first, min(last, self.calibrating)), (self.calibrating, last)):
-            for at in range(max(first, start), stop, self.step):
-                yield at, min(stop, at + self.step)
+            yield from chunks(max(first, start), stop, self.tokens)
 
 
 @dataclass

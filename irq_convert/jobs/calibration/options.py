@@ -9,6 +9,7 @@ from irq_convert.core.solver.options import SolverOptions
 from irq_convert.errors import UsageError
 
 TOKENS, WINDOW = 65_536, 512
+CORRECTION, DAMPING = 0.5, 0.1
 """Defaults."""
 SELF = "self"
 """Instead of a text: tokens that the source itself samples."""
@@ -57,9 +58,9 @@ class CalibrationOptions:
     window: int = WINDOW
     seed: int = 0
     held_out: int = 8
-    correction: tuple[float, ...] = (0.5,)
+    correction: tuple[float, ...] = (CORRECTION,)
     ridge: float = 0.05
-    damping: tuple[float, ...] = (0.1,)
+    damping: tuple[float, ...] = (DAMPING,)
     rounds: int = 3
     refine: int = 10
     sweep: bool = True

@@ -17,6 +17,9 @@ from irq_convert.checkpoint.buffers import tensor_bytes
 from irq_convert.checkpoint.system import os_errors
 from irq_convert.errors import IrqError
 
+CHUNK_TOKENS = 2048
+"""Tokens that a layer is run on at once, unless one window has more."""
+
 
 @dataclass
 class StateFile:
@@ -71,3 +74,10 @@ def state_file(
         yield StateFile(path, fd, windows, tokens, width)
     finally:
         os.close(fd)
+
+
+def chunks(first: int, last: int, tokens: int) -> Iterator[tuple[int, int]]:
+    """Windows `first .. last`, of `tokens` tokens each, as many at once as a layer is run on."""
+    step = max(1, CHUNK_TOKENS // tokens)
+    for start in range(first, last, step):
+        yield start, min(last, start + step)

@@ -18,10 +18,9 @@ from irq_convert.errors import IrqError
 from irq_convert.hf.causal_lm import load_causal_lm
 from irq_convert.hf.layer_weights import WeightSource
 from irq_convert.hf.layered import LayeredModel
-from irq_convert.jobs.calibration.layer import CHUNK_TOKENS
 from irq_convert.jobs.calibration.sites import Site, find_sites, listening, sites_below
 from irq_convert.jobs.calibration.source import check_vocabulary
-from irq_convert.jobs.calibration.states import StateFile, state_file
+from irq_convert.jobs.calibration.states import StateFile, chunks, state_file
 from irq_convert.jobs.common.memory import available_memory
 from irq_convert.jobs.measure.squares import Squares
 from irq_convert.progress import Progress
@@ -70,10 +69,7 @@ class Pass:
         return found
 
     def _chunks(self) -> Iterator[tuple[int, int]]:
-        count, width = self.ids.shape
-        step = max(1, CHUNK_TOKENS // width)
-        for start in range(0, count, step):
-            yield start, min(count, start + step)
+        return chunks(0, *self.ids.shape)
 
     @contextmanager
     def _begin(self, model: LayeredModel) -> Iterator[StateFile]:
