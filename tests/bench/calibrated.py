@@ -2,7 +2,7 @@
 
     python tests/bench/calibrated.py MODEL --text C4 --judge OTHER --judge MORE --codebooks int3,nf3
     python tests/bench/calibrated.py MODEL --text C4 --judge OTHER --codebooks int3 --ablation
-    python tests/bench/calibrated.py MODEL --text C4 --judge OTHER --codebooks int3 --tokens 4096,9
+    python tests/bench/calibrated.py MODEL --text C4 --judge OTHER --tokens 4096,16384
 
 Every row quantizes MODEL in blocks of 64 and measures it beside the dense model on the same
 windows; seconds are of quantizing alone. The ablation adds one piece of the loop after the other.
@@ -36,7 +36,7 @@ PIECES: dict[str, dict[str, Any]] = {
     "weighed statistics": {"sweep": False, "rounds": 0, "correction": 0.0},
     "+ sweep": {"rounds": 0, "correction": 0.0},
     "+ refit and descent, 1 round": {"rounds": 1, "correction": 0.0},
-    "+ 2 rounds": {"correction": 0.0},
+    "+ 3 rounds": {"correction": 0.0},
     "+ correction, correction 0.5": {},
     "correction 0.75": {"correction": 0.75},
     "correction 1": {"correction": 1.0},
