@@ -5,7 +5,8 @@
     python tests/bench/calibrated.py MODEL --text C4 --judge OTHER --tokens 4096,16384
 
 Every row quantizes MODEL in blocks of 64 and measures it beside the dense model on the same
-windows; seconds are of quantizing alone. The ablation adds one piece of the loop after the other.
+windows; seconds are of quantizing alone. Folders of peers.py are judged by --beside. The ablation
+adds one piece of the loop after the other.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ PIECES: dict[str, dict[str, Any]] = {
 def main() -> None:
     asked = _parse()
     logging.disable_progress_bar()
-    tokenizer, reference = load_tokenizer(asked.model), load_causal_lm(asked.model)
+    tokenizer, reference = load_tokenizer(asked.model), _remembered(load_causal_lm(asked.model))
     judges = {}
     for path in asked.judge:
         ids = encode_stream(tokenizer, read_text(path), asked.windows * asked.context)
@@ -63,6 +64,23 @@ def main() -> None:
             seconds = time.perf_counter() - begun
             cells = [_score(out, windows, reference, asked.context) for windows in judges.values()]
             print(f"| {codebook} | {way} | {seconds:.0f} | {' | '.join(cells)} |", flush=True)
+    for name, _, folder in (each.partition("=") for each in asked.beside):
+        cells = [_score(folder, windows, reference, asked.context) for windows in judges.values()]
+        print(f"| {name} | | | {' | '.join(cells)} |", flush=True)
+
+
+def _remembered(model: Any) -> Any:
+    """`model`, which keeps what it once said: every row is judged on the same windows."""
+    forward, said = model.forward, dict[bytes, Any]()
+
+    def remember(input_ids: Tensor, **given: Any) -> Any:
+        key = input_ids.numpy().tobytes()
+        if key not in said:
+            said[key] = forward(input_ids=input_ids, **given)
+        return said[key]
+
+    model.forward = remember
+    return model
 
 
 def _parse() -> argparse.Namespace:
@@ -74,6 +92,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--tokens", default="16384")
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--windows", type=int, default=24, help="to judge by")
+    parser.add_argument("--beside", action="append", default=[], help="NAME=FOLDER of peers.py")
     parser.add_argument("--ablation", action="store_true")
     parser.add_argument("--ways", default="mse,entropy,importance,calibrated,entropy calibrated")
     parser.add_argument("--threads", type=int)
@@ -82,7 +101,7 @@ def _parse() -> argparse.Namespace:
 
 def _rows(asked: argparse.Namespace, scratch: Path) -> Iterator[tuple[str, str, QuantizeOptions]]:
     sizes = [int(each) for each in asked.tokens.split(",")]
-    for codebook in asked.codebooks.split(","):
+    for codebook in filter(None, asked.codebooks.split(",")):
         if asked.ablation:
             for way, changes in PIECES.items():
                 yield codebook, way, _calibrated(asked, codebook, "mse", sizes[0], **changes)
@@ -120,7 +139,7 @@ def _calibrated(
     return QuantizeOptions(spec, calibrate=chosen, threads=asked.threads)
 
 
-def _score(out: Path, windows: Sequence[Tensor], reference: Any, context: int) -> str:
+def _score(out: Path | str, windows: Sequence[Tensor], reference: Any, context: int) -> str:
     options = EvalOptions(context=context)
     found = evaluate_windows(load_causal_lm(out), windows, options, reference=reference)
     return f"{found.kl:.4f} ± {found.kl_se:.4f}"
