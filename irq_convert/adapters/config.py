@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from peft import LoraConfig
 
 from irq_convert.adapters.peft_type import iec_lora
-from irq_convert.artifact.adapter_kinds import Connection
+from irq_convert.artifact.adapter_kinds import Connection, Statistics
 from irq_convert.core.spec import BLOCK_SIZES
 from irq_convert.errors import UsageError
 
@@ -34,6 +34,12 @@ class IecLoraConfig(LoraConfig):
         default=None,
         metadata={"help": "Block size of pooled adapters on layers that are not quantized."},
     )
+    statistics: str | None = field(
+        default=None,
+        metadata={
+            "help": "Train 'tau', 'scale' or 'both' of packed layers; r=0 trains them alone."
+        },
+    )
     base_sha256: str | None = field(
         default=None,
         metadata={"help": "Identity of the artifact that the adapter belongs to; recorded."},
@@ -56,6 +62,12 @@ class IecLoraConfig(LoraConfig):
             raise UsageError(f"block_size {self.block_size!r}: choose one of {sizes}")
         if self.block_size is not None and self.pool is None:
             raise UsageError("block_size is for adapters with pool='block'")
+        if self.statistics not in (None, *Statistics):
+            raise UsageError(
+                f"statistics {self.statistics!r}: choose one of {', '.join(Statistics)}, or None"
+            )
+        if self.r == 0:
+            self._check_alone()
         if self.init_lora_weights not in (True, False, "gaussian"):
             raise UsageError(
                 f"init_lora_weights {self.init_lora_weights!r} changes the base weight, which is "
@@ -64,3 +76,11 @@ class IecLoraConfig(LoraConfig):
         for name in ("lora_bias", "layer_replication", "target_parameters", "megatron_config"):
             if getattr(self, name, None):
                 raise UsageError(f"IEC-LoRA does not take {name}: leave it out or use LoraConfig")
+
+    def _check_alone(self) -> None:
+        """An adapter without matrices: what is said of matrices contradicts it."""
+        if self.statistics is None:
+            raise UsageError("r=0 is an adapter of nothing: give statistics='both', or a rank")
+        if self.pool is not None or self.rank_pattern:
+            raise UsageError("r=0 trains statistics alone: leave pool and rank_pattern out")
+        self.connection = "none"

@@ -1,171 +1,40 @@
-"""A linear layer with an IEC-LoRA adapter, on a quantized or a dense base.
+"""A linear layer with adapters of our own type, on a quantized or a dense base.
 
-    x' = A drop(x) + beta1 P x        y = W x + s (B x' + beta2 E x')
-
-Where dropout is off, `A + beta1 P` and `B + beta2 E` are folded into the two small matrices first,
-so that the connections cost nothing for each token (docs/method.md).
+Adapters that move statistics change the base's weight before the product, all others add to its
+result (`variant.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
-from peft.tuners.lora.layer import LoraVariant
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
-from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from irq_convert.core.elastic import (
-    block_sums,
-    block_weights,
-    elastic,
-    fold_elastic,
-    repeat_blocks,
+from irq_convert.adapters.statistics import (
+    SCALE,
+    TAU,
+    moved_statistics,
+    require_finite,
+    require_scales,
+    with_statistics,
 )
-from irq_convert.core.scales import expand_statistic
-from irq_convert.errors import IrqError, UsageError
+from irq_convert.adapters.variant import IecVariant, weight_of
+from irq_convert.core.dequantize import dequantize_tensor
+from irq_convert.core.quantized import QuantizedTensor
+from irq_convert.errors import UsageError
 from irq_convert.nn.linear import IrqLinear, dense_layer
-from irq_convert.nn.lowrank import add_low_rank
 
 if TYPE_CHECKING:
     from irq_convert.adapters.config import IecLoraConfig
 
 
-class Betas(nn.Module):
-    """The two betas of an adapter, `weight` `[2]`.
-
-    A module, so that the parameter's name holds ".<adapter>." in its middle, as A's and B's do:
-    libraries tell adapters apart by that, and copy one to another by its name.
-    """
-
-    def __init__(self, like: torch.Tensor) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(2, dtype=like.dtype, device=like.device))
-
-
-class IecVariant(LoraVariant):
-    """What one adapter of a layer computes: its connections and its pooling."""
-
-    def __init__(self, config: IecLoraConfig, block_size: int | None) -> None:
-        self.input = config.connection in ("both", "input")
-        self.output = config.connection in ("both", "output")
-        self.block_size = block_size
-
-    def init(self, module: IecLoraLinear, adapter_name: str, **kwargs: Any) -> None:  # type: ignore[override]
-        """Add the betas, 0 at the start, and for a pooled adapter give A its columns."""
-        weight = _weight(module.lora_A, adapter_name)
-        if self.block_size is not None:
-            blocks = -(-module.in_features // self.block_size)
-            module.lora_A[adapter_name] = _pooled_a(weight, blocks)
-        if self.input or self.output:
-            module.lora_iec_beta[adapter_name] = Betas(weight)
-
-    def folded(self, module: IecLoraLinear, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """`A' = A + beta1 P` and `B' = B + beta2 E`, differentiable, in the dtype of A and B."""
-        return self._folded_a(module, adapter), self._folded_b(module, adapter)
-
-    def _folded_a(self, module: IecLoraLinear, adapter: str) -> torch.Tensor:
-        weight = _weight(module.lora_A, adapter)
-        if not self.input:
-            return weight
-        columns = None
-        if self.block_size is not None:
-            columns = block_weights(module.in_features, self.block_size, weight.device)
-        return fold_elastic(weight, _weight(module.lora_iec_beta, adapter)[0], columns)
-
-    def _folded_b(self, module: IecLoraLinear, adapter: str) -> torch.Tensor:
-        weight = _weight(module.lora_B, adapter)
-        if not self.output:
-            return weight
-        return fold_elastic(weight, _weight(module.lora_iec_beta, adapter)[1])
-
-    def forward(  # type: ignore[override]
-        self,
-        module: IecLoraLinear,
-        active_adapter: str,
-        x: torch.Tensor,
-        result: torch.Tensor,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        """`result` plus what the adapter makes of `x` `[..., in_features]`."""
-        if self.block_size is not None:
-            x = block_sums(x, self.block_size)
-        dropout = module.lora_dropout[active_adapter]
-        b, scale = self._folded_b(module, active_adapter), module.scaling[active_adapter]
-        dropped = dropout.training and getattr(dropout, "p", 0) > 0
-        if not (dropped and self.input):
-            return add_low_rank(
-                result, dropout(x), self._folded_a(module, active_adapter), b, scale
-            )
-        # The connection sees what dropout hides, so A and P have different inputs.
-        inner = functional.linear(dropout(x), _weight(module.lora_A, active_adapter))
-        beta = _weight(module.lora_iec_beta, active_adapter)[0]
-        inner = (inner + beta * self._pool(module, x, inner)) * scale
-        return result + functional.linear(inner, b)
-
-    def _pool(self, module: IecLoraLinear, x: torch.Tensor, inner: torch.Tensor) -> torch.Tensor:
-        """`P x` of the input, or of the block sums made means."""
-        if self.block_size is not None:
-            x = x * block_weights(module.in_features, self.block_size, x.device).to(x.dtype)
-        return elastic(x, inner.shape[-1]).to(inner.dtype)
-
-    def delta(self, module: IecLoraLinear, adapter: str) -> torch.Tensor:
-        """The change of the weight, float32 or finer, `[out_features, in_features]`."""
-        product = self.block_delta(module, adapter)
-        if self.block_size is None:
-            return product
-        return repeat_blocks(product, module.in_features, self.block_size)
-
-    def block_delta(self, module: IecLoraLinear, adapter: str) -> torch.Tensor:
-        """`s B' A'`: for a pooled adapter what each block's tau moves by."""
-        with torch.no_grad():
-            a, b = (
-                w if w.dtype == torch.float64 else w.float() for w in self.folded(module, adapter)
-            )
-            return (b @ a) * module.scaling[adapter]
-
-    def merge_safe(  # type: ignore[override]
-        self, module: IecLoraLinear, active_adapter: str, orig_weight: torch.Tensor
-    ) -> torch.Tensor:
-        """A dense weight plus the change; of a Conv1D transposed."""
-        delta = self.delta(module, active_adapter)
-        return (orig_weight + (delta.T if module.fan_in_fan_out else delta)).to(orig_weight.dtype)
-
-    def merge_unsafe(  # type: ignore[override]
-        self, module: IecLoraLinear, active_adapter: str, orig_weight: torch.Tensor
-    ) -> None:
-        """`merge_safe` in place."""
-        orig_weight.data = self.merge_safe(module, active_adapter, orig_weight.data)
-
-    def unmerge(  # type: ignore[override]
-        self, module: IecLoraLinear, active_adapter: str, orig_weight: torch.Tensor
-    ) -> torch.Tensor:
-        """A merged dense weight minus the change."""
-        delta = self.delta(module, active_adapter)
-        return (orig_weight - (delta.T if module.fan_in_fan_out else delta)).to(orig_weight.dtype)
-
-
-def _weight(matrices: nn.ModuleDict, adapter: str) -> torch.Tensor:
-    weight = matrices[adapter].weight
-    assert isinstance(weight, torch.Tensor)
-    return weight
-
-
-def _pooled_a(weight: torch.Tensor, blocks: int) -> nn.Linear:
-    """A on `blocks` block sums, drawn so that `A u` spreads as LoRA's `A x` does.
-
-    A sum over a block spreads as the root of its length, so the bound is LoRA's for all the
-    inputs, not for the blocks alone: any columns of LoRA's own `weight` will do.
-    """
-    new = nn.Linear(blocks, weight.shape[0], bias=False, device=weight.device, dtype=weight.dtype)
-    with torch.no_grad():
-        new.weight.copy_(weight[:, :blocks])
-    return new
+OWN_PARTS = ("lora_iec_beta", SCALE, TAU)
 
 
 class IecLoraLinear(LoraLinear):
@@ -173,18 +42,69 @@ class IecLoraLinear(LoraLinear):
 
     in_features: int
     out_features: int
+    lora_iec_beta: nn.ModuleDict
+    lora_irq_scale: nn.ModuleDict
+    lora_irq_tau: nn.ModuleDict
+    rounded: torch.dtype | None
+    """How moved statistics will be stored, where training is to take that into account."""
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs: Any) -> None:
         super().__init__(base_layer, adapter_name, **kwargs)
+        self.rounded: torch.dtype | None = None
         self._packed: list[IrqLinear] = []  # a list, so that it is no submodule
         self.fan_in_fan_out = isinstance(self.get_base_layer(), Conv1D)
 
     def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Add an adapter; the betas get their place beside A and B."""
-        if "lora_iec_beta" not in self.adapter_layer_names:
-            self.adapter_layer_names = (*self.adapter_layer_names, "lora_iec_beta")
-            self.lora_iec_beta = nn.ModuleDict({})
-        super().update_layer(adapter_name, *args, **kwargs)
+        """Add an adapter; betas and moves of statistics get their place beside A and B.
+
+        PEFT refuses a rank of 0, so a layer of statistics alone is made with 1 and emptied.
+        """
+        for name in OWN_PARTS:
+            if name not in self.adapter_layer_names:
+                self.adapter_layer_names = (*self.adapter_layer_names, name)
+                setattr(self, name, nn.ModuleDict({}))
+        rank, *others = args or (kwargs.pop("r"),)
+        super().update_layer(adapter_name, rank or 1, *others, **kwargs)
+        self.r[adapter_name] = rank
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The base on its weight, or on one with moved statistics, and what adapters add."""
+        moving = [] if self.disable_adapters or self.merged else self._moving(self.active_adapters)
+        if moving:
+            if kwargs.get("adapter_names") is not None:
+                raise UsageError(
+                    f"{', '.join(moving)} trains statistics, which are the same for a whole batch: "
+                    "leave adapter_names out"
+                )
+            base = self.get_base_layer()
+            assert isinstance(base, IrqLinear)
+            kwargs["q"] = self._moved(base, moving, rounded=self.rounded)
+        return super().forward(x, *args, **kwargs)
+
+    def parts(self, name: str) -> nn.ModuleDict:
+        """One of `OWN_PARTS`, by adapter."""
+        found = getattr(self, name)
+        assert isinstance(found, nn.ModuleDict)
+        return found
+
+    def _moving(self, names: Iterable[str]) -> list[str]:
+        """Those of `names` that move statistics of this layer."""
+        there = {*self.lora_irq_scale, *self.lora_irq_tau}
+        return [name for name in names if name in there]
+
+    def _moved(
+        self,
+        base: IrqLinear,
+        names: Sequence[str],
+        rounded: torch.dtype | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> QuantizedTensor:
+        factors, offsets = (
+            [weight_of(part, name) for name in names if name in part]
+            for part in (self.lora_irq_scale, self.lora_irq_tau)
+        )
+        q = base.quantized()
+        return with_statistics(q, *moved_statistics(q, factors, offsets, rounded, dtype))
 
     def resolve_lora_variant(self, *, config: Any, **kwargs: Any) -> IecVariant:
         """The variant of `config`; `UsageError` when it asks for another of PEFT's as well."""
@@ -216,9 +136,17 @@ class IecLoraLinear(LoraLinear):
         return own
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
-        """The change that `adapter` makes, in the layout of the base weight, in the dtype of B."""
-        dtype = _weight(self.lora_B, adapter).dtype
-        delta = self._variant(adapter).delta(self, adapter).to(dtype)
+        """The change that `adapter` makes, `[rows, cols]` in the layout of the base weight."""
+        variant, base = self._variant(adapter), self.get_base_layer()
+        delta: Any = 0
+        if variant.low_rank:
+            dtype = weight_of(self.lora_B, adapter).dtype
+            delta = variant.delta(self, adapter).to(dtype)
+        if self._moving([adapter]):
+            assert isinstance(base, IrqLinear)
+            with torch.no_grad():
+                q = self._moved(base, [adapter], dtype=torch.float32)
+            delta = dequantize_tensor(q) - base.dequantize() + delta
         return delta.T if self.fan_in_fan_out else delta
 
     def _variant(self, adapter: str) -> IecVariant:
@@ -229,19 +157,26 @@ class IecLoraLinear(LoraLinear):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Merge adapters into the base. A packed base is put aside, whole, for `unmerge`.
 
-        Pooled adapters alone leave the layer packed, with its tau in float32; any other makes it
-        dense. Raises `IrqError` when the result is not finite.
+        Where all are pooled or of statistics alone the layer stays packed, with its statistics in
+        float32; any other makes it dense. Raises `IrqError` when the result is not finite, or a
+        scale is below 0.
         """
-        base = self.get_base_layer()
+        base = self._packed[0] if self._packed else self.get_base_layer()
         if not isinstance(base, IrqLinear):
             super().merge(safe_merge, adapter_names)
             return
-        names = [n for n in check_adapters_to_merge(self, adapter_names) or () if n in self.lora_A]
+        found = check_adapters_to_merge(self, adapter_names) or ()
+        names = [name for name in found if name in self.lora_variant]
         if not names:
             return
-        pooled = all(self._variant(name).block_size is not None for name in names)
-        merged = self._move_tau(base, names) if pooled else self._densify(base, names)
-        self._packed = self._packed or [base]
+        every = [*self.merged_adapters, *names]
+        variants = [self._variant(name) for name in every]
+        with torch.no_grad():
+            if all(v.block_size is not None or not v.low_rank for v in variants):
+                merged: nn.Module = self._restated(base, every)
+            else:
+                merged = self._densify(base, every)
+        self._packed = [base]
         self.base_layer = merged
         self.merged_adapters.extend(names)
 
@@ -260,32 +195,29 @@ class IecLoraLinear(LoraLinear):
         super()._apply(fn, recurse)
         return self
 
-    def _move_tau(self, base: IrqLinear, names: list[str]) -> IrqLinear:
-        q = base.quantized()
-        tau = expand_statistic(q.tau, q.tau_grid).double()
+    def _restated(self, base: IrqLinear, names: list[str]) -> IrqLinear:
+        """`base` with the statistics that `names` make of its own."""
+        q = self._moved(base, self._moving(names), dtype=torch.float64)
+        scale, tau = q.scale, q.tau
         for name in names:
-            tau += self._variant(name).block_delta(self, name).double()
-        _require_finite(tau, names)
-        moved = replace(q, tau=tau.float(), tau_grid=None)
-        layer = IrqLinear.from_quantized(moved)
+            if self._variant(name).low_rank:
+                tau = tau + self._variant(name).block_delta(self, name).double()
+        require_finite(tau, names)
+        require_scales(scale, names)
+        layer = IrqLinear.from_quantized(with_statistics(q, scale.float(), tau.float()))
         layer.fmt = replace(layer.fmt, transposed=base.fmt.transposed)
         layer.bias = base.bias  # itself: a new parameter would require gradients
         layer.dense_dtype = base.dense_dtype
         return layer.train(base.training)
 
     def _densify(self, base: IrqLinear, names: list[str]) -> nn.Module:
-        weight = base.dequantize(torch.float32)
+        moving = self._moving(names)
+        weight = dequantize_tensor(self._moved(base, moving) if moving else base.quantized())
         for name in names:
-            weight += self._variant(name).delta(self, name).to(weight.dtype)
-        _require_finite(weight, names)
+            if self._variant(name).low_rank:
+                weight += self._variant(name).delta(self, name).to(weight.dtype)
+        require_finite(weight, names)
         return dense_layer(base, nn.Parameter(weight.to(base.dense_dtype), requires_grad=False))
 
     def __repr__(self) -> str:
         return super().__repr__().replace("lora.", "iec_lora.", 1)
-
-
-def _require_finite(values: torch.Tensor, names: list[str]) -> None:
-    if not bool(values.isfinite().all()):
-        raise IrqError(
-            f"merging {', '.join(names)} gives NaN or infinite weights: the adapter is broken"
-        )

@@ -13,6 +13,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from irq_convert.errors import UsageError
 from irq_convert.nn.experts import IrqExperts
@@ -53,14 +54,28 @@ def not_linear(model: nn.Module) -> str | None:
 _FORWARDS = (nn.Linear.forward, IrqLinear.forward)
 
 
+def _dense(model: nn.Module) -> list[str]:
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and not isinstance(module, IrqLinear)
+    ]
+
+
 def _any_number(name: str) -> str:
     return re.sub(r"\d+", r"\\d+", re.escape(name))
 
 
 def prepare_targets(model: nn.Module, config: LoraConfig) -> None:
-    """Make `config`, an IEC-LoRA one, leave out of "all-linear" what `not_linear` says."""
+    """Make `config`, an IEC-LoRA one, leave out of "all-linear" what `not_linear` says.
+
+    Of rank 0 it trains statistics alone, so dense layers are left out, too.
+    """
     if is_all_linear(config) and config.exclude_modules is None:
-        config.exclude_modules = not_linear(model)
+        left_out = [not_linear(model)]
+        if config.r == 0:
+            left_out += [re.escape(name) for name in _dense(model)]
+        config.exclude_modules = "|".join(filter(None, left_out)) or None
 
 
 def prepare_stock_targets(model: nn.Module, config: LoraConfig) -> None:

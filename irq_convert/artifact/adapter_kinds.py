@@ -23,12 +23,21 @@ class Connection(StrEnum):
     NONE = "none"
 
 
+class Statistics(StrEnum):
+    """Which of a packed layer's statistics an adapter trains."""
+
+    BOTH = "both"
+    SCALE = "scale"
+    TAU = "tau"
+
+
 class AdapterKind(StrEnum):
     """Kind of adapter, as `finetune --lora` names it."""
 
     PLAIN = "plain"
     IEC = "iec"
     BLOCK = "block"
+    STATISTICS = "statistics"
 
     @property
     def called(self) -> str:
@@ -36,9 +45,19 @@ class AdapterKind(StrEnum):
         return _CALLED[self]
 
     @property
-    def connected(self) -> bool:
-        """Whether it is of our own type, with elastic connections unless they are switched off."""
+    def own(self) -> bool:
+        """Whether it is of our own type, not stock LoRA."""
         return self is not AdapterKind.PLAIN
+
+    @property
+    def low_rank(self) -> bool:
+        """Whether it has low-rank matrices, and not statistics alone."""
+        return self is not AdapterKind.STATISTICS
+
+    @property
+    def connected(self) -> bool:
+        """Whether it has elastic connections unless they are switched off."""
+        return self.own and self.low_rank
 
     @property
     def pooled(self) -> bool:
@@ -50,6 +69,7 @@ _CALLED = {
     AdapterKind.PLAIN: "LoRA",
     AdapterKind.IEC: "IEC-LoRA",
     AdapterKind.BLOCK: "block-pooled IEC-LoRA",
+    AdapterKind.STATISTICS: "an adapter of scale and tau",
 }
 
 
@@ -57,6 +77,8 @@ def kind_of(settings: Mapping[str, Any]) -> AdapterKind:
     """The kind that an adapter_config.json describes; PLAIN where it is nothing of ours."""
     if settings.get("peft_type") != IEC_LORA:
         return AdapterKind.PLAIN
+    if settings.get("r") == 0:
+        return AdapterKind.STATISTICS
     if settings.get("pool") == "block":
         return AdapterKind.BLOCK
     none = settings.get("connection") == Connection.NONE

@@ -1,10 +1,11 @@
 """`y = x W^T + b` for a packed `W`: the dense weight exists only while a product is computed.
 
-The autograd function saves nothing but the packed parts, which the module owns anyway, and
-dequantizes again for the gradient of the input. The products walk over tiles of the weight, of rows
-forward and of columns backward, so that the dense weight is never whole. Two operators,
-`irq::linear` and `irq::linear_grad`, keep compilers from looking inside, so a compiled model
-computes the same bits.
+The autograd function saves nothing but the packed parts, which the module owns anyway, and the
+input where statistics are trained, and dequantizes again for the gradient of the input. The
+products walk over tiles of the weight, of rows forward and of columns backward, so that the dense
+weight is never whole. Three operators, `irq::linear`, `irq::linear_grad` and
+`irq::statistics_grad`, keep compilers from looking inside, so a compiled model computes the same
+bits.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch.nn import functional
 from irq_convert.core.dequantize import dequantize_rows, dequantize_tensor
 from irq_convert.core.quantized import QuantizedTensor
 from irq_convert.core.scales import expand_statistic
+from irq_convert.nn.statistics_grad import statistics_grad
 
 FEW_ROWS = 16
 """On a CPU inputs of at most this many rows use small tiles, which stay in its cache."""
@@ -37,7 +39,7 @@ def packed_linear(
     """`x @ W^T + bias` with `W` the dense values of `q` in the dtype of `x`.
 
     `x` floating `[..., cols]`, `bias` `[rows]` of the same dtype; returns `[..., rows]`.
-    Differentiable in `x` and `bias`.
+    Differentiable in `x` and `bias`, and in floating statistics that require gradients.
     """
     return _PackedLinear.apply(
         x, bias, q.codes, q.scale, q.tau, q.scale_grid, q.tau_grid, q.cols, q.codebook, q.block_size
@@ -47,7 +49,8 @@ def packed_linear(
 class _PackedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, bias: torch.Tensor | None, *parts: Any) -> torch.Tensor:
-        ctx.save_for_backward(*parts[:5])
+        kept = x if any(ctx.needs_input_grad[3:5]) else None
+        ctx.save_for_backward(kept, *parts[:5])
         ctx.layout = parts[5:]
         if _is_plain(x):
             return _linear(x, QuantizedTensor(*parts), bias)
@@ -56,8 +59,9 @@ class _PackedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad,) = grads
-        parts = (*ctx.saved_tensors, *ctx.layout)
-        grad_x = grad_bias = None
+        x, *stored = ctx.saved_tensors
+        parts = (*stored, *ctx.layout)
+        grad_x = grad_bias = grad_scale = grad_tau = None
         if ctx.needs_input_grad[0]:
             if not _is_plain(grad):
                 grad_x = torch.ops.irq.linear_grad(grad, *parts)
@@ -67,7 +71,26 @@ class _PackedLinear(torch.autograd.Function):
                 grad_x = _linear_grad(grad, QuantizedTensor(*parts))
         if ctx.needs_input_grad[1]:
             grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
-        return (grad_x, grad_bias, *(None,) * 8)
+        if x is not None:
+            grad_scale, grad_tau = _statistics_grad(grad, x, parts, ctx.needs_input_grad[3:5])
+        return (grad_x, grad_bias, None, grad_scale, grad_tau, *(None,) * 5)
+
+
+def _statistics_grad(
+    grad: torch.Tensor, x: torch.Tensor, parts: tuple[Any, ...], asked: tuple[bool, bool]
+) -> list[torch.Tensor | None]:
+    q = QuantizedTensor(*parts)
+    found: Any
+    if _is_plain(grad) and _is_plain(x):
+        found = statistics_grad(grad, x, q, *asked)
+    else:
+        found = torch.ops.irq.statistics_grad(grad, x, q.codes, *parts[5:], *asked)
+        found = [each if wanted else None for each, wanted in zip(found, asked, strict=True)]
+    stored = (q.scale, q.tau)
+    return [
+        None if each is None else each.to(part.dtype)
+        for each, part in zip(found, stored, strict=True)
+    ]
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
@@ -200,3 +223,38 @@ def _linear_grad_fake(
     block_size: int,
 ) -> torch.Tensor:
     return grad.new_empty(*grad.shape[:-1], cols)
+
+
+@torch.library.custom_op("irq::statistics_grad", mutates_args=())
+def _statistics_grad_op(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    cols: int,
+    codebook: str,
+    block_size: int,
+    scale: bool,
+    tau: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    first, second = _statistics_fake(grad, x, codes, cols, codebook, block_size, scale, tau)
+    # The levels of the codes are all that counts of the weight.
+    q = QuantizedTensor(codes, first, second, None, None, cols, codebook, block_size)
+    of_scale, of_tau = statistics_grad(grad, x, q, scale, tau)
+    return first if of_scale is None else of_scale, second if of_tau is None else of_tau
+
+
+@_statistics_grad_op.register_fake
+def _statistics_fake(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    cols: int,
+    codebook: str,
+    block_size: int,
+    scale: bool,
+    tau: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    shape = (codes.shape[0], -(-cols // block_size))
+    sizes = (shape if scale else (0, 0), shape if tau else (0, 0))
+    first, second = (grad.new_empty(size, dtype=torch.float32) for size in sizes)
+    return first, second

@@ -168,9 +168,10 @@ class IrqLinear(nn.Linear):
         """The dense weight, `[out_features, in_features]` in `dtype`."""
         return dequantize_tensor(self.quantized(), dtype)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, q: QuantizedTensor | None = None) -> torch.Tensor:
         """`x` floating `[..., in_features]` to `[..., out_features]` of the same dtype.
 
+        `q` is the weight where it is not this layer's own, as with statistics that are trained.
         Under autocast both are in its dtype. Raises `IrqError` for an input that is not floating:
         some models cast activations to the dtype of `weight`, which is packed here.
         """
@@ -181,7 +182,7 @@ class IrqLinear(nn.Linear):
                 "to the dtype of this layer's weight; convert it with this layer left dense"
             )
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return packed_linear(x, self.quantized(), bias)
+        return packed_linear(x, self.quantized() if q is None else q, bias)
 
     def _apply(self, fn: Callable[..., torch.Tensor], recurse: bool = True) -> IrqLinear:
         """Let `fn` move the packed parts but not change their dtypes."""
