@@ -16,16 +16,11 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from irq_convert.adapters.statistics import (
-    SCALE,
-    TAU,
-    moved_statistics,
-    require_finite,
-    require_scales,
-    with_statistics,
-)
+from irq_convert.adapters.statistics import require_finite, require_scales
 from irq_convert.adapters.variant import IecVariant, weight_of
+from irq_convert.artifact.adapter_statistics import SCALE, TAU
 from irq_convert.core.dequantize import dequantize_tensor
+from irq_convert.core.moved import moved_statistics, with_statistics
 from irq_convert.core.quantized import QuantizedTensor
 from irq_convert.errors import UsageError
 from irq_convert.nn.linear import IrqLinear, dense_layer

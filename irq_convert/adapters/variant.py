@@ -8,14 +8,15 @@ so that the connections cost nothing for each token (docs/method.md).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from peft.tuners.lora.layer import LoraVariant
 from torch import nn
 from torch.nn import functional
 
-from irq_convert.adapters.statistics import SCALE, TAU, Moves
+from irq_convert.adapters.statistics import Moves
+from irq_convert.artifact.adapter_statistics import SCALE, TAU
 from irq_convert.core.elastic import (
     block_sums,
     block_weights,
@@ -29,7 +30,25 @@ from irq_convert.nn.lowrank import add_low_rank
 
 if TYPE_CHECKING:
     from irq_convert.adapters.config import IecLoraConfig
-    from irq_convert.adapters.layer import IecLoraLinear
+
+
+class AdaptedLinear(Protocol):
+    """What a variant uses of the layer that it belongs to."""
+
+    in_features: int
+    out_features: int
+    fan_in_fan_out: bool
+    scaling: dict[str, float]
+    lora_A: nn.ModuleDict
+    lora_B: nn.ModuleDict
+    lora_dropout: nn.ModuleDict
+    lora_iec_beta: nn.ModuleDict
+
+    def parts(self, name: str) -> nn.ModuleDict:
+        """Modules of our own by adapter."""
+
+    def get_base_layer(self) -> nn.Module:
+        """The layer without adapters."""
 
 
 class Betas(nn.Module):
@@ -58,7 +77,7 @@ class IecVariant(LoraVariant):
         self.scale = config.statistics in ("both", "scale")
         self.tau = config.statistics in ("both", "tau")
 
-    def init(self, module: IecLoraLinear, adapter_name: str, **kwargs: Any) -> None:  # type: ignore[override]
+    def init(self, module: AdaptedLinear, adapter_name: str, **kwargs: Any) -> None:  # type: ignore[override]
         """Add betas and moves of statistics, 0 at the start; give a pooled A its columns."""
         weight = weight_of(module.lora_A, adapter_name)
         base = module.get_base_layer()
@@ -82,11 +101,11 @@ class IecVariant(LoraVariant):
         if self.input or self.output:
             module.lora_iec_beta[adapter_name] = Betas(weight)
 
-    def folded(self, module: IecLoraLinear, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def folded(self, module: AdaptedLinear, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
         """`A' = A + beta1 P` and `B' = B + beta2 E`, differentiable, in the dtype of A and B."""
         return self._folded_a(module, adapter), self._folded_b(module, adapter)
 
-    def _folded_a(self, module: IecLoraLinear, adapter: str) -> torch.Tensor:
+    def _folded_a(self, module: AdaptedLinear, adapter: str) -> torch.Tensor:
         weight = weight_of(module.lora_A, adapter)
         if not self.input:
             return weight
@@ -95,7 +114,7 @@ class IecVariant(LoraVariant):
             columns = block_weights(module.in_features, self.block_size, weight.device)
         return fold_elastic(weight, weight_of(module.lora_iec_beta, adapter)[0], columns)
 
-    def _folded_b(self, module: IecLoraLinear, adapter: str) -> torch.Tensor:
+    def _folded_b(self, module: AdaptedLinear, adapter: str) -> torch.Tensor:
         weight = weight_of(module.lora_B, adapter)
         if not self.output:
             return weight
@@ -103,7 +122,7 @@ class IecVariant(LoraVariant):
 
     def forward(  # type: ignore[override]
         self,
-        module: IecLoraLinear,
+        module: AdaptedLinear,
         active_adapter: str,
         x: torch.Tensor,
         result: torch.Tensor,
@@ -125,20 +144,20 @@ class IecVariant(LoraVariant):
         inner = (inner + beta * self._pool(module, x, inner)) * scale
         return result + functional.linear(inner, b)
 
-    def _pool(self, module: IecLoraLinear, x: torch.Tensor, inner: torch.Tensor) -> torch.Tensor:
+    def _pool(self, module: AdaptedLinear, x: torch.Tensor, inner: torch.Tensor) -> torch.Tensor:
         """`P x` of the input, or of the block sums made means."""
         if self.block_size is not None:
             x = x * block_weights(module.in_features, self.block_size, x.device).to(x.dtype)
         return elastic(x, inner.shape[-1]).to(inner.dtype)
 
-    def delta(self, module: IecLoraLinear, adapter: str) -> torch.Tensor:
+    def delta(self, module: AdaptedLinear, adapter: str) -> torch.Tensor:
         """The change of the weight, float32 or finer, `[out_features, in_features]`."""
         product = self.block_delta(module, adapter)
         if self.block_size is None:
             return product
         return repeat_blocks(product, module.in_features, self.block_size)
 
-    def block_delta(self, module: IecLoraLinear, adapter: str) -> torch.Tensor:
+    def block_delta(self, module: AdaptedLinear, adapter: str) -> torch.Tensor:
         """`s B' A'`: for a pooled adapter what each block's tau moves by."""
         with torch.no_grad():
             a, b = (
@@ -147,20 +166,20 @@ class IecVariant(LoraVariant):
             return (b @ a) * module.scaling[adapter]
 
     def merge_safe(  # type: ignore[override]
-        self, module: IecLoraLinear, active_adapter: str, orig_weight: torch.Tensor
+        self, module: AdaptedLinear, active_adapter: str, orig_weight: torch.Tensor
     ) -> torch.Tensor:
         """A dense weight plus the change; of a Conv1D transposed."""
         delta = self.delta(module, active_adapter)
         return (orig_weight + (delta.T if module.fan_in_fan_out else delta)).to(orig_weight.dtype)
 
     def merge_unsafe(  # type: ignore[override]
-        self, module: IecLoraLinear, active_adapter: str, orig_weight: torch.Tensor
+        self, module: AdaptedLinear, active_adapter: str, orig_weight: torch.Tensor
     ) -> None:
         """`merge_safe` in place."""
         orig_weight.data = self.merge_safe(module, active_adapter, orig_weight.data)
 
     def unmerge(  # type: ignore[override]
-        self, module: IecLoraLinear, active_adapter: str, orig_weight: torch.Tensor
+        self, module: AdaptedLinear, active_adapter: str, orig_weight: torch.Tensor
     ) -> torch.Tensor:
         """A merged dense weight minus the change."""
         delta = self.delta(module, active_adapter)

@@ -21,6 +21,7 @@ from irq_convert.artifact.adapter_config import (
     read_config,
 )
 from irq_convert.artifact.adapter_kinds import IEC_LORA, LORA
+from irq_convert.artifact.adapter_statistics import SUFFIXES, StoredStatistics, stored_statistics
 from irq_convert.artifact.adapter_tokens import ROWS, StoredTokens, require_tokens, stored_tokens
 from irq_convert.checkpoint.files import sha256_file
 from irq_convert.checkpoint.float_dtypes import FLOATS
@@ -42,6 +43,7 @@ _KINDS = {
     "lora_embedding_": "a LoRA of an embedding in an adapter of another type than LORA",
     "lora_A.bias": "a bias of LoRA",
     "lora_B.bias": "a bias of LoRA",
+    "lora_irq_": "a move of statistics in an adapter that has none",
     "token_adapter": "trainable tokens of a module that is no embedding or head",
 }
 
@@ -73,7 +75,8 @@ class StoredAdapter:
     `layers` by module name, and what PEFT saves beside them: `saved` are whole tensors, of
     `modules_to_save` or of embeddings, by their name in the model; `again` second copies of those;
     `bases` the tensors under adapted embeddings and heads. `tokens` are rows that were trained
-    alone, by module. `sha256` is its identity (`adapter_identity`).
+    alone, by module, `statistics` what moves scale and tau of packed layers. `sha256` is its
+    identity (`adapter_identity`).
     """
 
     folder: Path
@@ -84,11 +87,13 @@ class StoredAdapter:
     again: Mapping[str, TensorInfo] = field(default_factory=dict)
     bases: Mapping[str, TensorInfo] = field(default_factory=dict)
     tokens: Mapping[str, StoredTokens] = field(default_factory=dict)
+    statistics: Mapping[str, StoredStatistics] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors together."""
         parts = [part for each in self.layers.values() for part in (each.a, each.b, each.beta)]
+        parts += [part for each in self.statistics.values() for part in each.parts]
         return sum(info.nbytes for info in (*parts, *self.whole) if info is not None)
 
     @property
@@ -118,8 +123,8 @@ def open_adapter(folder: Path | str) -> StoredAdapter:
         why = "only pickled weights, which are not opened" if pickled else f"no {WEIGHTS_FILE}"
         raise IrqError(f"{folder}: {why}; save the adapter again as safetensors")
     tensors = read_header(folder / WEIGHTS_FILE).tensors
-    layers, beside, tokens = _sort(config, tensors)
-    if not layers and not beside.saved and not tokens:
+    layers, statistics, beside, tokens = _sort(config, tensors)
+    if not (layers or statistics or beside.saved or tokens):
         raise IrqError(f"{folder / WEIGHTS_FILE}: holds no tensor: {_DAMAGED}")
     return StoredAdapter(
         folder,
@@ -130,6 +135,7 @@ def open_adapter(folder: Path | str) -> StoredAdapter:
         beside.again,
         beside.bases,
         tokens,
+        statistics,
     )
 
 
@@ -148,9 +154,10 @@ def adapter_identity(folder: Path) -> str:
 
 def _sort(
     config: StoredConfig, tensors: Mapping[str, TensorInfo]
-) -> tuple[dict[str, StoredLayer], Beside, dict[str, StoredTokens]]:
-    """Every tensor of the file to its layer, to what is saved beside layers, or to tokens."""
+) -> tuple[dict[str, StoredLayer], dict[str, StoredStatistics], Beside, dict[str, StoredTokens]]:
+    """Every tensor of the file to its layer, its statistics, what is saved beside, or tokens."""
     modules: dict[str, dict[str, TensorInfo]] = {}
+    moves: dict[str, dict[str, TensorInfo]] = {}
     tokens: dict[str, StoredTokens] = {}
     beside = Beside()
     ends: tuple[str, ...] = (_A, _B, _BETA)
@@ -161,7 +168,10 @@ def _sort(
         suffix = next((end for end in ends if name.endswith(end)), None)
         if name == key:
             raise IrqError(f"{_where(info)}: does not begin with {PREFIX}: not a tensor of PEFT's")
-        if suffix is not None:
+        moved = next((end for end in SUFFIXES if name.endswith(end)), None)
+        if moved is not None and config.statistics is not None:
+            moves.setdefault(name.removesuffix(moved), {})[SUFFIXES[moved]] = info
+        elif suffix is not None:
             modules.setdefault(name.removesuffix(suffix), {})[suffix] = info
         elif name.endswith(ROWS) and is_embedding(f"{name.removesuffix(ROWS)}.weight"):
             module = name.removesuffix(ROWS)
@@ -169,9 +179,13 @@ def _sort(
         elif not beside.add(config, name, info):
             raise IrqError(f"{_where(info)}: {_unknown(key)}: it cannot be merged")
     layers = {module: _layer(config, module, parts) for module, parts in sorted(modules.items())}
+    statistics = {
+        module: stored_statistics(config.statistics, module, parts)
+        for module, parts in sorted(moves.items())
+    }
     beside.check(config, {*layers, *tokens})
     require_tokens(config.raw, tokens)
-    return layers, beside, tokens
+    return layers, statistics, beside, tokens
 
 
 def _where(info: TensorInfo) -> str:

@@ -9,7 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from irq_convert.artifact.adapter_kinds import IEC_LORA, LORA, AdapterKind, Connection, kind_of
+from irq_convert.artifact.adapter_kinds import (
+    IEC_LORA,
+    LORA,
+    AdapterKind,
+    Connection,
+    Statistics,
+    kind_of,
+)
 from irq_convert.artifact.adapter_tokens import KEY, check_tokens
 from irq_convert.checkpoint.json_files import read_json_object
 from irq_convert.core.spec import BLOCK_SIZES
@@ -18,7 +25,7 @@ from irq_convert.errors import IrqError, UsageError
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 NOTE_FILE = "irq_adapter.json"
-OWN_KEYS = ("connection", "pool", "block_size", "base_sha256")
+OWN_KEYS = ("connection", "pool", "block_size", "statistics", "base_sha256")
 """What an IEC_LORA configuration has beyond a LORA one."""
 # Those that leave the base weight alone; the others write to it before training.
 _INITIAL = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
@@ -61,7 +68,9 @@ _NEUTRAL = {
 class StoredConfig:
     """The settings of an adapter that a merge needs; `raw` is the whole file.
 
-    `connection` is "none" for plain LoRA, `pooled` says that A acts on block sums. `base_sha256`
+    `connection` is "none" for plain LoRA, `pooled` says that A acts on block sums. `statistics`
+    are those of packed layers that it moves, None for none; `rank` 0 is moving them alone.
+    `base_sha256`
     is the identity of the artifact it was trained on, None where neither file says.
     """
 
@@ -75,6 +84,7 @@ class StoredConfig:
     connection: str
     pooled: bool
     block_size: int | None
+    statistics: str | None
     base_sha256: str | None
     modules_to_save: tuple[str, ...]
 
@@ -155,7 +165,7 @@ def read_config(folder: Path) -> StoredConfig:
     config = StoredConfig(
         raw=raw,
         peft_type=raw["peft_type"],
-        rank=_value(path, raw, "r", int),
+        rank=_rank(path, raw),
         alpha=float(_value(path, raw, "lora_alpha", (int, float))),
         rank_pattern=_numbers(path, raw, "rank_pattern"),
         alpha_pattern=_numbers(path, raw, "alpha_pattern"),
@@ -163,6 +173,7 @@ def read_config(folder: Path) -> StoredConfig:
         connection=raw.get("connection", "both") if iec else "none",
         pooled=iec and raw.get("pool") is not None,
         block_size=raw.get("block_size") if iec else None,
+        statistics=raw.get("statistics") if iec else None,
         base_sha256=_base_hash(folder, raw),
         modules_to_save=tuple(_names(path, raw, "modules_to_save")),
     )
@@ -188,6 +199,14 @@ def _refuse(path: Path, raw: Mapping[str, Any]) -> None:
     for key, value in raw.items():
         if key not in _NEUTRAL and value:
             raise UsageError(f"{path}: {key} {value!r} cannot be merged: only linear LoRA can")
+
+
+def _rank(path: Path, raw: Mapping[str, Any]) -> int:
+    """The rank; 0, which PEFT does not know, for statistics alone."""
+    alone = raw["peft_type"] == IEC_LORA and raw.get("statistics") is not None
+    if alone and type(raw.get("r")) is int and raw["r"] == 0:
+        return 0
+    return int(_value(path, raw, "r", int))
 
 
 def _value(path: Path, raw: Mapping[str, Any], key: str, kinds: Any) -> Any:
@@ -242,6 +261,9 @@ def _check(path: Path, config: StoredConfig) -> None:
         raise IrqError(f"{path}: connection {config.connection!r} must be one of {known}")
     if config.raw.get("pool") not in (None, "block"):
         raise IrqError(f"{path}: pool {config.raw['pool']!r} must be 'block' or null")
+    if config.statistics not in (None, *Statistics):
+        known = ", ".join(Statistics)
+        raise IrqError(f"{path}: statistics {config.statistics!r} must be one of {known} or null")
     if config.block_size is not None and config.block_size not in BLOCK_SIZES:
         raise IrqError(f"{path}: block_size {config.block_size!r} must be one of {BLOCK_SIZES}")
     _check_layers(path, config.raw)

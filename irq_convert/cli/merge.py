@@ -48,8 +48,12 @@ def merge_command(
         Dtype, typer.Option(help="Of a dense result; auto is that of each source tensor.")
     ] = Dtype.AUTO,
     tau: Annotated[
-        TauDtype, typer.Option(help="How moved taus are stored in an irq result.")
-    ] = TauDtype.FLOAT32,
+        TauDtype | None,
+        typer.Option(
+            help="How moved taus and scales are stored in an irq result.  "
+            "\\[default: float32; uint8 where statistics were trained]"
+        ),
+    ] = None,
     objective: Annotated[
         Objective | None,
         typer.Option(help="MergeTo quantize again with.  \\[default: the artifact's]"),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from irq_convert.jobs.merge.estimate import MergeEstimate
@@ -57,13 +58,15 @@ def print_report(report: MergeReport) -> None:
         rows.append(("survived", f"{report.survived:.4f} of what was learned (1 is all)"))
     rows += _check_rows(report)
     facts([*rows, ("time", seconds(report.seconds))])
-    if report.tau is not None:
-        _print_tau(report)
+    for name, costs in (("tau", report.tau), ("scale", report.scale)):
+        if costs is not None:
+            _print_costs(name, costs, report.tau_dtype)
 
 
 _WAYS = {
     "dense": "dense",
     "tau": "by moving tau: codes and scales untouched",
+    "statistics": "by moving scale and tau: codes untouched",
     "requantized": "quantized again",
     "unchanged": "unchanged",
     "folded": "folded",
@@ -89,21 +92,22 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.2e}"
 
 
-def _print_tau(report: MergeReport) -> None:
-    """What storing the moved tau costs in each dtype."""
+def _print_costs(what: str, costs: Mapping[str, Any], chosen: str | None) -> None:
+    """What storing the moved statistic costs in each dtype."""
     from rich.console import Console
     from rich.table import Table
 
-    assert report.tau is not None
-    table = Table("tau stored as", "largest change", "rms", box=None, pad_edge=False, title=None)
-    for name, found in report.tau["stored"].items():
-        mark = " (this result)" if name == report.tau_dtype else ""
+    table = Table(
+        f"{what} stored as", "largest change", "rms", box=None, pad_edge=False, title=None
+    )
+    for name, found in costs["stored"].items():
+        mark = " (this result)" if name == chosen else ""
         largest = "does not fit" if found["max"] is None else _number(found["max"])
         table.add_row(f"{name}{mark}", largest, _number(found["rms"]))
-    moved = report.tau["moved"]
+    moved = costs["moved"]
     table.add_row("how far it moved", _number(moved["max"]), _number(moved["rms"]))
     console = Console(width=80)
-    console.print("\nCost of storing tau, as parts of each block's scale")
+    console.print(f"\nCost of storing {what}, as parts of each block's scale")
     console.print(table)
 
 

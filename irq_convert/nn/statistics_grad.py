@@ -9,12 +9,11 @@ scale the levels stand in the sum, so it walks over tiles of G.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
 from irq_convert.core.dequantize import dequantize_rows
 from irq_convert.core.elastic import block_sums
+from irq_convert.core.moved import as_levels
 from irq_convert.core.quantized import QuantizedTensor
 
 TILE = 1 << 24
@@ -37,7 +36,7 @@ def statistics_grad(
 
 
 def _of_scale(grad: torch.Tensor, x: torch.Tensor, q: QuantizedTensor) -> torch.Tensor:
-    rows, levels = q.codes.shape[0], _levels(q)
+    rows, levels = q.codes.shape[0], as_levels(q)
     step = max(1, TILE // max(1, q.cols * grad.element_size()))
     if rows <= step or torch.is_grad_enabled():  # a second derivative keeps all factors
         weights = dequantize_rows(levels, 0, rows, grad.dtype)
@@ -50,9 +49,3 @@ def _of_scale(grad: torch.Tensor, x: torch.Tensor, q: QuantizedTensor) -> torch.
         product *= dequantize_rows(levels, begin, end, grad.dtype, out=weights[: end - begin])
         result[begin:end] = block_sums(product, q.block_size)
     return result
-
-
-def _levels(q: QuantizedTensor) -> QuantizedTensor:
-    """`q` with scale 1 and tau 0, so that its dense values are the levels of its codes."""
-    ones = torch.ones_like(q.scale, dtype=torch.float32)
-    return replace(q, scale=ones, tau=torch.zeros_like(ones), scale_grid=None, tau_grid=None)

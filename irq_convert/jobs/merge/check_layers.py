@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 
 from irq_convert.artifact.adapter import LayerValues, StoredAdapter, read_layer
-from irq_convert.artifact.config import ModuleFormat
 from irq_convert.artifact.contents import examine_artifact, read_quantized
 from irq_convert.artifact.structure import StoredTensor
 from irq_convert.artifact.values import source_tiles, tiles
@@ -23,11 +22,13 @@ from irq_convert.checkpoint.buffers import dtype_name
 from irq_convert.checkpoint.header import TensorInfo
 from irq_convert.checkpoint.reader import TileReader
 from irq_convert.checkpoint.source import open_checkpoint
+from irq_convert.core.codebook import get_codebook
 from irq_convert.core.dequantize import dequantize_tensor
 from irq_convert.core.elastic import block_sums, block_weights, elastic
 from irq_convert.core.quantized import QuantizedTensor
 from irq_convert.core.scales import expand_statistic
 from irq_convert.errors import IrqError
+from irq_convert.jobs.merge.moves import Moves
 from irq_convert.jobs.merge.options import MergeTo
 from irq_convert.jobs.merge.plan import MergedTensor, MergePlan
 from irq_convert.progress import Progress
@@ -63,7 +64,7 @@ def check_layers(
     Raises `IrqError` naming the first tensor of which an output is farther from base plus adapter
     than the rounding of its dtype explains.
     """
-    adapted = [tensor for tensor in plan.tensors if tensor.adapted is not None]
+    adapted = [tensor for tensor in plan.tensors if tensor.changed]
     found = _stored(plan, folder)
     progress.phase("checking layers", len(adapted), sum(tensor.nbytes for tensor in adapted))
     checks = []
@@ -119,22 +120,36 @@ def _check(
     merged: StoredTensor | TensorInfo,
     adapter: StoredAdapter,
 ) -> LayerCheck:
-    assert tensor.adapted is not None
-    adapted = tensor.adapted
-    x = probe_input(tensor.name, adapted.cols)
-    values = read_layer(reader, adapter.config, adapted.layer)
-    change = unfolded_output(values, adapted.layer.scaling, x, adapted.block_size)
+    x, change = _change(reader, tensor, adapter)
+    moves = None
+    if tensor.statistics is not None:
+        moves = Moves.read(reader, tensor.name, tensor.statistics)
     exact, size = _Sums(change.abs()), float(x.norm())
-    requantized = isinstance(tensor.target, ModuleFormat) and adapted.block_size is None
     for start, stop, after, stored in _merged_tiles(reader, tensor, merged):
         rows = slice(start, stop)
-        before, _ = _tile(reader, tensor.base, start, stop)
+        before, packed = _tile(reader, tensor.base, start, stop)
+        if moves is not None and packed is not None:
+            before += moves.change(packed, start)
         wanted = before @ x + change[rows]
         slack = _rounding(before, after, stored, tensor)
         noise = NOISE * ((_norm(before) + _norm(after)) * size + change[rows].abs())
         exact.add((after @ x - wanted).abs(), wanted.abs(), slack + noise)
-    bound = None if requantized else exact.worst
+    bound = exact.worst if tensor.again is None else None
     return LayerCheck(tensor.name, exact.difference / (exact.largest or 1.0), bound)
+
+
+def _change(
+    reader: TileReader, tensor: MergedTensor, adapter: StoredAdapter
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The probe `[cols]` and what the adapter's matrices make of it, `[rows]`."""
+    adapted = tensor.adapted
+    if adapted is None:
+        assert isinstance(tensor.base, StoredTensor)
+        x = probe_input(tensor.name, tensor.base.shape.cols)
+        return x, x.new_zeros(tensor.base.shape.rows)
+    x = probe_input(tensor.name, adapted.cols)
+    values = read_layer(reader, adapter.config, adapted.layer)
+    return x, unfolded_output(values, adapted.layer.scaling, x, adapted.block_size)
 
 
 class _Sums:
@@ -203,7 +218,8 @@ def _rounding(
     """How far each output may be off by rounding alone, `[rows]`; from norms of rows.
 
     Roundings `e_i` of a row's weights make its output wrong by `sum e_i x_i`, which over normal
-    inputs is normal with variance `sum e_i^2`; a tau's rounding counts for its whole block.
+    inputs is normal with variance `sum e_i^2`; a tau's rounding counts for its whole block, and a
+    scale's as often as the largest level says.
     """
     cols = after.shape[1]
     if stored is None:
@@ -211,17 +227,26 @@ def _rounding(
         return SIGMAS * (
             ROUNDING[tensor.target] * _norm(after) + SMALLEST[tensor.target] * cols**0.5
         )
-    tau = expand_statistic(stored.tau, stored.tau_grid).double().abs()
-    if stored.tau_grid is not None:
-        steps = stored.tau_grid * torch.tensor([1, 0])
-        wide = expand_statistic(torch.ones_like(stored.tau), steps).double() / 2
-    else:
-        kind = dtype_name(stored.tau.dtype)
-        wide = tau * ROUNDING[kind] + SMALLEST[kind]
+    tau, wide = _half_steps(stored.tau, stored.tau_grid)
+    if tensor.moves_scale:
+        largest = max(abs(level) for level in get_codebook(stored.codebook).levels)
+        wide = wide + largest * _half_steps(stored.scale, stored.scale_grid)[1]
     lengths = 1 / block_weights(cols, stored.block_size)
     # Product and sum of every weight were rounded to float32, before and after.
     single = _norm(before) + _norm(after) + (tau.square() @ lengths).sqrt()
     return SIGMAS * ((wide.square() @ lengths).sqrt() + 2 * ROUNDING["F32"] * single)
+
+
+def _half_steps(
+    stored: torch.Tensor, grid: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Magnitudes of a statistic, and how far each may be from what was to be stored."""
+    values = expand_statistic(stored, grid).double().abs()
+    if grid is not None:
+        steps = grid * torch.tensor([1, 0])
+        return values, expand_statistic(torch.ones_like(stored), steps).double() / 2
+    kind = dtype_name(stored.dtype)
+    return values, values * ROUNDING[kind] + SMALLEST[kind]
 
 
 def _norm(rows: torch.Tensor) -> torch.Tensor:

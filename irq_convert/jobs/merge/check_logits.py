@@ -103,9 +103,8 @@ def _tolerance(
     artifact: Artifact, adapter: StoredAdapter, rounded: Iterable[str], options: MergeOptions
 ) -> float | None:
     """What rounding explains; None where weights were quantized again or tau is not exact."""
-    if options.to == MergeTo.IRQ and not (
-        adapter.config.pooled and options.tau == TauDtype.FLOAT32
-    ):
+    kept = adapter.config.pooled or not adapter.config.rank
+    if options.to == MergeTo.IRQ and not (kept and options.stored == TauDtype.FLOAT32):
         return None
     unit = max((ROUNDING.get(dtype, 0.0) for dtype in rounded), default=0.0)
     return max(FLOOR, GROWTH * unit * math.sqrt(max(1, len(artifact.quantized))))

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from irq_convert.artifact.adapter_config import StoredConfig
 from irq_convert.artifact.structure import StoredTensor
 from irq_convert.checkpoint.system import free_bytes
 from irq_convert.jobs.common.options import chosen
@@ -72,6 +73,7 @@ def estimate_merge(
     (progress or Progress()).stage("reading headers")
     options, out = chosen(MergeOptions, options, settings), Path(out)
     inputs = open_inputs(Path(base), Path(adapter), out, options)
+    options = options.for_adapter(bool(inputs.adapter.statistics))
     opened = inputs.adapter
     if options.to == MergeTo.ADAPTER:
         size = folded_bytes(opened, inputs.match)
@@ -83,6 +85,8 @@ def estimate_merge(
         needed = plan.bytes_needed - (found.nbytes if found else 0)
         tile = _largest_tile(plan)
     widest = max((layer.a.numel + layer.b.numel for layer in opened.layers.values()), default=0)
+    moves = [sum(p.numel for p in each.parts) for each in opened.statistics.values()]
+    widest += max(moves, default=0)
     return MergeEstimate(
         base=str(base),
         base_sha256=inputs.identity,
@@ -91,8 +95,8 @@ def estimate_merge(
         adapter_bytes=opened.nbytes,
         out=str(out),
         to=options.to.value,
-        how=_how(opened.config.pooled, options),
-        layers=len(inputs.match.layers),
+        how=_how(opened.config, options),
+        layers=len({*inputs.match.layers, *inputs.match.statistics}),
         saved=len(inputs.match.saved) + len(inputs.match.tokens),
         bytes_out=size,
         shards=shards,
@@ -112,17 +116,19 @@ def _largest_tile(plan: MergePlan) -> int:
         if isinstance(base, StoredTensor):
             rows = min(base.shape.rows, base.shape.tile_rows(limit))
             weights = max(weights, rows * base.shape.cols)
-        elif tensor.adapted is not None or tensor.tokens is not None:
+        elif tensor.changed or tensor.tokens is not None:
             weights = max(weights, min(limit, math.prod(tensor.shape)))
     return weights
 
 
-def _how(pooled: bool, options: MergeOptions) -> str:
+def _how(config: StoredConfig, options: MergeOptions) -> str:
     if options.to == MergeTo.ADAPTER:
         return "folding"
     if options.to == MergeTo.DENSE:
         return "adding"
-    return "moving tau" if pooled else "quantizing again"
+    if config.rank and not config.pooled:
+        return "quantizing again"
+    return "moving tau" if config.statistics in (None, "tau") else "moving scale and tau"
 
 
 def _check(inputs: Inputs, options: MergeOptions) -> str:

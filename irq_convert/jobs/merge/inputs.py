@@ -47,6 +47,11 @@ def open_inputs(base: Path, adapter: Path, out: Path, options: MergeOptions) -> 
     check_base(opened, identity, artifact.manifest, options.any_base)
     found = match(artifact, opened)
     if options.to == MergeTo.ADAPTER:
+        if opened.statistics:
+            raise UsageError(
+                f"{adapter}: has trained scale and tau, which no plain LoRA can hold: merge --to "
+                "irq, or --to dense"
+            )
         check_folded_targets(artifact, opened, found)
     else:
         require_untied(artifact, opened, found.untied)

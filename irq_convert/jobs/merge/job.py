@@ -18,7 +18,7 @@ from irq_convert.jobs.merge.outcome import Outcome
 from irq_convert.jobs.merge.pipeline import MergeSettings, merge_shard
 from irq_convert.jobs.merge.plan import MergePlan, requantize_settings
 from irq_convert.jobs.merge.provenance import describe_adapter
-from irq_convert.jobs.merge.tau import Cost, TauCosts
+from irq_convert.jobs.merge.stored_moves import Cost, MoveCosts
 from irq_convert.progress import Progress
 
 
@@ -78,31 +78,37 @@ def encode_outcome(outcome: Outcome) -> dict[str, Any]:
     return {
         "sums": [outcome.energy, outcome.error, outcome.change],
         "stats": None if outcome.stats is None else encode_stats(outcome.stats),
-        "tau": None if outcome.tau is None else _encode_tau(outcome.tau),
+        "tau": _encode_moves(outcome.tau),
+        "scale": _encode_moves(outcome.scale),
     }
 
 
 def decode_outcome(found: Mapping[str, Any]) -> Outcome:
     """The outcome that `encode_outcome` was given: the same in every figure."""
-    stats, tau = found["stats"], found["tau"]
+    stats = found["stats"]
     energy, error, change = found["sums"]
     return Outcome(
         energy,
         error,
         change,
         stats=None if stats is None else decode_stats(stats),
-        tau=None if tau is None else _decode_tau(tau),
+        tau=_decode_moves(found["tau"]),
+        scale=_decode_moves(found["scale"]),
     )
 
 
-def _encode_tau(costs: TauCosts) -> dict[str, Any]:
+def _encode_moves(costs: MoveCosts | None) -> dict[str, Any] | None:
+    if costs is None:
+        return None
     stored = {kind.value: _encode_cost(cost) for kind, cost in costs.stored.items()}
     return {"moved": _encode_cost(costs.moved), "stored": stored}
 
 
-def _decode_tau(found: Mapping[str, Any]) -> TauCosts:
+def _decode_moves(found: Mapping[str, Any] | None) -> MoveCosts | None:
+    if found is None:
+        return None
     stored = {TauDtype(kind): Cost(*cost) for kind, cost in found["stored"].items()}
-    return TauCosts(Cost(*found["moved"]), stored)
+    return MoveCosts(Cost(*found["moved"]), stored)
 
 
 def _encode_cost(cost: Cost) -> list[float]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from irq_convert.artifact.adapter import StoredAdapter
+from irq_convert.artifact.adapter_statistics import StoredStatistics
 from irq_convert.artifact.adapter_tokens import StoredTokens
 from irq_convert.artifact.contents import Artifact
 from irq_convert.checkpoint.header import TensorInfo
@@ -14,6 +15,7 @@ from irq_convert.errors import IrqError, UsageError
 from irq_convert.hf.model_names import ModelNames, model_names
 from irq_convert.jobs.merge.beside import Vocabulary, match_whole
 from irq_convert.jobs.merge.match_layers import Adapted, match_layer, match_tokens
+from irq_convert.jobs.merge.match_statistics import match_statistics
 from irq_convert.jobs.merge.ties import Tie, find_ties, stays_one
 
 SHORT = 12
@@ -28,7 +30,8 @@ class Match:
     not the result has it. `bases` are what layers are added to instead of the artifact's tensor,
     where `vocabulary` has another size than the artifact's. `tokens` are rows that take the place
     of a tensor's. `untied` are ties of which the result writes each tensor, `added` those that the
-    artifact does not have, by the name of the one that they were. `inside` is the module that the
+    artifact does not have, by the name of the one that they were. `statistics` move scale and tau
+    of packed tensors. `inside` is the module that the
     adapter's names begin in, "" for the model itself; None where names are otherwise.
     """
 
@@ -41,6 +44,7 @@ class Match:
     untied: tuple[Tie, ...] = ()
     added: Mapping[str, str] = field(default_factory=dict)
     inside: str | None = ""
+    statistics: Mapping[str, StoredStatistics] = field(default_factory=dict)
 
     @property
     def rows(self) -> int | None:
@@ -84,7 +88,8 @@ def match(artifact: Artifact, adapter: StoredAdapter) -> Match:
     of the wrong shape, two for one tensor, a layer of another kind, and a layer that the adapter's
     settings target and its file leaves out.
     """
-    asked = [f"{module}.weight" for module in (*adapter.layers, *adapter.tokens)]
+    modules = {*adapter.layers, *adapter.tokens, *adapter.statistics}
+    asked = [f"{module}.weight" for module in sorted(modules)]
     asked += [*adapter.saved, *adapter.bases]
     names = model_names(artifact, asked)
     quantized = {tensor.name: tensor for tensor in artifact.quantized}
@@ -104,8 +109,17 @@ def match(artifact: Artifact, adapter: StoredAdapter) -> Match:
     tokens = {match_tokens(adapter, t, names, files): t for t in adapter.tokens.values()}
     for name in {*layers} & {*whole.saved} | {*tokens} & {*whole.saved, *layers}:
         raise IrqError(f"{adapter.folder}: {name} is changed in two ways: damaged")
+    statistics = match_statistics(adapter, layers, names, files)
     _check_complete(adapter, names)
-    found_all = Match(layers, whole.saved, layers, whole.bases, whole.vocabulary, tokens)
+    found_all = Match(
+        layers,
+        whole.saved,
+        layers,
+        whole.bases,
+        whole.vocabulary,
+        tokens,
+        statistics=statistics,
+    )
     return _settled(adapter, names, ties, virtual, found_all)
 
 
@@ -156,7 +170,8 @@ def _settled(
 
 def _check_complete(adapter: StoredAdapter, names: ModelNames) -> None:
     """Refuse an adapter whose settings name what the model has and the file has not."""
-    there = {names.module(module) for module in adapter.layers}
+    layers = adapter.layers if adapter.config.rank else adapter.statistics
+    there = {names.module(module) for module in layers}
     missing = [
         asked
         for module in sorted((names.linears | names.embeddings) - there)

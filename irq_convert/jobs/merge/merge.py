@@ -55,6 +55,7 @@ def merge(
         progress = (progress if ranks.first else None) or Progress()
         progress.stage("reading headers")
         inputs = open_inputs(Path(base), Path(adapter), out, options)
+        options = options.for_adapter(bool(inputs.adapter.statistics))
         with torch_threads(options.threads):
             if options.to == MergeTo.ADAPTER:
                 report = run_once(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 
 from irq_convert.artifact.dense_dtype import Dtype
@@ -25,7 +25,7 @@ class MergeTo(StrEnum):
 
 
 class TauDtype(StrEnum):
-    """How a moved tau is stored; float32 is exact."""
+    """How moved statistics are stored; float32 is exact."""
 
     FLOAT32 = "float32"
     FLOAT16 = "float16"
@@ -45,16 +45,18 @@ class Check(StrEnum):
 class MergeOptions:
     """Options of one merge.
 
-    `dtype` is for `MergeTo.DENSE`; `tau`, `objective` (None: the artifact's) and `min_survival`
-    for `MergeTo.IRQ`. `any_base` merges an adapter that records no base, or another. `threads` is
-    for all computing, None for all cores; `tile_weights` bounds memory. `resume` says whether
-    shards that an earlier run has left are used; a folded adapter has none. `trust_remote_code`
-    lets the check run code that comes with the model, without which such a model is not compared.
+    `dtype` is for `MergeTo.DENSE`; `tau`, how moved statistics are stored (None: uint8, as the
+    artifact's own, where an adapter has trained statistics, else float32), `objective` (None: the
+    artifact's) and `min_survival` for `MergeTo.IRQ`. `any_base` merges an adapter that records no
+    base, or another. `threads` is for all computing, None for all cores; `tile_weights` bounds
+    memory. `resume` says whether shards that an earlier run has left are used; a folded adapter has
+    none. `trust_remote_code` lets the check run code that comes with the model, without which such
+    a model is not compared.
     """
 
     to: MergeTo = MergeTo.DENSE
     dtype: Dtype = Dtype.AUTO
-    tau: TauDtype = TauDtype.FLOAT32
+    tau: TauDtype | None = None
     objective: str | None = None
     min_survival: float = MIN_SURVIVAL
     check: Check = Check.AUTO
@@ -85,6 +87,17 @@ class MergeOptions:
             default = MergeOptions.__dataclass_fields__[name].default
             if getattr(self, name) != default and self.to != owner:
                 raise UsageError(f"--{name} is for --to {owner.value}, not --to {self.to.value}")
+
+    @property
+    def stored(self) -> TauDtype:
+        """How moved statistics are stored, for an adapter that is known (`for_adapter`)."""
+        return self.tau or TauDtype.FLOAT32
+
+    def for_adapter(self, statistics: bool) -> MergeOptions:
+        """The options with what depends on whether the adapter has trained `statistics`."""
+        if self.to != MergeTo.IRQ or self.tau is not None:
+            return self
+        return replace(self, tau=TauDtype.UINT8 if statistics else TauDtype.FLOAT32)
 
     def to_dict(self) -> dict[str, object]:
         """What decides the bytes of the result."""

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from irq_convert.core.tensor_stats import TensorStats
-from irq_convert.jobs.merge.tau import TauCosts
+from irq_convert.jobs.merge.stored_moves import MoveCosts
 
 
 @dataclass(frozen=True)
@@ -16,15 +16,16 @@ class Outcome:
     """Sums of squares in float64 over one tensor, or some tiles of it.
 
     `energy` of the exact merged weights, `error` of what is stored against them, `change` of what
-    the adapter adds. `stats` is there when the tensor was quantized again, `tau` when tau moved;
-    both None for one that the adapter leaves alone.
+    the adapter adds. `stats` is there when the tensor was quantized again, `tau` when tau moved and
+    `scale` when scale did; all None for one that the adapter leaves alone.
     """
 
     energy: float
     error: float = 0.0
     change: float = 0.0
     stats: TensorStats | None = None
-    tau: TauCosts | None = None
+    tau: MoveCosts | None = None
+    scale: MoveCosts | None = None
 
     def __add__(self, below: Outcome) -> Outcome:
         """Of two tiles of the same tensor, `below` following this one."""
@@ -34,7 +35,13 @@ class Outcome:
             self.change + below.change,
             self.stats + below.stats if self.stats and below.stats else None,
             self.tau + below.tau if self.tau and below.tau else None,
+            self.scale + below.scale if self.scale and below.scale else None,
         )
+
+    @property
+    def restated(self) -> bool:
+        """Whether statistics moved and codes did not."""
+        return self.tau is not None or self.scale is not None
 
     @property
     def relative_error(self) -> float:

@@ -27,13 +27,15 @@ from irq_convert.checkpoint.writer import ShardWriter
 from irq_convert.core.dequantize import dequantize_tensor
 from irq_convert.core.quantize import quantize_with_stats
 from irq_convert.core.quantized import QuantizedTensor
+from irq_convert.core.scales import expand_statistic
 from irq_convert.errors import IrqError
 from irq_convert.jobs.common.streams import BackgroundWriter, prefetched
 from irq_convert.jobs.merge.delta import Delta
+from irq_convert.jobs.merge.moves import Moves, restated_change
 from irq_convert.jobs.merge.options import MergeOptions
 from irq_convert.jobs.merge.outcome import Outcome, measure_outcome, sum_of_squares
 from irq_convert.jobs.merge.plan import MergedTensor
-from irq_convert.jobs.merge.tau import move_tau
+from irq_convert.jobs.merge.stored_moves import move_scale, move_tau
 from irq_convert.progress import Progress
 
 
@@ -43,6 +45,14 @@ class MergeSettings:
 
     adapter: StoredAdapter
     options: MergeOptions
+
+
+@dataclass(frozen=True)
+class _Change:
+    """What the adapter does to one tensor: adds to it, and moves its statistics."""
+
+    delta: Delta | None = None
+    moves: Moves | None = None
 
 
 @dataclass(frozen=True)
@@ -64,7 +74,7 @@ def merge_shard(
     merged number is not finite in the dtype asked for.
     """
     outcomes: dict[str, Outcome] = {}
-    delta: Delta | None = None
+    change = _Change()
     turned: TransposedWriter | None = None
     with (
         ShardWriter(folder / shard.name, shard.outputs) as writer,
@@ -75,9 +85,9 @@ def merge_shard(
         for piece in pieces:
             tensor = piece.tensor
             if piece.start == 0:
-                delta = read_delta(reader, settings.adapter, tensor)
+                change = _read_change(reader, settings.adapter, tensor)
             if isinstance(piece.data, QuantizedTensor) and isinstance(tensor.target, ModuleFormat):
-                tile, seen = _requantized(piece.data, tensor, piece.start, delta, settings)
+                tile, seen = _requantized(piece.data, tensor, piece.start, change, settings)
                 outcomes[tensor.name] = outcomes[tensor.name] + seen if piece.start else seen
                 background.submit(
                     write_quantized, writer, tensor.name, tensor.blocks, piece.start, tile
@@ -88,15 +98,22 @@ def merge_shard(
                     assert isinstance(tensor.target, str)
                     turned = TransposedWriter.of(writer, tensor.name, tensor.shape, tensor.target)
                 assert turned is not None
-                rows = _dense_rows(piece, delta)
+                rows = _dense_rows(piece, change)
                 background.submit(turned.add, rows)
                 size = rows.nbytes
             else:
-                data, at = _dense(piece, delta)
+                data, at = _dense(piece, change)
                 background.submit(writer.write, tensor.name, data, at)
                 size = len(data)
             progress.advance(size, finished=piece.last)
     return outcomes
+
+
+def _read_change(reader: TileReader, adapter: StoredAdapter, tensor: MergedTensor) -> _Change:
+    moves = None
+    if tensor.statistics is not None:
+        moves = Moves.read(reader, tensor.name, tensor.statistics)
+    return _Change(read_delta(reader, adapter, tensor), moves)
 
 
 def read_delta(reader: TileReader, adapter: StoredAdapter, tensor: MergedTensor) -> Delta | None:
@@ -145,22 +162,23 @@ def _with_tokens(
     return result
 
 
-def _dense(piece: _Piece, delta: Delta | None) -> tuple[memoryview | bytes, int]:
+def _dense(piece: _Piece, change: _Change) -> tuple[memoryview | bytes, int]:
     """Bytes to write for `piece` and where: changed in float64 and rounded once to the dtype."""
     if isinstance(piece.data, bytes):
         return _cast(piece, piece.data)
-    result = _dense_rows(piece, delta)
+    result = _dense_rows(piece, change)
     return tensor_bytes(result), piece.start * result.shape[1] * result.element_size()
 
 
-def _dense_rows(piece: _Piece, delta: Delta | None) -> torch.Tensor:
+def _dense_rows(piece: _Piece, change: _Change) -> torch.Tensor:
     """Rows of a result: changed in float64 and rounded once to the dtype."""
     tensor, data = piece.tensor, piece.data
     assert isinstance(tensor.target, str)
     assert not isinstance(data, bytes)
     if isinstance(data, QuantizedTensor):
-        data = dequantize_tensor(data)
-    stop = piece.start + data.shape[0]
+        moved = data if change.moves is None else change.moves.apply(data, piece.start)
+        data = dequantize_tensor(moved)
+    stop, delta = piece.start + data.shape[0], change.delta
     exact = data if delta is None else delta.rows(piece.start, stop).add_(data)
     return narrow(exact, tensor.target, tensor.name)
 
@@ -185,24 +203,50 @@ def _requantized(
     q: QuantizedTensor,
     tensor: MergedTensor,
     start: int,
-    delta: Delta | None,
+    change: _Change,
     settings: MergeSettings,
 ) -> tuple[QuantizedTensor, Outcome]:
     """The tile in the result's format, and what that did to it."""
     assert isinstance(tensor.target, ModuleFormat)
     assert isinstance(tensor.base, StoredTensor)
-    base = dequantize_tensor(q)
-    if delta is None or (delta.is_zero and tensor.target == tensor.base.format):
+    base, delta = dequantize_tensor(q), change.delta
+    idle = delta is None or (delta.is_zero and tensor.target == tensor.base.format)
+    if idle and change.moves is None:
         return q, Outcome(sum_of_squares(base))
-    stop = start + base.shape[0]
-    if delta.block_size is not None:
-        tile, costs = move_tau(q, delta, start, settings.options.tau, tensor.name)
-        seen = measure_outcome(base, delta.rows(start, stop), dequantize_tensor(tile))
-        return tile, replace(seen, tau=costs)
+    if delta is None or delta.block_size is not None:
+        return _restated(q, tensor, start, change, settings, base)
     assert tensor.again is not None
-    change = delta.rows(start, stop)
-    wanted = (change + base).to(torch.float32)
+    added = delta.rows(start, start + base.shape[0])
+    if change.moves is not None:
+        added += change.moves.change(q, start)
+    wanted = (added + base).to(torch.float32)
     tile, stats = quantize_with_stats(
         wanted, tensor.again, threads=settings.options.threads, name=f"{tensor.name} (merged)"
     )
-    return tile, replace(measure_outcome(base, change, dequantize_tensor(tile)), stats=stats)
+    return tile, replace(measure_outcome(base, added, dequantize_tensor(tile)), stats=stats)
+
+
+def _restated(
+    q: QuantizedTensor,
+    tensor: MergedTensor,
+    start: int,
+    change: _Change,
+    settings: MergeSettings,
+    base: torch.Tensor,
+) -> tuple[QuantizedTensor, Outcome]:
+    """The tile with its codes as they are: statistics moved in float64, and rounded once."""
+    kind, tile = settings.options.stored, q
+    of_tau = of_scale = None
+    scale = expand_statistic(q.scale, q.scale_grid).double()
+    tau = expand_statistic(q.tau, q.tau_grid).double()
+    moves, delta = change.moves, change.delta
+    if moves is not None:
+        scale, tau = moves.statistics(q, start)
+    if delta is not None:
+        tau = tau + delta.block_rows(start, start + base.shape[0])
+    if tensor.moves_tau:
+        tile, of_tau = move_tau(tile, tau, kind, tensor.name)
+    if tensor.moves_scale:
+        tile, of_scale = move_scale(tile, scale, kind, tensor.name)
+    seen = measure_outcome(base, restated_change(q, scale, tau), dequantize_tensor(tile))
+    return tile, replace(seen, tau=of_tau, scale=of_scale)

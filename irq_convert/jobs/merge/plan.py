@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from irq_convert.artifact.adapter_statistics import StoredStatistics
 from irq_convert.artifact.adapter_tokens import StoredTokens
 from irq_convert.artifact.config import ModuleFormat, QuantizationConfig, module_name
 from irq_convert.artifact.contents import Artifact
@@ -33,8 +34,9 @@ class MergedTensor:
     """One tensor of the source: where it comes from, what changes it, how it is written.
 
     `base` is the artifact's, quantized or copied; `saved` takes its place, `adapted` is added to
-    it, `tokens` take the place of some of its rows. `target` is the format of a quantized result,
-    or the dtype of a dense one; `again` says how it is quantized again, None where it is not.
+    it, `tokens` take the place of some of its rows, `statistics` move its scale and tau. `target`
+    is the format of a quantized result, or the dtype of a dense one; `again` says how it is
+    quantized again, None where it is not.
     """
 
     name: str
@@ -44,6 +46,23 @@ class MergedTensor:
     target: ModuleFormat | str
     again: QuantSpec | None = None
     tokens: StoredTokens | None = None
+    statistics: StoredStatistics | None = None
+
+    @property
+    def moves_scale(self) -> bool:
+        """Whether a result of the same codes has scales of its own."""
+        return self.statistics is not None and self.statistics.scale is not None
+
+    @property
+    def moves_tau(self) -> bool:
+        """Whether a result of the same codes has taus of its own."""
+        pooled = self.adapted is not None and self.adapted.block_size is not None
+        return pooled or (self.statistics is not None and self.statistics.tau is not None)
+
+    @property
+    def changed(self) -> bool:
+        """Whether the adapter has a layer for it."""
+        return self.adapted is not None or self.statistics is not None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -99,7 +118,7 @@ class MergePlan:
             for tensor in self.tensors
             if isinstance(tensor.target, str)
             and (
-                tensor.adapted
+                tensor.changed
                 or tensor.saved
                 or tensor.tokens
                 or tensor.target != getattr(tensor.base, "dtype", None)
@@ -157,26 +176,35 @@ def _tensor(
     again = None
     if options.to == MergeTo.IRQ:
         again = _again(base, adapted, requantize_settings(artifact, options))
-    target = _target(artifact, base, adapted, again, options)
-    under = match.bases.get(name, base)
-    return MergedTensor(name, under, adapted, saved, target, again, match.tokens.get(name))
+    target = _target(artifact, base, again, options)
+    under, tokens = match.bases.get(name, base), match.tokens.get(name)
+    moves = match.statistics.get(name)
+    made = MergedTensor(name, under, adapted, saved, target, again, tokens, moves)
+    if isinstance(target, ModuleFormat) and again is None:
+        return replace(made, target=_restated(target, made, options))
+    return made
+
+
+def _restated(base: ModuleFormat, tensor: MergedTensor, options: MergeOptions) -> ModuleFormat:
+    """The format of a tensor whose codes stay."""
+    if tensor.moves_tau:
+        base = replace(base, tau_dtype=options.stored.value)
+    if tensor.moves_scale:
+        base = replace(base, scale_dtype=options.stored.value)
+    return base
 
 
 def _target(
     artifact: Artifact,
     base: StoredTensor | TensorInfo,
-    adapted: Adapted | None,
     again: QuantSpec | None,
     options: MergeOptions,
 ) -> ModuleFormat | str:
     if options.to == MergeTo.DENSE:
         return dense_dtype(artifact, base, options.dtype)
     if isinstance(base, StoredTensor):
-        if adapted is None:
+        if again is None:
             return base.format
-        if adapted.block_size is not None:
-            return replace(base.format, tau_dtype=options.tau.value)
-        assert again is not None
         return replace(base.format, scale_dtype=UINT8.name, tau_dtype=again.tau_dtype)
     return base.dtype
 

@@ -80,7 +80,7 @@ def merged_manifest(
 
 def _entry(tensor: MergedTensor, base: Mapping[str, Any], outcome: Outcome) -> dict[str, Any]:
     assert isinstance(tensor.target, ModuleFormat)
-    if outcome.stats is None and outcome.tau is None:
+    if outcome.stats is None and not outcome.restated:
         return dict(base)
     figures = {key: base.get(key) for key in _FIGURES}
     entry = {
@@ -91,7 +91,7 @@ def _entry(tensor: MergedTensor, base: Mapping[str, Any], outcome: Outcome) -> d
         "entropy_plain": figures["entropy_plain"],
         "entropy": figures["entropy"],
         "relative_error": outcome.relative_error,
-        "merged": "tau",
+        "merged": "tau" if outcome.scale is None else "statistics",
         "survived": outcome.survived,
         "base": figures,
     }

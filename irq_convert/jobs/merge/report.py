@@ -26,7 +26,8 @@ class LogitsCheck:
 
 @dataclass(frozen=True)
 class MergedLayer:
-    """One layer: how it was merged ("dense", "tau", "requantized", "folded", "unchanged").
+    """One layer: how it was merged: "dense", "tau" (that moved), "statistics" (scale too),
+    "requantized", "folded" or "unchanged".
 
     `change` is the root of the sum of squares of what the adapter adds, relative to the weights;
     `survived` the part of it that is in the result, 1 - error / change in squares.
@@ -45,7 +46,8 @@ class MergeReport:
 
     `saved` are tensors that the adapter brings, whole or some rows of them; `untied` are those that
     the artifact did not have, since the model tied them to another. `tau` holds the costs of
-    storing the moved taus, by dtype; `survived` is over all layers that were quantized again.
+    storing the moved taus, by dtype, `scale` those of moved scales, `tau_dtype` says which was
+    taken; `survived` is over all layers that were quantized again.
     """
 
     to: str
@@ -59,6 +61,7 @@ class MergeReport:
     layers: tuple[MergedLayer, ...]
     saved: tuple[str, ...]
     tau: Mapping[str, Any] | None = None
+    scale: Mapping[str, Any] | None = None
     tau_dtype: str | None = None
     survived: float | None = None
     bits_per_weight: float | None = None

@@ -24,7 +24,7 @@ from irq_convert.jobs.merge.outcome import Outcome, survival
 from irq_convert.jobs.merge.plan import MergePlan, plan_merge, requantize_settings
 from irq_convert.jobs.merge.provenance import bits_per_weight, dense_note, merged_manifest
 from irq_convert.jobs.merge.report import LogitsCheck, MergedLayer, MergeReport
-from irq_convert.jobs.merge.tau import TauCosts
+from irq_convert.jobs.merge.stored_moves import MoveCosts
 from irq_convert.progress import Progress
 
 
@@ -123,8 +123,8 @@ def _how(plan: MergePlan, name: str, outcomes: Mapping[str, Outcome]) -> str:
     outcome = outcomes.get(name)
     if plan.options.to == MergeTo.DENSE or outcome is None:
         return "dense"
-    if outcome.tau is not None:
-        return "tau"
+    if outcome.restated:
+        return "tau" if outcome.scale is None else "statistics"
     return "unchanged" if outcome.stats is None else "requantized"
 
 
@@ -151,6 +151,7 @@ def _report(
     adapter, artifact = inputs.adapter, inputs.artifact
     by_name = {check.tensor: check for check in checks or ()}
     taus = [outcome.tau for outcome in outcomes.values() if outcome.tau is not None]
+    scales = [outcome.scale for outcome in outcomes.values() if outcome.scale is not None]
     dtypes: dict[str, int] = {}
     for tensor in plan.tensors:
         if isinstance(tensor.target, str) and isinstance(tensor.base, StoredTensor):
@@ -167,12 +168,13 @@ def _report(
         layers=tuple(
             _layer(plan, tensor.name, outcomes, by_name.get(tensor.name))
             for tensor in plan.tensors
-            if tensor.adapted is not None
+            if tensor.changed
         ),
         saved=tuple(tensor.name for tensor in plan.tensors if tensor.saved or tensor.tokens),
         untied=tuple(inputs.match.added),
-        tau=sum(taus, TauCosts()).to_dict() if taus else None,
-        tau_dtype=plan.options.tau.value if taus else None,
+        tau=sum(taus, MoveCosts()).to_dict() if taus else None,
+        scale=sum(scales, MoveCosts()).to_dict() if scales else None,
+        tau_dtype=plan.options.stored.value if taus or scales else None,
         survived=survived,
         bits_per_weight=bits_per_weight(plan) if plan.config is not None else None,
         layers_checked=checks is not None,

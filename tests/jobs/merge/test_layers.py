@@ -62,7 +62,7 @@ def test_a_sound_result_passes_and_a_damaged_one_does_not(
     assert len(bounds) == 8
     assert 0 < max(bounds) <= 1
     name = f"{Q0}.weight_tau" if options.to == MergeTo.IRQ else f"{Q0}.weight"
-    dtype = options.tau.value if options.to == MergeTo.IRQ else options.dtype.value
+    dtype = options.stored.value if options.to == MergeTo.IRQ else options.dtype.value
     width = {"float16": 2, "uint8": 1, "bfloat16": 2}.get(dtype, 4)
     for number in range(1, 9):  # the top bit of the exponent, or of the code
         flip(tmp_path / "out", name, number * width - 1, 0x80 if width == 1 else 0x40)

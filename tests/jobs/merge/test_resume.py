@@ -24,7 +24,7 @@ from irq_convert.jobs.merge.merge import merge
 from irq_convert.jobs.merge.options import Check, MergeOptions, MergeTo
 from irq_convert.jobs.merge.outcome import Outcome, sum_of_squares
 from irq_convert.jobs.merge.pipeline import merge_shard
-from irq_convert.jobs.merge.tau import Cost, TauCosts
+from irq_convert.jobs.merge.stored_moves import Cost, MoveCosts
 from tests.folders import listing
 
 from .make import write_adapter
@@ -98,11 +98,11 @@ def test_outcomes_come_back(
     energy: float, error: float, change: float, cost: Cost | None, again: bool
 ) -> None:
     stats = TensorStats(BlockShape(2, 40, 32, 4), 9, 5, np.ones((2, 2))) if again else None
-    costs = None if cost is None else TauCosts(cost)
-    outcome = Outcome(energy, error, change, stats, costs)
+    costs = None if cost is None else MoveCosts(cost)
+    outcome = Outcome(energy, error, change, stats, costs, costs)
     found = decode_outcome(json.loads(json.dumps(encode_outcome(outcome))))
     assert (found.energy, found.error, found.change) == (energy, error, change)
-    assert found.tau == costs
+    assert found.tau == found.scale == costs
     assert (found.stats is None) is (stats is None)
 
 

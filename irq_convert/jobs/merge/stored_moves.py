@@ -1,9 +1,9 @@
-"""Merging by moving tau: a pooled adapter changes every weight of a block by one number.
+"""Merging by moving statistics: an adapter changes tau, or scale too, of every block.
 
     level[code] * scale + tau + s (B'A')[row, block]  =  level[code] * scale + tau'
 
-so codes and scales stay as they are, bit for bit, and only tau' has to be stored. What its storing
-costs is measured for each way of storing it, whichever is chosen.
+so codes stay as they are, bit for bit, and only the moved numbers have to be stored. What their
+storing costs is measured for each way of storing them, whichever is chosen.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from irq_convert.core.quantized import QuantizedTensor
 from irq_convert.core.scales import encode_statistic, expand_statistic
 from irq_convert.core.statistic_dtypes import STATISTIC_DTYPES
 from irq_convert.errors import IrqError
-from irq_convert.jobs.merge.delta import Delta
 from irq_convert.jobs.merge.options import TauDtype
 
 
@@ -57,14 +56,14 @@ def cost(difference: torch.Tensor, scale: torch.Tensor) -> Cost:
 
 
 @dataclass(frozen=True)
-class TauCosts:
-    """How far tau moved, and what storing it as each dtype costs, as parts of the scale."""
+class MoveCosts:
+    """How far a statistic moved, and what storing it as each dtype costs, as parts of the scale."""
 
     moved: Cost = Cost()
     stored: dict[TauDtype, Cost] = field(default_factory=lambda: dict.fromkeys(TauDtype, Cost()))
 
-    def __add__(self, other: TauCosts) -> TauCosts:
-        return TauCosts(
+    def __add__(self, other: MoveCosts) -> MoveCosts:
+        return MoveCosts(
             self.moved + other.moved,
             {kind: self.stored[kind] + other.stored[kind] for kind in TauDtype},
         )
@@ -76,28 +75,48 @@ class TauCosts:
 
 
 def move_tau(
-    q: QuantizedTensor, delta: Delta, start: int, kind: TauDtype, name: str
-) -> tuple[QuantizedTensor, TauCosts]:
-    """`q`, rows from `start` on of tensor `name`, with its tau moved and stored as `kind`.
+    q: QuantizedTensor, exact: torch.Tensor, kind: TauDtype, name: str
+) -> tuple[QuantizedTensor, MoveCosts]:
+    """`q`, rows of tensor `name`, with tau `exact` (float64 `[rows, blocks]`) stored as `kind`.
 
-    The sum is taken in float64 and rounded once. Raises `IrqError` when `kind` cannot hold it.
+    Raises `IrqError` when `kind` cannot hold it.
     """
-    old = expand_statistic(q.tau, q.tau_grid).double()
+    stored, grid, costs = _store(q, q.tau, q.tau_grid, exact, kind, f"{name}: its tau")
+    return replace(q, tau=stored, tau_grid=grid), costs
+
+
+def move_scale(
+    q: QuantizedTensor, exact: torch.Tensor, kind: TauDtype, name: str
+) -> tuple[QuantizedTensor, MoveCosts]:
+    """The same of the scale, in parts of what it was."""
+    stored, grid, costs = _store(q, q.scale, q.scale_grid, exact, kind, f"{name}: its scale")
+    return replace(q, scale=stored, scale_grid=grid), costs
+
+
+def _store(
+    q: QuantizedTensor,
+    before: torch.Tensor,
+    before_grid: torch.Tensor | None,
+    exact: torch.Tensor,
+    kind: TauDtype,
+    what: str,
+) -> tuple[torch.Tensor, torch.Tensor | None, MoveCosts]:
+    old = expand_statistic(before, before_grid).double()
     scale = expand_statistic(q.scale, q.scale_grid)
-    exact = old + delta.block_rows(start, start + old.shape[0])
     costs: dict[TauDtype, Cost] = {}
-    result = q
+    result: tuple[torch.Tensor, torch.Tensor | None] | None = None
     for each in TauDtype:
         try:
-            tau, grid = encode_statistic(exact, STATISTIC_DTYPES[each.value].torch)
+            stored, grid = encode_statistic(exact, STATISTIC_DTYPES[each.value].torch)
         except IrqError as error:
             if each != kind:  # its cost is of interest only
                 costs[each] = Cost(math.inf, math.inf, 1)
                 continue
             raise IrqError(
-                f"{name}: its tau cannot be stored as {kind.value} ({error}): choose another --tau"
+                f"{what} cannot be stored as {kind.value} ({error}): choose another --tau"
             ) from None
-        costs[each] = cost(expand_statistic(tau, grid).double() - exact, scale)
+        costs[each] = cost(expand_statistic(stored, grid).double() - exact, scale)
         if each == kind:
-            result = replace(q, tau=tau, tau_grid=grid)
-    return result, TauCosts(cost(exact - old, scale), costs)
+            result = stored, grid
+    assert result is not None
+    return *result, MoveCosts(cost(exact - old, scale), costs)
