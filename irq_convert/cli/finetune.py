@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from irq_convert.artifact.adapter_kinds import AdapterKind, Connection
+from irq_convert.artifact.adapter_kinds import AdapterKind, Connection, Statistics
 from irq_convert.cli.console import quiet_libraries
 from irq_convert.cli.shared import RESUMING, AsJson, TrustRemoteCode
 from irq_convert.errors import IrqError
@@ -16,6 +16,7 @@ from irq_convert.jobs.common.resume import Resume
 from irq_convert.jobs.finetune.options import (
     FinetuneOptions,
     Optimizer,
+    Schedule,
     TrainDtype,
 )
 
@@ -33,7 +34,7 @@ def _in(panel: str) -> Callable[..., Any]:
 
 
 _adapter, _data, _steps = _in("Adapter"), _in("Data"), _in("Steps")
-_optimizer, _run = _in("Optimizer"), _in("Run")
+_optimizer, _run, _teacher = _in("Optimizer"), _in("Run"), _in("Teacher")
 
 
 def finetune_command(
@@ -49,8 +50,14 @@ def finetune_command(
     out: Annotated[Path, typer.Option(help="Adapter folder to create.", show_default=False)],
     lora: Annotated[
         AdapterKind,
-        _adapter("plain LoRA, iec (elastic connections) or block (mergeable into the artifact)."),
+        _adapter(
+            "plain LoRA, iec (elastic connections), block (mergeable into the artifact) or "
+            "statistics (scale and tau themselves, no matrices)."
+        ),
     ] = AdapterKind.IEC,
+    statistics: Annotated[
+        Statistics | None, _adapter("Scale, tau or both train, beside matrices or alone.")
+    ] = None,
     connection: Annotated[
         Connection | None, _adapter("Elastic connections to train.  \\[default: both]")
     ] = None,
@@ -79,6 +86,17 @@ def finetune_command(
     tokenizer: Annotated[
         str | None, _data("Folder or Hub id of the tokenizer, if not the artifact's.")
     ] = None,
+    teacher: Annotated[
+        str | None,
+        _teacher("Source model (folder or Hub id) to train towards, by KL, instead of labels."),
+    ] = None,
+    teacher_weight: Annotated[float, _teacher("Of KL; what is left of 1 is that of labels.")] = 1.0,
+    teacher_logits: Annotated[
+        Path | None,
+        _teacher(
+            "File to keep its logits in, or to take them from.  \\[default: OUT, for the run]"
+        ),
+    ] = None,
     steps: Annotated[int | None, _steps("Optimizer steps.  \\[default: 10000]")] = None,
     epochs: Annotated[float | None, _steps("Passes over the data, instead of --steps.")] = None,
     batch_size: Annotated[int, _steps("Sequences in a step, over all processes.")] = 16,
@@ -88,7 +106,15 @@ def finetune_command(
     ] = None,
     learning_rate: Annotated[
         float | None,
-        _optimizer("Constant.  \\[default: 2e-4 up to 13 B weights, 1e-4 above]"),
+        _optimizer("\\[default: 2e-4 up to 13 B weights, 1e-4 above]"),
+    ] = None,
+    statistics_rate: Annotated[
+        float | None,
+        _optimizer("Learning rate of statistics, of each block's scale.  \\[default: 3e-3]"),
+    ] = None,
+    schedule: Annotated[
+        Schedule | None,
+        _optimizer("Of the rate.  \\[default: constant; cosine for statistics alone]"),
     ] = None,
     warmup: Annotated[int, _optimizer("Steps of linear warm-up.")] = 0,
     weight_decay: Annotated[float, _optimizer("Of AdamW.")] = 0.0,
@@ -127,6 +153,7 @@ def finetune_command(
     """
     options = FinetuneOptions(
         lora=lora,
+        statistics=statistics,
         connection=connection,
         rank=rank,
         alpha=alpha,
@@ -138,6 +165,8 @@ def finetune_command(
         batch_size=batch_size,
         micro_batch=micro_batch,
         learning_rate=learning_rate,
+        statistics_rate=statistics_rate,
+        schedule=schedule,
         warmup=warmup,
         weight_decay=weight_decay,
         max_grad_norm=max_grad_norm,
@@ -151,6 +180,9 @@ def finetune_command(
         device=device,
         gradient_checkpointing=gradient_checkpointing,
         trust_remote_code=trust_remote_code,
+        teacher=teacher,
+        teacher_weight=teacher_weight,
+        teacher_logits=teacher_logits,
     )
     quiet_libraries(threads)
     files: dict[str, Any] = {"eval_data": eval_data, "tokenizer": tokenizer}
@@ -160,7 +192,7 @@ def finetune_command(
     try:
         report = _train(model, data, out, options, files, resume, overwrite)
     except IrqError as error:
-        if _speaks():
+        if _speaks(error):
             raise
         raise typer.Exit(error.exit_code) from None
     if _first():
@@ -178,10 +210,15 @@ def _first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _speaks() -> bool:
-    """Whether this process says what went wrong: one a host, and all once they work together."""
+def _speaks(error: IrqError) -> bool:
+    """Whether this process says what went wrong: one a host, and all once they work together, but
+    none where the first has said it."""
     from torch import distributed
 
+    from irq_convert.jobs.common.torchrun import FailedElsewhere
+
+    if isinstance(error, FailedElsewhere):
+        return False
     together = distributed.is_available() and distributed.is_initialized()
     return os.environ.get("LOCAL_RANK", "0") == "0" or (together and not _first())
 

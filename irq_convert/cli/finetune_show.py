@@ -59,7 +59,8 @@ class TrainingBar(TrainingProgress):
         )
         self._task = self._bar.add_task("", total=None, loss="", timed=False)
         self._loss = self._held = ""
-        self._training = False
+        self._names = "loss", "held out"
+        self._training, self._phase = False, ""
 
     def __enter__(self) -> TrainingBar:
         return self
@@ -77,12 +78,27 @@ class TrainingBar(TrainingProgress):
         self._bar.reset(self._task, description=text, total=None, loss="", timed=False)
         self._bar.start()
 
+    def called(self, held: str, trained: str) -> None:
+        short = {"loss": "held out"}.get(held, "held-out KL")
+        self._names = "KL" if trained.startswith("KL") else "loss", short
+
+    def phase(self, text: str, things: int, size: int) -> None:
+        self._training, self._phase = False, text
+        self._bar.reset(self._task, description=text, total=size, loss="", timed=False)
+        self._bar.start()
+
+    def waiting(self, text: str) -> None:
+        self._bar.update(self._task, description=text or self._phase)
+
+    def advance(self, size: int, finished: int) -> None:
+        self._bar.update(self._task, advance=size)
+
     def start(self, done: int, total: int) -> None:
         self._training = True
         self._bar.reset(self._task, description="training", total=total, completed=done, timed=True)
 
     def step(self, step: int, loss: float) -> None:
-        self._loss = f"loss {loss:.3f}"
+        self._loss = f"{self._names[0]} {loss:.3f}"
         self._bar.update(
             self._task, description="training", completed=step, loss=self._loss + self._held
         )
@@ -94,7 +110,7 @@ class TrainingBar(TrainingProgress):
             self._bar.update(self._task, completed=done, total=total)
 
     def heldout(self, step: int, loss: float) -> None:
-        self._held = f", held out {loss:.3f}"
+        self._held = f", {self._names[1]} {loss:.3f}"
 
     def note(self, text: str) -> None:
         line = f"irq-convert: {text}"
@@ -114,6 +130,7 @@ def print_estimate(found: FinetuneEstimate) -> None:
         [
             ("model", found.plan.model),
             *_data_facts(found.plan.data),
+            *_teacher_facts(found),
             ("adapter", _adapter(recipe)),
             ("trainable", f"{found.trainable:,} parameters"),
             ("steps", f"{recipe.steps:,}, {found.epochs:.2f} epochs"),
@@ -141,10 +158,15 @@ def print_report(report: FinetuneReport) -> None:
     if report.before is not None and report.after is not None:
         change, se = report.after.change_from(report.before)
         rows += [
-            ("held-out loss", f"{report.before.mean:.4f} -> {report.after.mean:.4f}"),
+            (
+                f"held-out {_short(report.recipe)}",
+                f"{report.before.mean:.4f} -> {report.after.mean:.4f}",
+            ),
             ("  change", f"{change:+.4f}" + ("" if se is None else f" ±{se:.4f}")),
-            ("  perplexity", f"{_exp(report.before.mean)} -> {_exp(report.after.mean)}"),
+            _in_other_words(report, report.before.mean, report.after.mean),
         ]
+    elif report.recipe.teacher is not None:
+        rows.append((report.recipe.measure, "not measured, as nothing is held out"))
     facts([*rows, ("time", seconds(report.seconds))])
 
 
@@ -157,7 +179,9 @@ def _print_losses(report: FinetuneReport) -> None:
         picks = {round(i * (len(marks) - 1) / (MOST_ROWS - 1)) for i in range(MOST_ROWS)}
         marks = [marks[i] for i in sorted(picks)]
     table = Table()
-    for title in ("step", "training loss", "held-out loss"):
+    recipe = report.recipe
+    trained = "KL" if recipe.trained_on.startswith("KL") else recipe.trained_on
+    for title in ("step", f"training {trained}", f"held-out {recipe.measure}"):
         table.add_column(title, justify="right")
     last = -1
     for mark in marks:
@@ -168,9 +192,36 @@ def _print_losses(report: FinetuneReport) -> None:
     Console().print(table)
 
 
+def _short(recipe: Recipe) -> str:
+    return "loss" if recipe.teacher is None else "KL"
+
+
+def _in_other_words(report: FinetuneReport, before: float, after: float) -> tuple[str, str]:
+    """Of a loss its perplexity, of KL to a teacher how much of it is gone."""
+    if report.recipe.teacher is None:
+        return "  perplexity", f"{_exp(before)} -> {_exp(after)}"
+    return "", f"{1 - after / before:.1%} of the {report.recipe.measure} is gone"
+
+
+def _teacher_facts(found: FinetuneEstimate) -> list[tuple[str, str]]:
+    """What a dry run says of a teacher."""
+    from irq_convert.checkpoint.system import short_bytes
+
+    cost, recipe = found.teacher, found.plan.recipe
+    if cost is None:
+        return []
+    size = f"logits of {cost.tokens:,} tokens, {short_bytes(cost.bytes)}"
+    how = f"{size}, are there: {found.plan.teacher and found.plan.teacher.file}"
+    if not cost.there:
+        how = f"will be run layer by layer: {size}, and {short_bytes(cost.states)} on the way"
+    return [("teacher", f"{cost.teacher}, weight {recipe.teacher_weight:g}"), ("", how)]
+
+
 def _adapter(recipe: Recipe) -> str:
     links = f", connection {recipe.connection}" if recipe.connection not in (None, "both") else ""
-    return f"{recipe.lora}{links}, rank {recipe.rank}, alpha {recipe.alpha:g}"
+    if not recipe.rank:
+        return f"{recipe.described}, without matrices"
+    return f"{recipe.described}{links}, alpha {recipe.alpha:g}"
 
 
 def _data_facts(data: Data) -> list[tuple[str, str]]:

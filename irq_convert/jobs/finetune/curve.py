@@ -46,18 +46,25 @@ def points(log: Iterable[Mapping[str, Any]], before: float | None) -> list[Point
     return [Point(step, **found[step]) for step in sorted(found)]
 
 
-def write_csv(path: Path, curve: Sequence[Point]) -> None:
-    """Write `path` whole or not at all; `IrqError` when that fails."""
+def write_csv(
+    path: Path, curve: Sequence[Point], measure: str = "loss", trained_on: str = "loss"
+) -> None:
+    """Write `path` whole or not at all; `IrqError` when that fails.
+
+    `measure` says in words what the numbers of held-out data are, `trained_on` those of steps.
+    """
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([field.name for field in fields(Point)])
+    held, trained = ("kl" if words.startswith("KL") else "loss" for words in (measure, trained_on))
+    names = {"loss": trained, "heldout_loss": f"heldout_{held}"}
+    writer.writerow([names.get(field.name, field.name) for field in fields(Point)])
     writer.writerows(
         ["" if value is None else value for value in asdict(point).values()] for point in curve
     )
     write_bytes_atomic(path, text.getvalue().encode())
 
 
-def draw(path: Path, curve: Sequence[Point], title: str) -> bool:
+def draw(path: Path, curve: Sequence[Point], title: str, measure: str = "loss") -> bool:
     """Write the PNG `path`; False, and nothing written, where matplotlib is not installed.
 
     Raises `IrqError` when the file cannot be written.
@@ -83,7 +90,7 @@ def draw(path: Path, curve: Sequence[Point], title: str) -> bool:
     if held:
         axes.plot(*zip(*held, strict=True), "o-", color=HELD, markersize=4, label="held out")
     axes.set_xlabel("step")
-    axes.set_ylabel("loss, nats a token")
+    axes.set_ylabel(f"{measure}, nats a token")
     axes.set_title(title, fontsize=11)
     axes.grid(color="#E5E5E5", linewidth=0.8)
     axes.set_axisbelow(True)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from irq_convert.jobs.common.options import chosen
+from irq_convert.jobs.finetune.data import Data
 from irq_convert.jobs.finetune.model import linears_on_meta, predict_trainable
 from irq_convert.jobs.finetune.options import FinetuneOptions
 from irq_convert.jobs.finetune.prepare import Preparation, prepare
 from irq_convert.jobs.finetune.progress import TrainingProgress
 from irq_convert.jobs.finetune.recipe import Recipe
+from irq_convert.jobs.finetune.teacher_file import all_examples
+from irq_convert.jobs.finetune.teacher_pass import states_bytes
+from irq_convert.jobs.finetune.teacher_source import Teacher
 from irq_convert.remote_code import remote_code
 
 ADAPTER_BYTES = 16  # float32: the parameter, its gradient and AdamW's two moments
@@ -32,12 +36,39 @@ class Memory:
 
 
 @dataclass(frozen=True)
+class TeacherCost:
+    """A teacher's logits of `tokens`, `bytes` in a file; `there`: they need not be made. `states`:
+    bytes of hidden states on the disk while they are."""
+
+    teacher: str
+    tokens: int
+    bytes: int
+    states: int
+    there: bool
+
+    @classmethod
+    def of(cls, teacher: Teacher, data: Data) -> TeacherCost:
+        """By shapes alone."""
+        lengths = [len(example.ids) for example in all_examples(data)]
+        contents = teacher.contents
+        states = 0 if teacher.there else states_bytes(lengths, teacher.width)
+        return cls(teacher.name, contents.rows, contents.nbytes, states, teacher.there)
+
+
+@dataclass(frozen=True)
 class FinetuneEstimate:
     """What a run would do."""
 
     plan: Preparation
     trainable: int
     memory: Memory
+
+    @property
+    def teacher(self) -> TeacherCost | None:
+        """What its logits take; None where there is no teacher."""
+        return (
+            None if self.plan.teacher is None else TeacherCost.of(self.plan.teacher, self.plan.data)
+        )
 
     @property
     def epochs(self) -> float:
@@ -54,6 +85,7 @@ class FinetuneEstimate:
             "data": self.plan.data.to_dict(),
             "epochs": self.epochs,
             "trainable_parameters": self.trainable,
+            "teacher": None if self.teacher is None else asdict(self.teacher),
             "memory_bytes": {
                 "weights": memory.weights,
                 "adapter": memory.adapter,

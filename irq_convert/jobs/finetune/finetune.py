@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -26,10 +26,8 @@ from irq_convert.jobs.finetune.processes import Processes
 from irq_convert.jobs.finetune.progress import TrainingProgress
 from irq_convert.jobs.finetune.recipe import recipe_differences
 from irq_convert.jobs.finetune.report import FinetuneReport
+from irq_convert.jobs.finetune.teacher_logits import teacher_logits
 from irq_convert.remote_code import remote_code
-
-if TYPE_CHECKING:
-    from irq_convert.jobs.finetune.training_run import Run
 
 
 def finetune(
@@ -54,8 +52,8 @@ def finetune(
     of torchrun; the first one writes.
 
     Raises `UsageError` where the request cannot be served; `IrqError` where something cannot be
-    read or written, memory is short, or the loss became NaN or infinite (then `out` holds the last
-    good adapter).
+    read or written, memory is short, the loss became NaN or infinite (then `out` holds the last
+    good adapter), or KL to a teacher is not lower than before (then it holds none).
     """
     begun = time.perf_counter()
     resume = as_choice(Resume, resume, "resume")
@@ -95,10 +93,10 @@ def _finetune(
     base = _base(plan)
     try:
         if not processes.first:
-            return _run(plan, base, out, progress, begun).work(None)
+            return _run(plan, base, out, progress, begun, None)
         with run_folder(out, plan.folder, resume=resume, overwrite=overwrite) as folder:
             _open(folder, plan, base, out, progress)
-            return _run(plan, base, out, progress, begun).work(folder)
+            return _run(plan, base, out, progress, begun, folder)
     except torch.OutOfMemoryError as error:
         raise IrqError(
             f"out of memory on {plan.recipe.device}: lower --micro-batch or --sequence-length, or "
@@ -114,11 +112,19 @@ def _base(plan: Preparation) -> dict[str, Any]:
 
 
 def _run(
-    plan: Preparation, base: dict[str, Any], out: Path, progress: TrainingProgress, begun: float
-) -> Run:
-    from irq_convert.jobs.finetune.training_run import Run
+    plan: Preparation,
+    base: dict[str, Any],
+    out: Path,
+    progress: TrainingProgress,
+    begun: float,
+    folder: RunFolder | None,
+) -> FinetuneReport:
+    """What is left to do: a teacher's logits, where there is one, and the training."""
+    progress.called(plan.recipe.measure, plan.recipe.trained_on)
+    with teacher_logits(plan, folder, out, progress) as logits:
+        from irq_convert.jobs.finetune.training_run import Run
 
-    return Run(plan, base, out, progress, begun)
+        return Run(plan, base, out, progress, begun, logits).work(folder)
 
 
 def _open(

@@ -1,9 +1,10 @@
 """The adapter folder while a run writes to it, and after.
 
 `ADAPTER/.training/` holds the state of an unfinished run: `run.json` says which, `checkpoint-N/`
-is the newest whole state and `writing/` one that is being written. It is removed when the run is
-finished. The adapter's own files appear above it, each whole, the configuration last: without that
-nothing takes the folder for an adapter.
+is the newest whole state and `writing/` one that is being written; `teacher.safetensors` are the
+logits of a teacher, which tell themselves what they are of and serve any run. All of it is removed
+when the run is finished. The adapter's own files appear above it, each whole, the configuration
+last: without that nothing takes the folder for an adapter.
 """
 
 from __future__ import annotations
@@ -24,12 +25,15 @@ from irq_convert.checkpoint.disk import check_output
 from irq_convert.checkpoint.files import fsync_folder, write_json_atomic
 from irq_convert.checkpoint.json_files import read_json_object
 from irq_convert.checkpoint.system import os_errors
-from irq_convert.errors import UsageError
+from irq_convert.errors import IrqError, UsageError
 from irq_convert.jobs.common.resume import Resume
+from irq_convert.jobs.finetune.curve import CSV_NAME, PNG_NAME
+from irq_convert.jobs.finetune.report import INTERRUPTED
 
 STATE = ".training"
 RUN = "run.json"
 BEFORE = "before.json"
+LOGITS = "teacher.safetensors"
 _LOCK = ".lock"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
@@ -90,6 +94,17 @@ class RunFolder:
             fsync_folder(self.path)
             shutil.rmtree(adapter)
 
+    def withdraw(self) -> None:
+        """Give up the run: its state goes but for a teacher's logits, and an adapter that it has
+        put there when it was interrupted."""
+        _empty_state(self.state)
+        note = self.path / NOTE_FILE
+        ended = read_json_object(note).get("training", {}).get("end") if note.is_file() else None
+        if ended == INTERRUPTED:
+            with os_errors("remove it", self.path):
+                for name in (CONFIG_FILE, WEIGHTS_FILE, NOTE_FILE, CSV_NAME, PNG_NAME):
+                    (self.path / name).unlink(missing_ok=True)
+
     def finish(self) -> None:
         """Remove the state: the run has nothing left to do."""
         with os_errors("remove it", self.state):
@@ -134,7 +149,8 @@ def check_folder(out: Path, base: Path, *, resume: Resume, overwrite: bool) -> b
 @contextmanager
 def run_folder(out: Path, base: Path, *, resume: Resume, overwrite: bool) -> Iterator[RunFolder]:
     """Yield `out`, made and locked, for a run. When the block raises and no checkpoint or adapter
-    is there, all that was made is removed again; else the state stays to be resumed.
+    is there, all that was made is removed again, but for a teacher's logits; else the state stays
+    to be resumed.
 
     Raises `UsageError` as `check_folder` and when another run is at work there.
     """
@@ -148,7 +164,8 @@ def run_folder(out: Path, base: Path, *, resume: Resume, overwrite: bool) -> Ite
         yield folder
     except BaseException:
         if folder.checkpoint() is None:
-            shutil.rmtree(folder.state, ignore_errors=True)
+            with contextlib.suppress(IrqError):
+                _empty_state(folder.state)
             _remove_empty(made)
         raise
     finally:
@@ -180,19 +197,34 @@ def _lock(real: Path, out: Path) -> int:
     return fd
 
 
+def _empty_state(state: Path) -> None:
+    """Remove all of it but a teacher's logits, which may have taken hours."""
+    if not (state / LOGITS).is_file():
+        shutil.rmtree(state, ignore_errors=True)
+        return
+    with os_errors("empty it", state):
+        for path in state.iterdir():
+            if path.name != LOGITS:
+                _discard(path)
+
+
+def _discard(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
 def _tidy(folder: RunFolder) -> None:
-    """Remove what a killed run left half-written, and for a new run all of an older one's state."""
+    """Remove what a killed run left half-written, and for a new run an older one's state, but for
+    a teacher's logits."""
     with os_errors("empty it", folder.state):
         for path in folder.state.iterdir():
             kept = folder.resuming and (
                 path.name in (RUN, BEFORE) or _CHECKPOINT.fullmatch(path.name)
             )
-            if kept or path.name == _LOCK:
-                continue
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+            if not kept and path.name not in (_LOCK, LOGITS):
+                _discard(path)
 
 
 def flush_folder(folder: Path) -> None:

@@ -17,7 +17,7 @@ from irq_convert.jobs.finetune.encode import IGNORED, Collator, Example
 
 @dataclass(frozen=True)
 class Loss:
-    """Negative log-likelihood, nats: `sums` over the `counts` predicted tokens of each example."""
+    """What a `Measure` found, nats: `sums` over the `counts` tokens of each example."""
 
     sums: tuple[float, ...]
     counts: tuple[int, ...]
@@ -48,6 +48,15 @@ class Loss:
         return found.value, found.se
 
 
+@dataclass(frozen=True)
+class Measure:
+    """What is measured: `score` is its sum over each row of a batch, float64 `[batch]` on the CPU,
+    from a model and what a collator made; `count` the tokens of an example that it is over."""
+
+    score: Callable[[Any, dict[str, Tensor]], Tensor]
+    count: Callable[[Example], int]
+
+
 def measure_loss(
     model: Any,
     examples: Sequence[Example],
@@ -58,13 +67,16 @@ def measure_loss(
     rank: int = 0,
     processes: int = 1,
     tick: Callable[[int, int], None] = lambda done, total: None,
+    measure: Measure | None = None,
 ) -> Loss:
-    """Measure `model` on `examples`, in evaluation mode and without gradients.
+    """Measure `model` on `examples`, in evaluation mode and without gradients; by their labels,
+    or another `measure`.
 
     `compute` opens the context of a forward pass (autocast). Process `rank` of `processes` takes
     its share of the batches, and all get the whole answer. `tick(done, total)` is called with
     examples before each batch and at the end; what it raises ends the measurement.
     """
+    measure = measure or LABELS
     # Alike in length, so that little is padding; the order of the answer is that of `examples`.
     order = sorted(range(len(examples)), key=lambda at: (len(examples[at].ids), at))
     batches = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
@@ -78,13 +90,13 @@ def measure_loss(
                 if number % processes != rank:
                     continue
                 with compute():
-                    sums[batch] = _score(model, collator([examples[at] for at in batch]))
+                    sums[batch] = measure.score(model, collator([examples[at] for at in batch]))
     finally:
         model.train(was_training)
     tick(len(examples), len(examples))
     if processes > 1:
         sums = _add_up(sums, model.device)
-    return Loss(tuple(sums.tolist()), tuple(example.learned for example in examples))
+    return Loss(tuple(sums.tolist()), tuple(map(measure.count, examples)))
 
 
 def _score(model: Any, batch: dict[str, Tensor]) -> Tensor:
@@ -99,6 +111,10 @@ def _row(logits: Tensor, targets: Tensor) -> Tensor:
     wanted = targets != IGNORED
     scores = token_scores(logits[wanted.to(logits.device)], targets[wanted])
     return scores.nll.sum().to("cpu", torch.float64)
+
+
+LABELS = Measure(_score, lambda example: example.learned)
+"""Negative log-likelihood of the labels."""
 
 
 def _add_up(sums: Tensor, device: torch.device) -> Tensor:

@@ -26,6 +26,7 @@ def recipe_config(recipe: Recipe, block_size: int | None = None) -> Any:
         AdapterKind(recipe.lora),
         connection=recipe.connection,
         block_size=block_size,
+        statistics=recipe.statistics,
         r=recipe.rank,
         lora_alpha=int(recipe.alpha) if recipe.alpha.is_integer() else recipe.alpha,
         lora_dropout=recipe.dropout,
@@ -117,9 +118,12 @@ def predict_trainable(
         if not _targeted(name, recipe.target_modules):
             continue
         inputs = module.in_features
+        blocks = -(-inputs // quantization.module(name).block_size)
         if AdapterKind(recipe.lora).pooled:
-            inputs = -(-inputs // quantization.module(name).block_size)
+            inputs = blocks
         total += recipe.rank * (inputs + module.out_features)
+        if recipe.statistics is not None and name not in quantization.dense_modules:
+            total += blocks * module.out_features * (2 if recipe.statistics == "both" else 1)
         total += 2 if recipe.connection not in (None, "none") else 0
     return total
 

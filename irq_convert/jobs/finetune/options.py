@@ -8,8 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 from math import isfinite
+from pathlib import Path
 
-from irq_convert.artifact.adapter_kinds import AdapterKind, Connection
+from irq_convert.artifact.adapter_kinds import AdapterKind, Connection, Statistics
 from irq_convert.errors import UsageError
 from irq_convert.jobs.common.options import fix_choices, option_name
 
@@ -22,6 +23,13 @@ class TrainDtype(StrEnum):
     AUTO = "auto"
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
+
+
+class Schedule(StrEnum):
+    """How the learning rate goes after warm-up: as it is, or down to 0 along a cosine."""
+
+    CONSTANT = "constant"
+    COSINE = "cosine"
 
 
 class Optimizer(StrEnum):
@@ -37,8 +45,10 @@ class FinetuneOptions:
     """Options of one run; the defaults are the paper's recipe.
 
     Attributes:
-        lora: `plain` (stock LoRA), `iec` (with elastic connections) or `block` (IEC on block sums
-            of the input, mergeable into the artifact).
+        lora: `plain` (stock LoRA), `iec` (with elastic connections), `block` (IEC on block sums
+            of the input, mergeable into the artifact) or `statistics` (no matrices: scale and tau
+            of the packed layers themselves, mergeable likewise).
+        statistics: which statistics train beside the matrices, or alone, where None is both.
         connection: elastic connections to train, None for both; only for `iec` and `block`.
         rank, alpha, rslora: rank r; the update is scaled by alpha / r, or alpha / sqrt(r).
         dropout: on the adapter's input; None for 0.1 up to 13 B weights, 0.05 above.
@@ -47,7 +57,9 @@ class FinetuneOptions:
         batch_size: sequences in one step, over all processes and accumulated passes.
         micro_batch: sequences in one forward pass of one process; None for the largest of at most
             4 that fits the batch.
-        learning_rate: constant; None for 2e-4 up to 13 B weights, 1e-4 above.
+        learning_rate: None for 2e-4 up to 13 B weights, 1e-4 above; of statistics alone theirs.
+        statistics_rate: learning rate of statistics, in units of each block's scale; None for 3e-3.
+        schedule: None for constant, and for cosine where statistics train alone.
         warmup: steps over which the learning rate rises from 0.
         weight_decay, max_grad_norm: of AdamW; gradients are clipped to this norm, 0 for never.
         sequence_length: tokens an example is cut to; None for 512 or the model's positions.
@@ -60,11 +72,17 @@ class FinetuneOptions:
         device: `cpu`, `cuda`, `cuda:1`, or `auto` for a GPU where there is one.
         gradient_checkpointing: compute activations twice to keep fewer of them.
         trust_remote_code: run code that comes with the model, which is refused else.
+        teacher: folder or Hub id of a dense model of the same vocabulary and tokenizer; training
+            and the held-out number are KL to it instead of the loss on labels.
+        teacher_weight: w of w * KL + (1 - w) * loss on labels, which is trained on.
+        teacher_logits: file that the teacher's logits are kept in, made where it is not there;
+            None for the state of the run, which ends with it.
 
     Raises `UsageError` where a value is out of its range, or two of them contradict each other.
     """
 
     lora: AdapterKind = AdapterKind.IEC
+    statistics: Statistics | None = None
     connection: Connection | None = None
     rank: int = 64
     alpha: float = 16.0
@@ -76,6 +94,8 @@ class FinetuneOptions:
     batch_size: int = 16
     micro_batch: int | None = None
     learning_rate: float | None = None
+    statistics_rate: float | None = None
+    schedule: Schedule | None = None
     warmup: int = 0
     weight_decay: float = 0.0
     max_grad_norm: float = 0.3
@@ -89,22 +109,33 @@ class FinetuneOptions:
     device: str = "auto"
     gradient_checkpointing: bool = False
     trust_remote_code: bool = False
+    teacher: str | None = None
+    teacher_weight: float = 1.0
+    teacher_logits: Path | None = None
 
     def __post_init__(self) -> None:
         fix_choices(
-            self, lora=AdapterKind, connection=Connection, dtype=TrainDtype, optimizer=Optimizer
+            self,
+            lora=AdapterKind,
+            statistics=Statistics,
+            connection=Connection,
+            schedule=Schedule,
+            dtype=TrainDtype,
+            optimizer=Optimizer,
         )
         for name in ("rank", "batch_size", "micro_batch", "steps", "eval_every", "save_every"):
             _at_least(name, getattr(self, name), 1)
         _at_least("sequence_length", self.sequence_length, 2)
         _at_least("warmup", self.warmup, 0)
         _at_least("seed", self.seed, 0)
-        for name in ("alpha", "learning_rate", "epochs"):
+        for name in ("alpha", "learning_rate", "statistics_rate", "epochs"):
             _positive(name, getattr(self, name))
-        if self.learning_rate is not None and self.learning_rate > MOST_LEARNING_RATE:
-            raise UsageError(
-                f"--learning-rate {self.learning_rate:g}: beyond what a step in float32 can hold"
-            )
+        for name in ("learning_rate", "statistics_rate"):
+            rate = getattr(self, name)
+            if rate is not None and rate > MOST_LEARNING_RATE:
+                raise UsageError(
+                    f"{option_name(name)} {rate:g}: beyond what a step in float32 can hold"
+                )
         for name in ("weight_decay", "max_grad_norm"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise UsageError(f"{option_name(name)} {getattr(self, name)}: 0 or more is needed")
@@ -113,14 +144,39 @@ class FinetuneOptions:
             if value is not None and not 0 <= value < 1:
                 raise UsageError(f"{option_name(name)} {value}: a number in [0, 1) is needed")
         self._check_together()
+        self._check_teacher()
 
     def _check_together(self) -> None:
         if self.steps is not None and self.epochs is not None:
             raise UsageError("--steps and --epochs both say how long to train: give one of them")
         if not self.lora.connected and self.connection is not None:
-            raise UsageError("--connection: a plain LoRA has no elastic connections; leave it out")
+            raise UsageError(
+                f"--connection: --lora {self.lora} has no elastic connections; leave it out"
+            )
+        if self.statistics_rate is not None and not self.trains_statistics:
+            raise UsageError("--statistics-rate: no statistics are trained; add --statistics both")
         if self.target_modules is not None and not all(self.target_modules):
             raise UsageError("--target-modules: an empty name; write q_proj,v_proj")
+
+    @property
+    def trains_statistics(self) -> bool:
+        """Whether scale or tau of packed layers train, alone or beside matrices."""
+        return self.statistics is not None or not self.lora.low_rank
+
+    def _check_teacher(self) -> None:
+        if not 0 <= self.teacher_weight <= 1:
+            raise UsageError(f"--teacher-weight {self.teacher_weight}: from 0 to 1")
+        if self.teacher is None:
+            for name, given in (
+                ("weight", self.teacher_weight != 1),
+                ("logits", self.teacher_logits),
+            ):
+                if given:
+                    raise UsageError(f"--teacher-{name}: of no use without --teacher: name one")
+            return
+        object.__setattr__(self, "teacher", str(self.teacher))  # a notebook says Path(...)
+        if self.teacher_logits is not None:
+            object.__setattr__(self, "teacher_logits", Path(self.teacher_logits).expanduser())
 
 
 def _at_least(name: str, value: int | None, least: int) -> None:

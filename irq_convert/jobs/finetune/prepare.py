@@ -15,6 +15,8 @@ from irq_convert.jobs.finetune.options import FinetuneOptions
 from irq_convert.jobs.finetune.processes import Processes, choose_device, good_at_bfloat16
 from irq_convert.jobs.finetune.progress import TrainingProgress
 from irq_convert.jobs.finetune.recipe import Base, Recipe, decide, holdout_fraction, sequence_length
+from irq_convert.jobs.finetune.teacher_file import number_rows
+from irq_convert.jobs.finetune.teacher_source import Teacher, find_teacher
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Preparation:
     data: Data
     recipe: Recipe
     processes: Processes
+    teacher: Teacher | None = None
 
 
 def prepare(
@@ -42,8 +45,8 @@ def prepare(
 ) -> Preparation:
     """Read everything but the weights, and make every choice.
 
-    Raises `UsageError` where options, data and model do not fit together; `IrqError` where the
-    artifact, its tokenizer or the data cannot be read.
+    Raises `UsageError` where options, data, model and teacher do not fit together; `IrqError` where
+    the artifact, its tokenizer, the teacher or the data cannot be read.
     """
     options, progress = options or FinetuneOptions(), progress or TrainingProgress()
     progress.stage("reading data")
@@ -70,6 +73,11 @@ def prepare(
     if found.unused:
         names = ", ".join(map(repr, found.unused))
         progress.note(f"{data}: nothing reads these fields of its rows: {names}")
+    teacher = None
+    if options.teacher is not None:
+        found = number_rows(found)
+        facts = {"data": found, "tokenizer": encoder, "config": config, "progress": progress}
+        teacher = find_teacher(options.teacher, options.teacher_logits, **facts)
     recipe = decide(
         options,
         base,
@@ -78,5 +86,8 @@ def prepare(
         device=device,
         bfloat16=good_at_bfloat16(device),
         holdout=holdout,
+        teacher=None if teacher is None else (teacher.name, teacher.sha256),
     )
-    return Preparation(str(model), folder, artifact, config, encoder, found, recipe, processes)
+    return Preparation(
+        str(model), folder, artifact, config, encoder, found, recipe, processes, teacher
+    )

@@ -8,6 +8,12 @@ from irq_convert.progress import Progress
 class TrainingProgress(Progress):
     """Does nothing. Called by the first process only."""
 
+    def called(self, held: str, trained: str) -> None:
+        """What the numbers of the run are: those of held-out data, and those of steps."""
+
+    def waiting(self, text: str) -> None:
+        """What the work at hand waits for, in a few words; "" when it goes on."""
+
     def start(self, done: int, total: int) -> None:
         """Training begins at step `done` of `total`."""
 

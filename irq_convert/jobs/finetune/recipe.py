@@ -7,12 +7,13 @@ from importlib.util import find_spec
 from math import ceil
 from typing import Any
 
-from irq_convert.artifact.adapter_kinds import Connection
+from irq_convert.artifact.adapter_kinds import Connection, Statistics
 from irq_convert.errors import UsageError
 from irq_convert.jobs.common.options import option_name
 from irq_convert.jobs.finetune.options import (
     FinetuneOptions,
     Optimizer,
+    Schedule,
     TrainDtype,
 )
 
@@ -20,6 +21,9 @@ DEFAULT_STEPS = 10_000
 DEFAULT_LENGTH = 512
 DEFAULT_HOLDOUT = 0.05
 MOST_MICRO_BATCH = 4
+STATISTICS_RATE = 3e-3
+ROUNDED_PART = 4
+"""One in so many steps, the last ones, see statistics as they will be stored."""
 SMALL = 13.5e9  # "up to 13B": the models of that name have 13.02e9 weights
 WITHOUT_EFFECT = ("eval_every", "save_every", "device")
 """Settings in which a resumed run may differ."""
@@ -28,6 +32,7 @@ WITHOUT_EFFECT = ("eval_every", "save_every", "device")
 _NOT_OPTIONS = {
     "processes": "the number of processes",
     "accumulation": "the number of passes in a step",
+    "teacher_sha256": "the fingerprint of --teacher",
 }
 
 
@@ -41,9 +46,13 @@ class Base:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Every setting of a run, decided. `processes * micro_batch * accumulation = batch_size`."""
+    """Every setting of a run, decided. `processes * micro_batch * accumulation = batch_size`.
+
+    The last `rounded_steps` see statistics as a merge will store them.
+    """
 
     lora: str
+    statistics: str | None
     connection: str | None
     rank: int
     alpha: float
@@ -56,6 +65,9 @@ class Recipe:
     accumulation: int
     processes: int
     learning_rate: float
+    statistics_rate: float | None
+    schedule: str
+    rounded_steps: int
     warmup: int
     weight_decay: float
     max_grad_norm: float
@@ -68,6 +80,27 @@ class Recipe:
     optimizer: str
     device: str
     gradient_checkpointing: bool
+    teacher: str | None = None
+    teacher_sha256: str | None = None
+    teacher_weight: float | None = None
+
+    @property
+    def described(self) -> str:
+        """The adapter, in words."""
+        moved = "" if self.statistics is None else _MOVED[self.statistics]
+        if not self.rank:
+            return moved
+        return f"{self.lora}, rank {self.rank}{moved and f', and {moved}'}"
+
+    @property
+    def measure(self) -> str:
+        """What is measured on held-out data, in words."""
+        return "loss" if self.teacher is None else f"KL to {self.teacher}"
+
+    @property
+    def trained_on(self) -> str:
+        """What a step lowers, in words."""
+        return self.measure if self.teacher_weight in (None, 1) else "mixed loss"
 
     def to_dict(self) -> dict[str, Any]:
         """All settings, ready for JSON."""
@@ -75,6 +108,9 @@ class Recipe:
         if self.target_modules is not None:
             raw["target_modules"] = list(self.target_modules)
         return raw
+
+
+_MOVED = {"both": "scale and tau", "scale": "scale", "tau": "tau"}
 
 
 def sequence_length(options: FinetuneOptions, positions: int | None) -> int:
@@ -105,11 +141,12 @@ def decide(
     device: str,
     bfloat16: bool,
     holdout: float,
+    teacher: tuple[str, str] | None = None,
 ) -> Recipe:
     """Make every choice that `options` leaves open.
 
     `examples` are those trained on, `device` the torch device of this process and `bfloat16`
-    whether it is good at that type.
+    whether it is good at that type. `teacher` are the name and the hash of one.
 
     Raises `UsageError` where the batch does not divide over processes and passes, the sequence is
     longer than the model allows, or the optimizer does not exist here.
@@ -117,20 +154,29 @@ def decide(
     small = base.weights <= SMALL
     micro, accumulation = _split_batch(options, processes)
     steps = _steps(options, examples, micro, accumulation, processes)
+    name, sha256 = teacher or (None, None)
+    alone = not options.lora.low_rank
+    rate = options.statistics_rate or (options.learning_rate if alone else None) or STATISTICS_RATE
+    kept = options.trains_statistics and (alone or options.lora.pooled)
+    dropout = (0.1 if small else 0.05) if options.dropout is None else options.dropout
     return Recipe(
         lora=str(options.lora),
+        statistics=_statistics(options),
         connection=str(options.connection or Connection.BOTH) if options.lora.connected else None,
-        rank=options.rank,
+        rank=0 if alone else options.rank,
         alpha=float(options.alpha),
         rslora=options.rslora,
-        dropout=(0.1 if small else 0.05) if options.dropout is None else options.dropout,
+        dropout=0.0 if alone else dropout,
         target_modules=options.target_modules,
         steps=steps,
         batch_size=options.batch_size,
         micro_batch=micro,
         accumulation=accumulation,
         processes=processes,
-        learning_rate=options.learning_rate or (2e-4 if small else 1e-4),
+        learning_rate=rate if alone else options.learning_rate or (2e-4 if small else 1e-4),
+        statistics_rate=rate if options.trains_statistics else None,
+        schedule=str(options.schedule or (Schedule.COSINE if alone else Schedule.CONSTANT)),
+        rounded_steps=ceil(steps / ROUNDED_PART) if kept else 0,
         warmup=options.warmup,
         weight_decay=options.weight_decay,
         max_grad_norm=options.max_grad_norm,
@@ -143,7 +189,15 @@ def decide(
         optimizer=_optimizer(options.optimizer, device),
         device=device,
         gradient_checkpointing=options.gradient_checkpointing,
+        teacher=name,
+        teacher_sha256=sha256,
+        teacher_weight=None if teacher is None else float(options.teacher_weight),
     )
+
+
+def _statistics(options: FinetuneOptions) -> str | None:
+    asked = options.statistics or (None if options.lora.low_rank else Statistics.BOTH)
+    return None if asked is None else str(asked)
 
 
 def recipe_differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -58,6 +58,7 @@ class FinetuneReport:
             "data": self.data.to_dict(),
             "trainable_parameters": self.trainable,
             "losses": {
+                "measure": self.recipe.measure,
                 "heldout_before": _loss(self.before),
                 "heldout_after": _loss(self.after),
                 "heldout_change": self._change(),

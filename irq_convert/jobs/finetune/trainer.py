@@ -19,24 +19,26 @@ from irq_convert.checkpoint.system import explain_os_error
 from irq_convert.errors import IrqError, one_line
 from irq_convert.jobs.finetune.encode import Collator, Example
 from irq_convert.jobs.finetune.folder import RunFolder
-from irq_convert.jobs.finetune.loss import Loss, measure_loss
+from irq_convert.jobs.finetune.loss import LABELS, Loss, Measure, measure_loss
 from irq_convert.jobs.finetune.model import trainable
-from irq_convert.jobs.finetune.options import Optimizer
+from irq_convert.jobs.finetune.moves import lowest_scale, moves_of, round_statistics
 from irq_convert.jobs.finetune.processes import Processes
 from irq_convert.jobs.finetune.progress import TrainingProgress
 from irq_convert.jobs.finetune.recipe import Recipe
 from irq_convert.jobs.finetune.stop import Stopped, StopRequest
 
 SNAPSHOT_STEPS_ON_GPU = 10  # a copy to the host each step would cost percents there
-OPTIMIZERS = {Optimizer.ADAMW: "adamw_torch", Optimizer.PAGED_ADAMW: "paged_adamw_32bit"}
+
+
+NOT_FINITE = "the loss or a gradient became NaN or infinite"
 
 
 class Diverged(Exception):
-    """The loss or a gradient of `step` was not finite; caught by the job."""
+    """Training broke at `step`, and `why`; caught by the job."""
 
-    def __init__(self, step: int) -> None:
+    def __init__(self, step: int, why: str = NOT_FINITE) -> None:
         super().__init__(step)
-        self.step = step
+        self.step, self.why = step, why
 
 
 @dataclass
@@ -57,53 +59,10 @@ class Watch:
     newest: tuple[int, Loss] | None = None
 
 
-def training_arguments(recipe: Recipe, writing: str, measured: bool) -> TrainingArguments:
-    """The recipe as Trainer takes it; checkpoints go to the folder `writing`."""
-    cpu = recipe.device == "cpu"
-    if not cpu:
-        torch.cuda.set_device(torch.device(recipe.device))
-    arguments = TrainingArguments(
-        output_dir=writing,
-        max_steps=recipe.steps,
-        per_device_train_batch_size=recipe.micro_batch,
-        gradient_accumulation_steps=recipe.accumulation,
-        learning_rate=recipe.learning_rate,
-        lr_scheduler_type="constant_with_warmup" if recipe.warmup else "constant",
-        warmup_steps=recipe.warmup,
-        weight_decay=recipe.weight_decay,
-        max_grad_norm=recipe.max_grad_norm,
-        optim=OPTIMIZERS[Optimizer(recipe.optimizer)],
-        seed=recipe.seed,
-        data_seed=recipe.seed,
-        bf16=recipe.dtype == "bfloat16",
-        use_cpu=cpu,
-        logging_steps=1,
-        logging_nan_inf_filter=False,  # it would hide what the guard looks for
-        eval_strategy="steps" if measured else "no",
-        eval_steps=recipe.eval_every if measured else None,
-        save_strategy="steps",
-        save_steps=recipe.save_every,
-        report_to="none",
-        disable_tqdm=True,
-        log_level="error",
-        log_level_replica="error",
-        remove_unused_columns=False,
-        label_names=["labels"],
-        dataloader_pin_memory=not cpu,
-        ddp_backend=("gloo" if cpu else "nccl") if recipe.processes > 1 else None,
-        ddp_find_unused_parameters=False if recipe.processes > 1 else None,
-    )
-    if recipe.processes == 1 and not cpu:
-        arguments._n_gpu = 1  # with several GPUs Trainer would copy the model to each of them
-        # Its own set-up, which has run by now, takes the first GPU whatever the recipe says.
-        device = torch.device(recipe.device)
-        arguments.__dict__["_setup_devices"] = device
-        torch.cuda.set_device(device)
-    return arguments
-
-
 class AdapterTrainer(Trainer):
     """Trainer that measures with `loss.measure_loss` and watches every loss and gradient."""
+
+    measured_by: Measure = LABELS
 
     def __init__(
         self,
@@ -128,6 +87,20 @@ class AdapterTrainer(Trainer):
         self.norm_seen: Any = 0.0
         self.remove_callback(PrinterCallback)
         self.add_callback(_Guard(self))
+        if recipe.rounded_steps:
+            self.add_callback(_Rounding(recipe.steps - recipe.rounded_steps))
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's; statistics are a group of their own, with their own rate."""
+        made: Any = super().create_optimizer(*args, **kwargs)
+        moves = list(moves_of(self.model))
+        if moves and self.recipe.rank:
+            of = {id(parameter) for parameter in moves}
+            for group in made.param_groups:
+                group["params"] = [p for p in group["params"] if id(p) not in of]
+            rate = self.recipe.statistics_rate
+            made.add_param_group({"params": moves, "lr": rate, "weight_decay": 0.0})
+        return made
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """As Trainer's; remembers the loss for the guard."""
@@ -191,6 +164,7 @@ class AdapterTrainer(Trainer):
             rank=watch.processes.rank,
             processes=watch.processes.count,
             tick=tick,
+            measure=self.measured_by,
         )
 
 
@@ -220,6 +194,8 @@ class _Guard(TrainerCallback):
         )
         if broken:
             raise Diverged(state.global_step + 1)
+        if lowest_scale(trainer.model) < 0:
+            raise Diverged(state.global_step, "training has driven a scale below 0")
         watch.stopped_by = number
         if watch.processes.first and (not watch.snapshot or state.global_step % self._every == 0):
             take_snapshot(trainer.model, watch, state.global_step)
@@ -244,6 +220,17 @@ class _Guard(TrainerCallback):
         watch.processes.wait()
         if watch.folder is not None:
             watch.folder.accept_checkpoint(state.global_step)
+
+
+class _Rounding(TrainerCallback):
+    """From step `start` on statistics are seen as a merge will store them."""
+
+    def __init__(self, start: int) -> None:
+        self._start = start
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= self._start:
+            round_statistics(kwargs["model"])
 
 
 def take_snapshot(model: Any, watch: Watch, step: int) -> None:

@@ -11,16 +11,19 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from transformers import TrainerState, set_seed
+from transformers import TrainerState, TrainingArguments, set_seed
 
 from irq_convert.checkpoint.disk import require_space
 from irq_convert.checkpoint.locate import locate
 from irq_convert.errors import IrqError
+from irq_convert.jobs.finetune.arguments import training_arguments
 from irq_convert.jobs.finetune.curve import CSV_NAME, PNG_NAME, draw, points, write_csv
 from irq_convert.jobs.finetune.encode import Collator, padding_id
 from irq_convert.jobs.finetune.folder import BEFORE, RunFolder
+from irq_convert.jobs.finetune.keeping import withdraw_unless_lower
 from irq_convert.jobs.finetune.loss import Loss
 from irq_convert.jobs.finetune.model import attach_adapter, count_trainable, load_base
+from irq_convert.jobs.finetune.moves import round_statistics
 from irq_convert.jobs.finetune.prepare import Preparation
 from irq_convert.jobs.finetune.progress import TrainingProgress
 from irq_convert.jobs.finetune.report import (
@@ -30,17 +33,19 @@ from irq_convert.jobs.finetune.report import (
     FinetuneReport,
 )
 from irq_convert.jobs.finetune.stop import Stopped, StopRequest, stop_on_signals
+from irq_convert.jobs.finetune.teacher_file import TeacherLogits
+from irq_convert.jobs.finetune.teacher_trainer import TaughtCollator, TaughtTrainer
 from irq_convert.jobs.finetune.trainer import (
     AdapterTrainer,
     Diverged,
     Watch,
     restore_snapshot,
-    training_arguments,
 )
 
 
 class Run:
-    """One run, in one process; `base` says which artifact, `begun` when the job began."""
+    """One run, in one process; `base` says which artifact, `begun` when the job began, and
+    `logits` are those of a teacher."""
 
     def __init__(
         self,
@@ -49,9 +54,10 @@ class Run:
         out: Path,
         progress: TrainingProgress,
         begun: float,
+        logits: TeacherLogits | None = None,
     ) -> None:
         self.plan, self.base, self.out = plan, base, out
-        self.progress, self.begun = progress, begun
+        self.progress, self.begun, self.logits = progress, begun, logits
         self.before: Loss | None = None
         self.resumed_from = 0
 
@@ -63,25 +69,31 @@ class Run:
         writing = str(self.out.resolve() / ".training" / "writing")
         arguments = training_arguments(recipe, writing, measured=held is not None)
         model = self._model()
-        rows = model.get_input_embeddings().weight.shape[0]
         if folder is not None:
             size = 4 * count_trainable(model)
             require_space(folder.path, 8 * size, "keep the adapter and two states of training")
         with stop_on_signals(alone=plan.processes.count == 1) as stop:
             watch = Watch(folder, plan.processes, self.progress, stop)
-            trainer = AdapterTrainer(
-                model,
-                arguments,
-                recipe,
-                list(plan.data.train.examples),
-                None if held is None else list(held.examples),
-                Collator(padding_id(plan.tokenizer, rows)),
-                watch,
-            )
+            trainer = self._trainer(model, arguments, watch)
             with _finite_or_explained(self.plan.model):
                 self._measure_before(trainer, folder)
             end, after, broken = self._train(trainer, folder)
             return self._close(trainer, folder, end, after, broken)
+
+    def _trainer(self, model: Any, arguments: TrainingArguments, watch: Watch) -> AdapterTrainer:
+        plan, logits = self.plan, self.logits
+        held = plan.data.heldout
+        pad = padding_id(plan.tokenizer, model.get_input_embeddings().weight.shape[0])
+        kind = AdapterTrainer if logits is None else TaughtTrainer
+        return kind(
+            model,
+            arguments,
+            plan.recipe,
+            list(plan.data.train.examples),
+            None if held is None else list(held.examples),
+            Collator(pad) if logits is None else TaughtCollator(pad, logits),
+            watch,
+        )
 
     def _model(self) -> Any:
         recipe = self.plan.recipe
@@ -115,8 +127,8 @@ class Run:
 
     def _train(
         self, trainer: AdapterTrainer, folder: RunFolder | None
-    ) -> tuple[str, Loss | None, int]:
-        """Train to an end of some kind: which, the held-out loss there, and the step that broke."""
+    ) -> tuple[str, Loss | None, Diverged | None]:
+        """Train to an end of some kind: which, the held-out loss there, and what broke."""
         checkpoint = folder.checkpoint() if folder is not None else None
         checkpoint = self.plan.processes.same(checkpoint)
         if self.plan.processes.rank:  # dropout of its own; the order of data has its own seed
@@ -131,17 +143,19 @@ class Run:
                     resume_from_checkpoint=None if checkpoint is None else str(checkpoint)
                 )
             if trainer.state.global_step < self.plan.recipe.steps:
-                return INTERRUPTED, None, 0
-            return self._measure_after(trainer)
+                return INTERRUPTED, None, None
+            return *self._measure_after(trainer), None
         except Diverged as error:
-            return DIVERGED, None, error.step
+            return DIVERGED, None, error
 
     def _load_finished(self, trainer: AdapterTrainer, checkpoint: Path) -> None:
         model: Any = trainer.model
         model.load_adapter(str(checkpoint), "default", is_trainable=True)
         trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        if self.plan.recipe.rounded_steps:
+            round_statistics(model)
 
-    def _measure_after(self, trainer: AdapterTrainer) -> tuple[str, Loss | None, int]:
+    def _measure_after(self, trainer: AdapterTrainer) -> tuple[str, Loss | None]:
         """The loss of what came out: held out, or of some training examples for a sign of life."""
         self.progress.stage("measuring the result")
         step, newest = trainer.state.global_step, trainer.watch.newest
@@ -150,16 +164,16 @@ class Run:
                 few = list(self.plan.data.train.examples[: self.plan.recipe.micro_batch])
                 if not trainer.measure(few).finite:
                     raise Diverged(step)
-                return FINISHED, None, 0
+                return FINISHED, None
             if newest is not None and newest[0] == step:
-                return FINISHED, newest[1], 0
+                return FINISHED, newest[1]
             after = trainer.measure_heldout()
         except Stopped:
             after = None
         if after is None:
             trainer.watch.stopped_by = trainer.watch.stop.number
-            return INTERRUPTED, None, 0
-        return FINISHED, after, 0
+            return INTERRUPTED, None
+        return FINISHED, after
 
     def _close(
         self,
@@ -167,7 +181,7 @@ class Run:
         folder: RunFolder | None,
         end: str,
         after: Loss | None,
-        broken: int,
+        broken: Diverged | None,
     ) -> FinetuneReport:
         """Write the adapter and what is said about it; keep the state of an interrupted run."""
         watch, step = trainer.watch, trainer.state.global_step
@@ -175,7 +189,9 @@ class Run:
             step = watch.snapshot_step
         before = None if self.before is None else self.before.mean
         log = [
-            entry for entry in trainer.state.log_history if entry["step"] <= max(step, broken - 1)
+            entry
+            for entry in trainer.state.log_history
+            if entry["step"] <= max(step, broken.step - 1 if broken else 0)
         ]
         report = FinetuneReport(
             out=str(self.out),
@@ -192,12 +208,13 @@ class Run:
             curve=tuple(points(log, before)),
             seconds=time.perf_counter() - self.begun,
         )
+        withdraw_unless_lower(report, folder, self.progress)
         if folder is not None:
             self._write(trainer, folder, report)
         self.plan.processes.wait()
-        if end == DIVERGED:
+        if broken is not None:
             raise IrqError(
-                f"the loss or a gradient became NaN or infinite at step {broken} of "
+                f"{broken.why} at step {broken.step} of "
                 f"{self.plan.recipe.steps}: lower --learning-rate "
                 f"({self.plan.recipe.learning_rate:g}); {self.out} holds the adapter of step "
                 f"{step}{'' if step else ' (untrained)'}, the last good one"
@@ -211,9 +228,10 @@ class Run:
         model: Any = trainer.model
         model.save_pretrained(str(made), save_embedding_layers=False)
         folder.publish(made, report.note())
-        write_csv(folder.path / CSV_NAME, report.curve)
-        title = f"{self.base['model']}: {report.recipe.lora}, rank {report.recipe.rank}"
-        if not draw(folder.path / PNG_NAME, report.curve, title):
+        recipe = report.recipe
+        write_csv(folder.path / CSV_NAME, report.curve, recipe.measure, recipe.trained_on)
+        title = f"{self.base['model']}: {recipe.described}"
+        if not draw(folder.path / PNG_NAME, report.curve, title, recipe.measure):
             (folder.path / PNG_NAME).unlink(missing_ok=True)
             self.progress.note(
                 f"no {PNG_NAME}: drawing needs matplotlib: pip install 'irq-convert[plot]'"

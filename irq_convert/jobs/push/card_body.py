@@ -239,7 +239,9 @@ def _held_out(record: Mapping[str, Any] | None) -> list[tuple[str, str]]:
 def _training(subject: PushedFolder) -> list[str]:
     training = subject.note.get("training") or {}
     losses = training.get("losses") or {}
-    facts = [("rank, alpha", f"{subject.settings.get('r')}, {subject.settings.get('lora_alpha')}")]
+    rank, alpha, moved = (subject.settings.get(key) for key in ("r", "lora_alpha", "statistics"))
+    facts = [("rank, alpha", f"{rank}, {alpha}")] if rank else []
+    facts += [("statistics", "scale and tau" if moved == "both" else moved)] if moved else []
     recipe = training.get("recipe") or {}
     facts += [
         (label, str(recipe[key]))
@@ -250,6 +252,8 @@ def _training(subject: PushedFolder) -> list[str]:
             ("sequence_length", "sequence length"),
             ("dropout", "dropout"),
             ("seed", "seed"),
+            ("teacher", "teacher"),
+            ("teacher_weight", "weight of KL to it"),
         )
         if recipe.get(key) is not None
     ]
@@ -257,7 +261,8 @@ def _training(subject: PushedFolder) -> list[str]:
         found = losses.get(key)
         if found:
             value = f"{found['value']:.4f}" + (f" ± {found['se']:.4f}" if found.get("se") else "")
-            facts.append((f"held-out loss {label}", f"{value} nats a token"))
+            measure = losses.get("measure", "loss")
+            facts.append((f"held-out {measure} {label}", f"{value} nats a token"))
     curve = ["![loss](loss.png)"] if "loss.png" in subject.files else []
     return ["## Training", table(("", ""), facts), *curve]
 

@@ -10,6 +10,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from irq_convert.core.spec import QuantSpec
+from irq_convert.jobs.quantize.options import QuantizeOptions
+from irq_convert.jobs.quantize.quantize import quantize
 from tests.paths import DEMO
 
 from .base import write_tales
@@ -18,6 +21,14 @@ from .base import write_tales
 @pytest.fixture(scope="session")
 def artifact(demo_nf3: Path) -> Path:
     return demo_nf3
+
+
+@pytest.fixture(scope="session")
+def int2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model at 2 bits, which is far from it."""
+    folder = tmp_path_factory.mktemp("demo") / "demo-int2"
+    quantize(str(DEMO), folder, QuantizeOptions(QuantSpec("int2", 64)))
+    return folder
 
 
 @pytest.fixture(scope="session")

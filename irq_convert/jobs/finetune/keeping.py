@@ -1,0 +1,44 @@
+"""Whether an adapter that was trained towards a teacher is kept: when it is nearer to it."""
+
+from __future__ import annotations
+
+from irq_convert.errors import IrqError
+from irq_convert.jobs.common.torchrun import FailedElsewhere
+from irq_convert.jobs.finetune.folder import LOGITS, RunFolder
+from irq_convert.jobs.finetune.progress import TrainingProgress
+from irq_convert.jobs.finetune.report import FINISHED, FinetuneReport
+
+
+def withdraw_unless_lower(
+    report: FinetuneReport, folder: RunFolder | None, progress: TrainingProgress
+) -> None:
+    """Raise `IrqError`, and give the run up, where KL to the teacher is not lower than before.
+
+    Nothing happens to a run without a teacher, or one that has not come to its end. Where nothing
+    is held out it is said that nobody knows. `folder` is given in the first process; in the others
+    the error is `FailedElsewhere`.
+    """
+    recipe, before, after = report.recipe, report.before, report.after
+    if recipe.teacher is None or report.end != FINISHED:
+        return
+    if before is None or after is None:
+        if folder is not None:
+            progress.note(
+                f"{recipe.measure} was not measured, as nothing is held out: the adapter is kept, "
+                "better or not"
+            )
+        return
+    if after.mean < before.mean:
+        return
+    if folder is None:
+        raise FailedElsewhere("the adapter is not kept")
+    folder.withdraw()
+    logits = folder.state / LOGITS
+    waiting = (
+        f"; the teacher's logits wait in {logits} for the next run" if logits.is_file() else ""
+    )
+    raise IrqError(
+        f"no adapter is kept: {recipe.measure} on held-out data was {before.mean:.4f} nats a token "
+        f"and is {after.mean:.4f} after training: lower --learning-rate ({recipe.learning_rate:g}) "
+        f"or --steps ({recipe.steps:,}), or give more data{waiting}"
+    )
