@@ -13,11 +13,18 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from tests.cli.process import Commands
 from tests.folders import listing
 from tests.fresh import Forks
 
-settings.register_profile("irq", deadline=None)
+settings.register_profile("irq", deadline=None, max_examples=60)
 settings.load_profile("irq")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first: one that began last would run on alone."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 def pytest_collection_finish() -> None:
@@ -37,6 +44,17 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
     forks = Forks(tmp_path_factory.mktemp("forks"))
     yield forks
     forks.close()
+
+
+@pytest.fixture(scope="session")
+def irq(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
+    """The program, each command a process that has imported all it needs."""
+    scratch = tmp_path_factory.mktemp("streams")
+    for folder in (scratch, scratch.parent):
+        folder.chmod(0o755)
+    commands = Commands(scratch)
+    yield commands
+    commands.close()
 
 
 def unchanged(folder: Path) -> Iterator[Path]:

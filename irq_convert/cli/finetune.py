@@ -15,6 +15,7 @@ from irq_convert.errors import IrqError
 from irq_convert.jobs.common.resume import Resume
 from irq_convert.jobs.finetune.options import (
     FinetuneOptions,
+    Init,
     Optimizer,
     Schedule,
     TrainDtype,
@@ -67,6 +68,17 @@ def finetune_command(
     dropout: Annotated[
         float | None,
         _adapter("On the adapter's input.  \\[default: 0.1 up to 13 B weights, 0.05 above]"),
+    ] = None,
+    init: Annotated[
+        Init, _adapter("error starts it at what quantizing has lost of --source.")
+    ] = Init.DEFAULT,
+    source: Annotated[
+        str | None,
+        _adapter("Dense model for --init error.  \\[default: the teacher]"),
+    ] = None,
+    importance: Annotated[
+        Path | None,
+        _adapter("What counts for --init error: a file of measure.  \\[default: the data]"),
     ] = None,
     target_modules: Annotated[
         str | None,
@@ -159,6 +171,9 @@ def finetune_command(
         alpha=alpha,
         rslora=rslora,
         dropout=dropout,
+        init=init,
+        source=source,
+        importance=importance,
         target_modules=_names(target_modules),
         steps=steps,
         epochs=epochs,

@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch.distributed import TCPStore
+
 from tests.folders import listing
 
 ENVIRONMENT = {
@@ -84,7 +86,12 @@ class Commands:
         self._server.wait(60)
 
     def start(
-        self, *args: object, cwd: Path | None = None, nobody: bool = False, **env: str
+        self,
+        *args: object,
+        cwd: Path | None = None,
+        nobody: bool = False,
+        ranks: int = 0,
+        **env: str,
     ) -> Running:
         """Start a command; one that a failed test has left running is killed before."""
         if self._running and not self._running.finished:
@@ -99,6 +106,7 @@ class Commands:
             "cwd": str(cwd or self._scratch),
             "env": env,
             "nobody": nobody,
+            "ranks": ranks,
             "stdout": str(out),
             "stderr": str(err),
         }
@@ -111,16 +119,28 @@ class Commands:
         return self._running
 
     def __call__(
-        self, *args: object, cwd: Path | None = None, nobody: bool = False, **env: str
+        self,
+        *args: object,
+        cwd: Path | None = None,
+        nobody: bool = False,
+        ranks: int = 0,
+        **env: str,
     ) -> Result:
         """Run a command to its end, at most five minutes."""
-        running = self.start(*args, cwd=cwd, nobody=nobody, **env)
+        running = self.start(*args, cwd=cwd, nobody=nobody, ranks=ranks, **env)
         timer = threading.Timer(300, running.kill)
         timer.start()
         try:
             return running.wait()
         finally:
             timer.cancel()
+
+    def together(self, ranks: int, *args: object, **env: str) -> Result:
+        """Run a command in so many processes, as torchrun would on one host."""
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+        env |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(ranks))
+        return self(*args, ranks=ranks, **env, TORCHELASTIC_USE_AGENT_STORE="True")
 
 
 def fresh(*args: object, cwd: Path | None = None, **env: str) -> Result:

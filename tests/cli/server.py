@@ -41,9 +41,6 @@ def warm_up() -> None:
 
 def become(request: dict[str, object]) -> None:
     """Make the fresh child the process that was asked for."""
-    # torch replaces its thread pool at the first call after a fork, and fails with "Invalid thread
-    # pool!" when two threads make that call at once, as a backward pass and its caller may.
-    torch.set_num_threads(torch.get_num_threads())
     for number, key in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(str(request[key]), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     os.chdir(str(request["cwd"]))
@@ -58,6 +55,9 @@ def become(request: dict[str, object]) -> None:
 
 def run() -> int:
     """`main()` as the interpreter would run it; returns the exit status."""
+    # torch replaces its thread pool at the first call after a fork, and fails with "Invalid thread
+    # pool!" when two threads make that call at once, as a backward pass and its caller may.
+    torch.set_num_threads(torch.get_num_threads())
     try:
         main()
     except SystemExit as end:
@@ -71,6 +71,18 @@ def run() -> int:
     return 0
 
 
+def run_ranks(count: int) -> int:
+    """`run()` in `count` processes at once; the largest exit status."""
+    pids = []
+    for rank in range(count):
+        pid = os.fork()
+        if not pid:
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+            os._exit(run())
+        pids.append(pid)
+    return max(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids)
+
+
 warm_up()
 gc.collect()
 gc.freeze()  # a child that looked for garbage in all this would copy it
@@ -78,8 +90,9 @@ print("ready", flush=True)
 for line in sys.stdin:
     pid = os.fork()
     if not pid:
-        become(json.loads(line))
-        os._exit(run())
+        request = json.loads(line)
+        become(request)
+        os._exit(run_ranks(request["ranks"]) if request["ranks"] else run())
     print(pid, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 os._exit(0)  # an interpreter takes seconds to clean up

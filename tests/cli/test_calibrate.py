@@ -10,7 +10,6 @@ import pytest
 
 from tests.folders import listing
 from tests.jobs.calibration.words import word_text, write_word_tokenizer
-from tests.jobs.common.test_torchrun import finish, start
 from tests.jobs.push.server import serve
 from tests.jobs.push.state import FolderRepo, World
 from tests.tiny import LLAMA, VOCABULARY, llama_tensors, write_source
@@ -86,8 +85,8 @@ def test_two_processes_make_the_same(
 ) -> None:
     given = ("--calibrate", words, *OPTIONS, "--max-shard-size", "0.00005")
     assert irq("quantize", calibration_source, "alone", *given, cwd=work).code == 0
-    code, _, said = finish(start(2, "quantize", calibration_source, work / "both", *given))
-    assert code == 0, said
+    done = irq.together(2, "quantize", calibration_source, work / "both", *given)
+    assert done.code == 0, done.err
     assert listing(work / "alone") == listing(work / "both")
 
 

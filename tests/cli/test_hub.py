@@ -12,7 +12,7 @@ import pytest
 from tests.checkpoint.hub_server import COMMIT, FakeHub, serve
 from tests.folders import listing
 
-from .process import Commands, assert_fails, fresh, nothing_left
+from .process import Commands, assert_fails, nothing_left
 from .sources import make_source
 from .stopping import await_moment
 
@@ -43,7 +43,7 @@ def test_a_model_from_the_hub(
     assert report["fetched_to"] == own["HF_HUB_CACHE"]
     assert [p.name for p in work.iterdir()] == ["home"]
     assert hub.sent["model.safetensors"] < (tmp_path / "repo" / "model.safetensors").stat().st_size
-    result = fresh(*args, cwd=work, **own)
+    result = irq(*args, cwd=work, **own)
     assert result.code == 0, result
     manifest = json.loads((work / "model-irq-nf3" / "irq_manifest.json").read_text())
     assert manifest["source"]["model"] == "org/model"

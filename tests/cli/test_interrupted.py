@@ -29,8 +29,8 @@ SHARDS = 6
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that takes a second or two."""
-    return make_source(tmp_path_factory.mktemp("large") / "source", rows=10_000)
+    """A model that takes long enough to be stopped between two shards."""
+    return make_source(tmp_path_factory.mktemp("large") / "source", rows=6_000)
 
 
 @pytest.fixture(scope="module")

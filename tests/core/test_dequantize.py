@@ -49,7 +49,7 @@ def bits_of(tensor: torch.Tensor) -> bytes:
     return tensor.contiguous().view(torch.uint8).numpy().tobytes()
 
 
-@settings(max_examples=120)
+@settings(max_examples=60)
 @given(samples=samples, dtype=st.sampled_from(DTYPES))
 def test_backends_give_the_formula_bit_for_bit(samples: dict[str, Any], dtype: torch.dtype) -> None:
     sample = random_sample(**samples)

@@ -20,7 +20,7 @@ def fitted(low: float, high: float, anchor: float) -> tuple[np.float32, np.float
     return np.float32(step), np.float32(offset)
 
 
-@settings(max_examples=400)
+@settings(max_examples=200)
 @given(floats, floats)
 def test_values_of_the_range_are_within_half_a_step(a: float, b: float) -> None:
     low, high = np.float32(min(a, b)), np.float32(max(a, b))
@@ -34,7 +34,7 @@ def test_values_of_the_range_are_within_half_a_step(a: float, b: float) -> None:
         assert 0.0 in values
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(st.floats(0.03125, 8, width=32), st.floats(0.03125, 8, width=32), st.booleans())
 def test_an_anchor_of_a_constant_block_is_on_the_grid(
     span: float, size: float, negative: bool

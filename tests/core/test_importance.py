@@ -25,6 +25,7 @@ from .test_quantize import specs as floats
 from .test_zero_points import specs as integers
 
 F32 = np.float32
+SLOW = pytest.mark.slow
 WEIGHINGS = ("steep", "equal", "few", "none", "huge")
 
 
@@ -134,7 +135,9 @@ def weighted_error(
 
 
 @pytest.mark.parametrize("codebook", sorted(CODEBOOKS))
-@pytest.mark.parametrize("kind", ["gauss", "student", "equal", "outlier"])
+@pytest.mark.parametrize(
+    "kind", ["gauss", "equal", *(pytest.param(k, marks=SLOW) for k in ("student", "outlier"))]
+)
 def test_nothing_on_the_path_has_less_weighted_error(codebook: str, kind: str) -> None:
     spec = QuantSpec(codebook, 32, "mse")
     weight = make(kind, 6, 90, 3)

@@ -30,8 +30,11 @@ KINDS = pytest.mark.parametrize("kind", kinds())
 SHORT = {"gridded": 0.03, "offset": 0.03, ("mixed", "nf4"): 1.0}
 
 
-def _check_kind(kind: str, book: Codebook, many: int, fine: int = 0) -> None:
-    blocks, lengths = make_blocks(kind, many, seed=many)
+@BOOKS
+@KINDS
+def test_sum_equals_brute_force_and_is_never_below_the_grid(kind: str, book: Codebook) -> None:
+    many = 90 if kind == "tails" else 20  # tails of every length
+    blocks, lengths = (part[:many] for part in make_blocks(kind, max(many, 30), seed=max(many, 30)))
     found = icq_search(blocks, book, lengths=lengths)
     exact = breakpoint_search(blocks, book, lengths=lengths)
     assert torch.equal(found.ideal_table_sum, exact.ideal_table_sum)
@@ -47,29 +50,16 @@ def _check_kind(kind: str, book: Codebook, many: int, fine: int = 0) -> None:
         assert same.double().mean() >= 0.99
     most = max_entropy(blocks, book, lengths)
     torch.testing.assert_close(found.entropy_bits[~short], most[~short], rtol=0, atol=1e-6)
-    for n, some in ((100, many), (1000, fine)):
+    for n, some in ((100, many), (1000, many // 2)):
         wide, _, _ = grid_search(blocks[:some], book, n, lengths=lengths[:some])
         assert (found.ideal_table_sum[:some] <= wide).all(), f"below a grid of {2 * n + 1}"
-
-
-@BOOKS
-@KINDS
-def test_sum_equals_brute_force_and_is_never_below_the_grid(kind: str, book: Codebook) -> None:
-    _check_kind(kind, book, 30)
-
-
-@pytest.mark.slow
-@BOOKS
-@KINDS
-def test_many_blocks_and_a_fine_grid(kind: str, book: Codebook) -> None:
-    _check_kind(kind, book, 90, fine=45)
 
 
 @BOOKS
 @pytest.mark.parametrize("kind", ["gaussian", "tails", "gridded"])
 def test_squared_error_equals_brute_force(kind: str, book: Codebook) -> None:
     blocks, lengths = make_blocks(kind, 64, seed=5)
-    blocks, lengths = blocks[-4:], lengths[-4:]
+    blocks, lengths = blocks[-2:], lengths[-2:]
     found = icq_search(blocks, book, lengths=lengths, objective="mse")
     exact = breakpoint_search(blocks, book, lengths=lengths, objective="mse")
     torch.testing.assert_close(
@@ -97,7 +87,9 @@ def _float32_outcome(
 def test_pair_gives_what_is_claimed(
     kind: str, book: Codebook, objective: str, backend: str
 ) -> None:
-    blocks, lengths = make_blocks(kind, 70 if backend == "numba" else 12)
+    blocks, lengths = make_blocks(kind, 70)
+    if backend == "torch":
+        blocks, lengths = blocks[8:12], lengths[8:12]
     found = icq_search(blocks, book, lengths=lengths, objective=objective, backend=backend)
     for i, (row, n) in enumerate(zip(blocks.numpy(), lengths.tolist(), strict=True)):
         tau, scale = found.tau[i].numpy()[()], found.scale[i].numpy()[()]
@@ -168,7 +160,7 @@ NASTY = st.one_of(
 ).map(lambda values: [float(np.float32(x)) for x in values])
 
 
-@settings(max_examples=150)
+@settings(max_examples=80)
 @given(values=NASTY, name=st.sampled_from(list(CODEBOOKS)))
 def test_rational_arithmetic_agrees(values: list[float], name: str) -> None:
     if min(values) == max(values):
@@ -220,7 +212,7 @@ def _path_points(blocks: torch.Tensor, book: Codebook, objective: str, c: float,
 @BOOKS
 @pytest.mark.parametrize("kind", ["gaussian", "student", "gridded", "outlier"])
 def test_squared_error_is_never_worse_than_a_fine_grid(kind: str, book: Codebook) -> None:
-    blocks, _ = make_blocks(kind, 10, seed=3)
+    blocks = make_blocks(kind, 10, seed=3)[0][:5]
     found = icq_search(blocks, book, objective="mse")
     wide = blocks.double()
     for c in SHRINKS:
@@ -235,7 +227,7 @@ def test_squared_error_is_never_worse_than_a_fine_grid(kind: str, book: Codebook
 @BOOKS
 @pytest.mark.parametrize("kind", ["gaussian", "repeated", "gridded"])
 def test_equal_entropy_goes_to_the_lower_error(kind: str, book: Codebook) -> None:
-    blocks, _ = make_blocks(kind, 50, seed=4)
+    blocks = make_blocks(kind, 50, seed=4)[0][:16]
     found, wide = icq_search(blocks, book), blocks.double()
     errors, sums = _errors(wide, book, *_path_points(wide, book, "entropy", 1.0, 801))
     tied = errors.masked_fill(sums != found.ideal_table_sum[:, None], torch.inf).amin(dim=1)

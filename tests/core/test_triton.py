@@ -130,12 +130,14 @@ def test_without_the_interpreter_the_cpu_is_refused(monkeypatch: pytest.MonkeyPa
         dequantize_tensor(quantize_tensor(weight), backend="triton")
 
 
+@pytest.mark.slow
 def test_triton_is_imported_only_when_a_tensor_asks_for_it() -> None:
     rooms = "irq_convert.core.quantize, irq_convert.core.solver.solve, irq_convert.nn.function"
     code = f"import sys, {rooms}\n"
     assert run("-c", code + "sys.exit('triton' in sys.modules)").returncode == 0
 
 
+@pytest.mark.slow
 def test_the_benchmark_refuses_in_one_line_without_a_gpu() -> None:
     done = run("tests/bench/gpu.py", CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 1

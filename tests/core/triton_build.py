@@ -116,9 +116,10 @@ def main(architectures: list[int]) -> None:
     for spec, architecture in zip(SPECS, architectures, strict=True):
         weight = torch.zeros(16, 256, dtype=torch.bfloat16)
         shape = BlockShape(16, 256, spec.block_size, spec.bits)
-        launches = recorded(lambda: quantize_triton(weight, shape, spec))  # noqa: B023
-        weighing = np.ones((4, 256), np.int32), np.arange(16, dtype=np.int32) // 4
-        launches += recorded(lambda: quantize_triton(weight, shape, spec, weighing))  # noqa: B023
+        shares = np.ones((4, 256), np.int32), np.arange(16, dtype=np.int32) // 4
+        launches = []
+        for weighing in (None, shares) if spec is SPECS[0] else (shares,):
+            launches += recorded(lambda: quantize_triton(weight, shape, spec, weighing))  # noqa: B023
         launches += solving(spec)
         for dtype in (torch.float32, torch.bfloat16):
             out = torch.empty(16, 96, dtype=dtype)

@@ -25,6 +25,13 @@ class TrainDtype(StrEnum):
     BFLOAT16 = "bfloat16"
 
 
+class Init(StrEnum):
+    """Where an adapter starts: at no change, or at what quantizing has lost."""
+
+    DEFAULT = "default"
+    ERROR = "error"
+
+
 class Schedule(StrEnum):
     """How the learning rate goes after warm-up: as it is, or down to 0 along a cosine."""
 
@@ -52,6 +59,9 @@ class FinetuneOptions:
         connection: elastic connections to train, None for both; only for `iec` and `block`.
         rank, alpha, rslora: rank r; the update is scaled by alpha / r, or alpha / sqrt(r).
         dropout: on the adapter's input; None for 0.1 up to 13 B weights, 0.05 above.
+        init: `error` starts A and B at the best low-rank part of what quantizing has lost of
+            `source`, as the training data see it, or `importance`, a file of `measure`.
+        source: folder or Hub id of the dense model for `init`; None for the teacher.
         target_modules: last parts of module names; None for all linears but the head.
         steps, epochs: length of the run, one of the two; None and None for 10,000 steps.
         batch_size: sequences in one step, over all processes and accumulated passes.
@@ -88,6 +98,9 @@ class FinetuneOptions:
     alpha: float = 16.0
     rslora: bool = False
     dropout: float | None = None
+    init: Init = Init.DEFAULT
+    source: str | None = None
+    importance: Path | None = None
     target_modules: tuple[str, ...] | None = None
     steps: int | None = None
     epochs: float | None = None
@@ -119,6 +132,7 @@ class FinetuneOptions:
             lora=AdapterKind,
             statistics=Statistics,
             connection=Connection,
+            init=Init,
             schedule=Schedule,
             dtype=TrainDtype,
             optimizer=Optimizer,
@@ -145,6 +159,7 @@ class FinetuneOptions:
                 raise UsageError(f"{option_name(name)} {value}: a number in [0, 1) is needed")
         self._check_together()
         self._check_teacher()
+        self._check_start()
 
     def _check_together(self) -> None:
         if self.steps is not None and self.epochs is not None:
@@ -157,6 +172,28 @@ class FinetuneOptions:
             raise UsageError("--statistics-rate: no statistics are trained; add --statistics both")
         if self.target_modules is not None and not all(self.target_modules):
             raise UsageError("--target-modules: an empty name; write q_proj,v_proj")
+
+    def _check_start(self) -> None:
+        if not self.from_error:
+            for name in ("source", "importance"):
+                if getattr(self, name) is not None:
+                    raise UsageError(f"--{name}: of no use without --init error")
+            return
+        if not self.lora.low_rank:
+            raise UsageError(
+                "--init error: --lora statistics has no matrices to start: leave it out"
+            )
+        if self.source is None and self.teacher is None:
+            raise UsageError("--init error: needs the dense model: add --source (or --teacher)")
+        if self.source is not None:
+            object.__setattr__(self, "source", str(self.source))
+        if self.importance is not None:
+            object.__setattr__(self, "importance", Path(self.importance).expanduser())
+
+    @property
+    def from_error(self) -> bool:
+        """Whether the adapter starts at what quantizing has lost."""
+        return self.init == Init.ERROR
 
     @property
     def trains_statistics(self) -> bool:

@@ -15,6 +15,7 @@ from irq_convert.jobs.finetune.options import FinetuneOptions
 from irq_convert.jobs.finetune.processes import Processes, choose_device, good_at_bfloat16
 from irq_convert.jobs.finetune.progress import TrainingProgress
 from irq_convert.jobs.finetune.recipe import Base, Recipe, decide, holdout_fraction, sequence_length
+from irq_convert.jobs.finetune.start import Start, find_start
 from irq_convert.jobs.finetune.teacher_file import number_rows
 from irq_convert.jobs.finetune.teacher_source import Teacher, find_teacher
 
@@ -32,6 +33,7 @@ class Preparation:
     recipe: Recipe
     processes: Processes
     teacher: Teacher | None = None
+    start: Start | None = None
 
 
 def prepare(
@@ -78,6 +80,7 @@ def prepare(
         found = number_rows(found)
         facts = {"data": found, "tokenizer": encoder, "config": config, "progress": progress}
         teacher = find_teacher(options.teacher, options.teacher_logits, **facts)
+    start = find_start(options, found.train.examples, Path(data).name)
     recipe = decide(
         options,
         base,
@@ -87,7 +90,8 @@ def prepare(
         bfloat16=good_at_bfloat16(device),
         holdout=holdout,
         teacher=None if teacher is None else (teacher.name, teacher.sha256),
+        start=None if start is None else start.sha256,
     )
     return Preparation(
-        str(model), folder, artifact, config, encoder, found, recipe, processes, teacher
+        str(model), folder, artifact, config, encoder, found, recipe, processes, teacher, start
     )

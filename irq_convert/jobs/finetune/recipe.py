@@ -33,6 +33,7 @@ _NOT_OPTIONS = {
     "processes": "the number of processes",
     "accumulation": "the number of passes in a step",
     "teacher_sha256": "the fingerprint of --teacher",
+    "init_sha256": "the fingerprint of source and inputs of --init error",
 }
 
 
@@ -80,6 +81,8 @@ class Recipe:
     optimizer: str
     device: str
     gradient_checkpointing: bool
+    init: str = "default"
+    init_sha256: str | None = None
     teacher: str | None = None
     teacher_sha256: str | None = None
     teacher_weight: float | None = None
@@ -90,7 +93,8 @@ class Recipe:
         moved = "" if self.statistics is None else _MOVED[self.statistics]
         if not self.rank:
             return moved
-        return f"{self.lora}, rank {self.rank}{moved and f', and {moved}'}"
+        start = ", started at the error" if self.init_sha256 else ""
+        return f"{self.lora}, rank {self.rank}{moved and f', and {moved}'}{start}"
 
     @property
     def measure(self) -> str:
@@ -142,11 +146,13 @@ def decide(
     bfloat16: bool,
     holdout: float,
     teacher: tuple[str, str] | None = None,
+    start: str | None = None,
 ) -> Recipe:
     """Make every choice that `options` leaves open.
 
     `examples` are those trained on, `device` the torch device of this process and `bfloat16`
-    whether it is good at that type. `teacher` are the name and the hash of one.
+    whether it is good at that type. `teacher` are the name and the hash of one, `start` the hash
+    of what adapters start at.
 
     Raises `UsageError` where the batch does not divide over processes and passes, the sequence is
     longer than the model allows, or the optimizer does not exist here.
@@ -189,6 +195,8 @@ def decide(
         optimizer=_optimizer(options.optimizer, device),
         device=device,
         gradient_checkpointing=options.gradient_checkpointing,
+        init=str(options.init),
+        init_sha256=start,
         teacher=name,
         teacher_sha256=sha256,
         teacher_weight=None if teacher is None else float(options.teacher_weight),

@@ -106,7 +106,9 @@ class Weights:
         The source may be of another format, but of its shapes and with its numbers as floats.
         """
         for name in tensors:
-            stored, info = self._stored[name], self.source.tensors.get(name)
+            stored, info = self._stored.get(name), self.source.tensors.get(name)
+            if stored is None:
+                raise UsageError(f"{name}: the model has it quantized, and the artifact has not")
             if info is None or info.shape != stored.source_shape:
                 what = "lacks it" if info is None else f"has {list(info.shape)}"
                 raise UsageError(

@@ -13,9 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from irq_convert.artifact.config import QUANT_METHOD
-from irq_convert.artifact.manifest import describe_source
 from irq_convert.checkpoint.locate import Fetch, find_folder, open_source
-from irq_convert.checkpoint.reader import TileReader
 from irq_convert.checkpoint.source import Checkpoint
 from irq_convert.checkpoint.system import os_errors
 from irq_convert.errors import IrqError, UsageError
@@ -23,11 +21,10 @@ from irq_convert.hf.layered import LayeredModel, NotLayered, open_layered
 from irq_convert.hf.usable import refuse_unusable
 from irq_convert.jobs.calibration.source import checkpoint_tokenizer
 from irq_convert.jobs.finetune.data import Data
+from irq_convert.jobs.finetune.source_identity import source_identity
 from irq_convert.jobs.finetune.teacher_file import Contents, all_examples, open_logits
 from irq_convert.progress import Progress
 
-_SAMPLE = 4096
-"""Bytes of each tensor that tell apart local models of the same name and shapes."""
 _INSTEAD = "leave out --teacher to train on labels"
 
 
@@ -90,7 +87,7 @@ def find_teacher(
                 f"lower --sequence-length to {positions}"
             )
         _same_tokenizer(model, checkpoint, tokenizer, progress)
-        contents = Contents.of(_identity(checkpoint, model), examples, vocabulary)
+        contents = Contents.of(source_identity(checkpoint, model), examples, vocabulary)
     finally:
         checkpoint.fetcher.close(done=False)
     if file is not None:
@@ -152,18 +149,6 @@ def _same_tokenizer(model: str, checkpoint: Checkpoint, tokenizer: Any, progress
                 f"{own[number]!r} here: give the model that the artifact was made from, or another "
                 "of its tokenizer"
             )
-
-
-def _identity(checkpoint: Checkpoint, model: str) -> dict[str, Any]:
-    """The source as a manifest tells it, and of a local folder a hash of some of its weights."""
-    source = describe_source(checkpoint, model)
-    if checkpoint.revision is not None:
-        return source
-    digest = hashlib.sha256()
-    with TileReader() as reader:
-        for _, info in sorted(checkpoint.tensors.items()):
-            digest.update(bytes(next(reader.iter_bytes(info, _SAMPLE), b"")))
-    return {**source, "sample_sha256": digest.hexdigest()}
 
 
 def _check_place(file: Path, model: str) -> None:

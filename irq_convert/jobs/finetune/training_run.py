@@ -68,7 +68,7 @@ class Run:
         held = plan.data.heldout
         writing = str(self.out.resolve() / ".training" / "writing")
         arguments = training_arguments(recipe, writing, measured=held is not None)
-        model = self._model()
+        model = self._model(folder)
         if folder is not None:
             size = 4 * count_trainable(model)
             require_space(folder.path, 8 * size, "keep the adapter and two states of training")
@@ -95,11 +95,20 @@ class Run:
             watch,
         )
 
-    def _model(self) -> Any:
+    def _model(self, folder: RunFolder | None) -> Any:
         recipe = self.plan.recipe
         model = load_base(self.plan.folder, getattr(torch, recipe.dtype), recipe.device)
         set_seed(recipe.seed)
         model = attach_adapter(model, recipe)
+        checkpoint = None if folder is None else folder.checkpoint()
+        if self.plan.start is not None and self.plan.processes.same(checkpoint) is None:
+            self.plan.start.run(
+                model,
+                self.plan.artifact,
+                device=recipe.device,
+                scratch=None if folder is None else folder.state,
+                progress=self.progress,
+            )
         found = locate(self.plan.model, headers_only=True)
         model.peft_config["default"].base_model_name_or_path = found.repo_id or self.plan.model
         return model
@@ -113,17 +122,25 @@ class Run:
             self.before = Loss(tuple(found["sums"]), tuple(found["counts"]))
         elif self.plan.data.heldout is not None:
             self.progress.stage("measuring the base")
-            try:
-                loss = trainer.measure(list(self.plan.data.heldout.examples))
-            except Stopped:
-                _leave(trainer.watch.stop)
-            if not loss.finite:
-                raise Diverged(0)
-            self.before = loss
+            self.before = self._measure_base(trainer)
             if folder is not None:
-                folder.write(BEFORE, {"sums": list(loss.sums), "counts": list(loss.counts)})
+                sums, counts = list(self.before.sums), list(self.before.counts)
+                folder.write(BEFORE, {"sums": sums, "counts": counts})
         if self.before is not None and processes.first:
             self.progress.heldout(0, self.before.mean)
+
+    def _measure_base(self, trainer: AdapterTrainer) -> Loss:
+        """What the artifact gives without the adapter, which may have a start of its own."""
+        model: Any = trainer.model
+        assert self.plan.data.heldout is not None
+        try:
+            with model.disable_adapter():
+                loss = trainer.measure(list(self.plan.data.heldout.examples))
+        except Stopped:
+            _leave(trainer.watch.stop)
+        if not loss.finite:
+            raise Diverged(0)
+        return loss
 
     def _train(
         self, trainer: AdapterTrainer, folder: RunFolder | None

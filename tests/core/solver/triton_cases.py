@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterator
 
 import pytest
 import torch
-import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,7 +20,7 @@ from irq_convert.core.triton.descend import descend_panel_triton
 from irq_convert.core.triton.sweep import sweep_panel_triton
 
 from ..test_quantize import same_bytes
-from ..triton_cases import REAL_SORT, sort_at_once
+from ..triton_haste import in_fewer_operations
 from .make import problem
 from .test_solve import integers, specs
 
@@ -29,10 +29,9 @@ warnings.filterwarnings("ignore", "invalid value|divide by zero|overflow", Runti
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _quick_sort():
-    tl.sort = sort_at_once
-    yield
-    tl.sort = REAL_SORT
+def _in_fewer_operations() -> Iterator[None]:
+    with in_fewer_operations():
+        yield
 
 
 def book_of(codebook: str) -> portable.Book:
@@ -44,7 +43,7 @@ def book_of(codebook: str) -> portable.Book:
 shapes = st.integers(1, 40), st.integers(1, 70), st.integers(0, 99)
 
 
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(st.sampled_from(sorted(CODEBOOKS)), *shapes)
 def test_a_panel_is_swept_as_in_torch(codebook: str, rows: int, width: int, seed: int) -> None:
     """Column by column the same operations, so the same bits; the feedback is part of a wider."""
@@ -57,7 +56,7 @@ def test_a_panel_is_swept_as_in_torch(codebook: str, rows: int, width: int, seed
         assert torch.equal(ours, theirs)
 
 
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(st.sampled_from(sorted(CODEBOOKS)), *shapes)
 def test_a_block_descends_as_in_torch(codebook: str, rows: int, width: int, seed: int) -> None:
     rng = torch.Generator().manual_seed(seed)
@@ -70,11 +69,11 @@ def test_a_block_descends_as_in_torch(codebook: str, rows: int, width: int, seed
 
 
 @settings(max_examples=2)
-@given(st.one_of(specs, integers), st.integers(1, 12), st.integers(1, 140), st.integers(0, 99))
+@given(st.one_of(specs, integers), st.integers(1, 12), st.integers(1, 80), st.integers(0, 99))
 def test_solved_as_in_torch(spec: QuantSpec, rows: int, cols: int, seed: int) -> None:
-    p = problem(rows, cols, seed)
+    p, options = problem(rows, cols, seed), SolverOptions(rounds=2)
     (ours, stats), (theirs, expected) = (
-        solve_matrix(p.weight, p.target, p.moments, spec, backend=backend)
+        solve_matrix(p.weight, p.target, p.moments, spec, options, backend=backend)
         for backend in ("triton", "torch")
     )
     assert same_bytes(ours, theirs)
@@ -84,9 +83,9 @@ def test_solved_as_in_torch(spec: QuantSpec, rows: int, cols: int, seed: int) ->
 
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
 def test_blocks_of_every_size_and_tails(block_size: int) -> None:
-    cols = block_size + 9 if block_size < 256 else block_size // 2 + 3
+    cols = block_size + 9 if block_size < 128 else block_size // 2 + 3
     p = problem(3, cols, block_size, cols)
-    spec, options = QuantSpec("int3", block_size, "none"), SolverOptions(rounds=1)
+    spec, options = QuantSpec("int2", block_size, "none"), SolverOptions(rounds=1)
     ours, theirs = (
         solve_matrix(p.weight, p.target, p.moments, spec, options, backend=backend)[0]
         for backend in ("triton", "torch")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from irq_convert.errors import IrqError
@@ -29,6 +29,7 @@ JSON = st.recursive(
 )
 
 
+@settings(max_examples=40)
 @given(st.dictionaries(st.text(), JSON, max_size=4))
 def test_results_come_back(tmp_path_factory: pytest.TempPathFactory, results: dict) -> None:
     folder = tmp_path_factory.mktemp("run") / "records"

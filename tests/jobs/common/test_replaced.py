@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import signal
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ SCRIPT = """
 import os, shutil, signal, sys
 from pathlib import Path
 
-call, number, source, out = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]
+source = sys.argv.pop(1)
 
 def kill_at(real, wanted):
     def wrapped(*args, **options):
@@ -36,10 +37,18 @@ def kill_at(real, wanted):
 from irq_convert.jobs.quantize.options import QuantizeOptions
 from irq_convert.jobs.quantize.quantize import quantize
 
-Path.rename = kill_at(Path.rename, "" if call == "rename" else "nothing is called so")
-shutil.rmtree = kill_at(shutil.rmtree, "deleted-" if call == "rmtree" else "nothing is called so")
-quantize(source, out, QuantizeOptions(threads=1, overwrite=True, keep=("down_proj",)))
+for call, number, out in zip(sys.argv[1::3], map(int, sys.argv[2::3]), sys.argv[3::3]):
+    pid = os.fork()
+    if pid:
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL, out
+        continue
+    Path.rename = kill_at(Path.rename, "" if call == "rename" else "nothing is called so")
+    wanted = "deleted-" if call == "rmtree" else "nothing is called so"
+    shutil.rmtree = kill_at(shutil.rmtree, wanted)
+    quantize(source, out, QuantizeOptions(threads=1, overwrite=True, keep=("down_proj",)))
+    os._exit(0)
 """
+Killed = Callable[[tuple[str, int]], list[str]]
 BEFORE = QuantizeOptions(threads=1)
 AFTER = QuantizeOptions(threads=1, overwrite=True, keep=("down_proj",))
 STEPS = [("rename", 1), ("rename", 2), ("rename", 3), ("rmtree", 1)]
@@ -59,23 +68,44 @@ def both(source: Path) -> dict[str, dict[str, object]]:
     return {name: listing(source.parent / name) for name in ("before", "after")}
 
 
-def killed(python: Forks, source: Path, out: Path, step: tuple[str, int]) -> list[str]:
-    """Replace OUT in a process that is killed at `step`; returns what lies there."""
-    quantize(source, out, BEFORE)
-    done = python(SCRIPT, *step, source, out)
-    assert done.returncode == -signal.SIGKILL
-    return sorted(path.name for path in out.parent.iterdir())
+@pytest.fixture(scope="module")
+def kills(
+    python: Forks,
+    source: Path,
+    both: dict[str, dict[str, object]],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[tuple[str, int], Path]:
+    """By step, a folder with what a process leaves that is killed there while it replaces OUT."""
+    folders = {step: tmp_path_factory.mktemp("killed") for step in STEPS}
+    arguments: list[object] = []
+    for step, folder in folders.items():
+        shutil.copytree(source.parent / "before", folder / "out")
+        arguments += [*step, folder / "out"]
+    done = python(SCRIPT, source, *arguments)
+    assert done.returncode == 0, done.stderr
+    return folders
+
+
+@pytest.fixture
+def killed(kills: dict[tuple[str, int], Path], tmp_path: Path) -> Killed:
+    """Puts into `tmp_path` what a kill at a step leaves; returns what lies there."""
+
+    def put(step: tuple[str, int]) -> list[str]:
+        shutil.copytree(kills[step], tmp_path, dirs_exist_ok=True)
+        return sorted(path.name for path in tmp_path.iterdir())
+
+    return put
 
 
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: f"{step[0]} {step[1]}")
 def test_the_same_command_ends_with_the_new_folder_alone(
-    python: Forks,
+    killed: Killed,
     tmp_path: Path,
     source: Path,
     both: dict[str, dict[str, object]],
     step: tuple[str, int],
 ) -> None:
-    left = killed(python, source, tmp_path / "out", step)
+    left = killed(step)
     assert len(left) == (2 if step == ("rename", 1) else 3) or "out" not in left
     quantize(source, tmp_path / "out", AFTER)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -84,14 +114,14 @@ def test_the_same_command_ends_with_the_new_folder_alone(
 
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: f"{step[0]} {step[1]}")
 def test_a_command_that_refuses_clears_up_all_the_same(
-    python: Forks,
+    killed: Killed,
     tmp_path: Path,
     source: Path,
     both: dict[str, dict[str, object]],
     step: tuple[str, int],
 ) -> None:
     """Without --overwrite, which is what somebody tries who believes that it was finished."""
-    killed(python, source, tmp_path / "out", step)
+    killed(step)
     with pytest.raises(UsageError, match="not empty"):
         quantize(source, tmp_path / "out", BEFORE)
     there = {path.name for path in tmp_path.iterdir()}
@@ -102,10 +132,10 @@ def test_a_command_that_refuses_clears_up_all_the_same(
 
 
 def test_the_only_whole_copy_stays_whatever_took_its_place(
-    python: Forks, tmp_path: Path, source: Path, both: dict[str, dict[str, object]]
+    killed: Killed, tmp_path: Path, source: Path, both: dict[str, dict[str, object]]
 ) -> None:
     """Killed between the two renames; then somebody puts another folder there."""
-    killed(python, source, tmp_path / "out", ("rename", 2))
+    killed(("rename", 2))
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("mine")
     with pytest.raises(UsageError):

@@ -19,7 +19,7 @@ from irq_convert.jobs.merge.merge import merge
 from irq_convert.jobs.merge.options import Check, MergeOptions, MergeTo
 from irq_convert.jobs.quantize.options import QuantizeOptions
 from irq_convert.jobs.quantize.quantize import quantize
-from tests.cli.process import ENVIRONMENT
+from tests.cli.process import ENVIRONMENT, Commands, assert_fails
 from tests.cli.sources import make_source
 from tests.folders import listing
 from tests.jobs.merge.make import write_adapter
@@ -124,24 +124,22 @@ def shards(found: dict[str, object]) -> list[str]:
     return [name for name in found if name.endswith(".safetensors")]
 
 
-def test_an_error_is_said_once_and_all_end(tmp_path: Path, source: Path) -> None:
-    code, printed, err = finish(start(2, "quantize", tmp_path / "none", tmp_path / "out"))
-    assert code != 0
-    assert printed == ""
-    assert err == f"irq-convert: {tmp_path / 'none'}: no such folder"
+def test_an_error_is_said_once_and_all_end(irq: Commands, tmp_path: Path) -> None:
+    done = irq.together(2, "quantize", tmp_path / "none", tmp_path / "out")
+    assert_fails(done, 2, f"irq-convert: {tmp_path / 'none'}: no such folder\n")
     assert not list(tmp_path.iterdir())
 
 
-def test_merge(tiny_nf4: Path, tmp_path: Path) -> None:
+def test_merge(irq: Commands, tiny_nf4: Path, tmp_path: Path) -> None:
     base, adapter = tiny_nf4, write_adapter(tmp_path / "adapter", tiny_nf4)
     options = MergeOptions(
         to=MergeTo.IRQ, check=Check.LAYERS, min_survival=-9.0, threads=1, max_shard_bytes=20_000
     )
     one = merge(base, adapter, tmp_path / "one", options)
     args = ("--to", "irq", "--check", "layers", "--max-shard-size", "2e-5", "--min-survival", -9)
-    code, printed, err = finish(start(2, "merge", base, adapter, tmp_path / "two", *args))
-    assert (code, err) == (0, "")
-    assert printed.count("result") == 1
-    assert f"{one.survived:.4f} of what was learned" in printed
+    done = irq.together(2, "merge", base, adapter, tmp_path / "two", *args)
+    assert (done.code, done.err) == (0, "")
+    assert done.out.count("result") == 1
+    assert f"{one.survived:.4f} of what was learned" in done.out
     assert listing(tmp_path / "two") == listing(tmp_path / "one")
     assert len(shards(listing(tmp_path / "two"))) > 2

@@ -35,6 +35,7 @@ def test_tokenizer_has_words_whole(tokenizer: Tokenizer) -> None:
     assert words < len(tokenizer.encode(text).ids) < 1.6 * words
 
 
+@pytest.mark.slow
 def test_batches_cut_one_stream_without_repeating(tokenizer: Tokenizer) -> None:
     recipe = Recipe(steps=3, batch=4, context=32)
     data = train.batches(recipe, tokenizer)

@@ -230,8 +230,10 @@ def _importance(values: dict[str, Any]) -> Importance:
 
 
 def test_a_source_that_is_another_model_is_refused(artifact: Path, tmp_path: Path) -> None:
-    source, _ = _zoo("Llama 2", tmp_path)
+    source, other = _zoo("Llama 2", tmp_path, keep=("q_proj",))
     model = _attached(artifact)
+    with pytest.raises(UsageError, match="the model has it quantized, and the artifact has not"):
+        _start(model, other, DEMO)
     with pytest.raises(UsageError, match="give the source that the artifact was made from"):
         _start(model, artifact, source)
     with pytest.raises(UsageError, match="give the source that the artifact was made from"):

@@ -26,9 +26,9 @@ from irq_convert.jobs.quantize.plan import plan_quantize
 from irq_convert.jobs.quantize.quantize import quantize
 from irq_convert.progress import Progress
 from tests.architectures.zoo import BY_NAME, write_checkpoint
+from tests.cli.process import Commands
 from tests.folders import listing, read_tensors
 from tests.formats import numpy_reader
-from tests.jobs.common.test_torchrun import finish, start
 from tests.tiny import write_source
 
 Values = dict[str, np.ndarray]
@@ -124,15 +124,14 @@ def test_tiles_and_threads_change_no_byte(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.slow
-def test_processes_change_no_byte(tmp_path: Path, source: Path, file: Path) -> None:
+def test_processes_change_no_byte(irq: Commands, tmp_path: Path, source: Path, file: Path) -> None:
     more = ("--bits", 3, "--importance", file, "--max-shard-size", "5e-5", "--threads", 1)
-    found = []
-    for processes in (1, 2):
-        out = tmp_path / f"out-{processes}"
-        code, _, err = finish(start(processes, "quantize", source, out, *more))
-        assert (code, err) == (0, "")
-        found.append(listing(out))
-    assert found[0] == found[1]
+    for result in (
+        irq("quantize", source, tmp_path / "one", *more),
+        irq.together(2, "quantize", source, tmp_path / "two", *more),
+    ):
+        assert (result.code, result.err) == (0, "")
+    assert listing(tmp_path / "one") == listing(tmp_path / "two")
 
 
 def test_the_manifest_says_it(tmp_path: Path, source: Path, file: Path) -> None:

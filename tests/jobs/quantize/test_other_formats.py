@@ -23,9 +23,9 @@ from irq_convert.jobs.quantize.plan import plan_quantize
 from irq_convert.jobs.quantize.quantize import quantize
 from irq_convert.progress import Progress
 from tests.checkpoint.meta_files import MetaModel, converted, whole_tensors, write_meta
+from tests.cli.process import Commands
 from tests.folders import listing
 from tests.hf.test_meta_tokenizer import train_pieces
-from tests.jobs.common.test_torchrun import finish, start
 from tests.tiny import tiny_model
 
 
@@ -133,11 +133,10 @@ def test_only_the_first_process_makes_the_tokenizer(
 
 
 @pytest.mark.slow
-def test_metas_files_by_two_processes(with_tokenizer: Path, tmp_path: Path) -> None:
+def test_metas_files_by_two_processes(irq: Commands, with_tokenizer: Path, tmp_path: Path) -> None:
     more = ("--max-shard-size", "1e-4")
-    running = start(2, "quantize", with_tokenizer, tmp_path / "two", *more)
-    code, _, err = finish(running)
-    assert code == 0, err
+    done = irq.together(2, "quantize", with_tokenizer, tmp_path / "two", *more)
+    assert done.code == 0, done.err
     quantize(with_tokenizer, tmp_path / "one", max_shard_bytes=100_000)
     assert listing(tmp_path / "two") == listing(tmp_path / "one")
     assert len(list((tmp_path / "one").glob("model-*"))) > 1

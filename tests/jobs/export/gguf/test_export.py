@@ -37,8 +37,14 @@ def dense(tensor: Any) -> np.ndarray:
     return dequantize(tensor.data, tensor.tensor_type)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    ("family", "tied"),
+    [
+        *(("llama", False), ("qwen3", True)),
+        *(pytest.param(f, False, marks=pytest.mark.slow) for f in FAMILIES if f != "llama"),
+        pytest.param("llama", True, marks=pytest.mark.slow),
+    ],
+)
 def test_transformers_computes_the_same(tmp_path: Path, family: str, tied: bool) -> None:
     make_artifact(tmp_path / "a", readable_model(family, tied))
     file, report = export_gguf(tmp_path / "a", tmp_path / "out")
@@ -130,6 +136,7 @@ def test_q8_0_for_nf(tmp_path: Path) -> None:
     assert any("model.embed_tokens.weight as Q8_0" in note for note in report.notes)
 
 
+@pytest.mark.slow
 def test_tiles_change_no_byte(tmp_path: Path) -> None:
     make_artifact(tmp_path / "a", readable_model("qwen2"))
     make_artifact(tmp_path / "b", readable_model("llama"), ModuleFormat("int3", 64))

@@ -1,0 +1,103 @@
+"""The start of a run's adapter where the damage is: what was asked, and doing it.
+
+Which inputs count is told by the training examples themselves, or by a file of importance.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from irq_convert.artifact.contents import Artifact
+from irq_convert.artifact.importance import Importance, read_importance
+from irq_convert.checkpoint.files import sha256_file
+from irq_convert.checkpoint.locate import Fetch, open_source
+from irq_convert.errors import UsageError
+from irq_convert.jobs.calibration.text import Windows
+from irq_convert.jobs.finetune.encode import Example
+from irq_convert.jobs.finetune.options import FinetuneOptions
+from irq_convert.jobs.finetune.source_identity import source_identity
+from irq_convert.jobs.finetune.start_error import StartReport, start_from_error
+from irq_convert.progress import Progress
+
+START_TOKENS = 65_536
+WINDOW = 512
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where adapters start: the `source` whose lost weights they take, and what `inputs` count.
+
+    `sha256` tells it from another start.
+    """
+
+    source: str
+    revision: str | None
+    inputs: Importance | Windows
+    sha256: str
+
+    def run(
+        self,
+        model: Any,
+        artifact: Artifact,
+        *,
+        device: str,
+        scratch: Path | None,
+        progress: Progress,
+    ) -> StartReport:
+        """Set A and B of the adapter on `model`; raises as `start_from_error`."""
+        checkpoint = open_source(self.source, self.revision, Fetch.AS_READ)
+        with checkpoint.fetcher:
+            return start_from_error(
+                model,
+                artifact,
+                checkpoint,
+                inputs=self.inputs,
+                device=device,
+                scratch=scratch,
+                progress=progress,
+            )
+
+
+def find_start(options: FinetuneOptions, examples: Sequence[Example], name: str) -> Start | None:
+    """The start that `options` ask for; `name` is that of the data.
+
+    Raises `UsageError` where the examples hold less than a window, and as opening a source or a
+    file of importance does.
+    """
+    source = options.source or options.teacher
+    if not options.from_error or source is None:
+        return None
+    checkpoint = open_source(source, None, Fetch.HEADERS)
+    try:
+        identity = source_identity(checkpoint, source)
+    finally:
+        checkpoint.fetcher.close(done=False)
+    inputs: Importance | Windows
+    if options.importance is not None:
+        inputs, told = read_importance(options.importance), sha256_file(options.importance)
+    else:
+        inputs = example_windows(examples, name)
+        told = inputs.sha256
+    digest = hashlib.sha256(json.dumps([identity, told], sort_keys=True).encode()).hexdigest()
+    return Start(source, checkpoint.revision, inputs, digest)
+
+
+def example_windows(examples: Sequence[Example], name: str) -> Windows:
+    """The tokens of `examples`, one after the other, in windows as long as the longest of them.
+
+    At most `WINDOW` tokens a window and `START_TOKENS` in all. Raises `UsageError` where there are
+    not enough for one.
+    """
+    length = min(WINDOW, max(len(example.ids) for example in examples))
+    ids = torch.cat([example.ids for example in examples])[:START_TOKENS]
+    count = len(ids) // length
+    if not count:
+        raise UsageError(f"{name}: holds no {length} tokens to start adapters by")
+    return Windows(ids[: count * length].view(count, length), 0, name)
