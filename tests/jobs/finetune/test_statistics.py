@@ -43,8 +43,8 @@ def run(
 
 
 def moved(logits: Path, **changes: Any) -> FinetuneOptions:
-    given = {"steps": 8, "learning_rate": 3e-3, "teacher_logits": logits, **changes}
-    return taught(ALONE, **given)
+    given = {"steps": 8, "learning_rate": 3e-3, "eval_every": 8, "teacher_logits": logits}
+    return taught(ALONE, **given | changes)
 
 
 def test_what_is_lowered_is_what_the_merged_artifact_keeps(
