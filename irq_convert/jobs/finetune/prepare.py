@@ -75,11 +75,7 @@ def prepare(
     if found.unused:
         names = ", ".join(map(repr, found.unused))
         progress.note(f"{data}: nothing reads these fields of its rows: {names}")
-    teacher = None
-    if options.teacher is not None:
-        found = number_rows(found)
-        facts = {"data": found, "tokenizer": encoder, "config": config, "progress": progress}
-        teacher = find_teacher(options.teacher, options.teacher_logits, **facts)
+    found, teacher = _taught(options, found, encoder, config, progress)
     start = find_start(options, found.train.examples, Path(data).name)
     recipe = decide(
         options,
@@ -95,3 +91,14 @@ def prepare(
     return Preparation(
         str(model), folder, artifact, config, encoder, found, recipe, processes, teacher, start
     )
+
+
+def _taught(
+    options: FinetuneOptions, data: Data, encoder: Any, config: Any, progress: TrainingProgress
+) -> tuple[Data, Teacher | None]:
+    """The data as a teacher goes through them, and the teacher, where there is one."""
+    if options.teacher is None:
+        return data, None
+    data = number_rows(data)
+    facts = {"data": data, "tokenizer": encoder, "config": config, "progress": progress}
+    return data, find_teacher(options.teacher, options.teacher_logits, **facts)

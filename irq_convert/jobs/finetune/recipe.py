@@ -162,8 +162,6 @@ def decide(
     steps = _steps(options, examples, micro, accumulation, processes)
     name, sha256 = teacher or (None, None)
     alone = not options.lora.low_rank
-    rate = options.statistics_rate or (options.learning_rate if alone else None) or STATISTICS_RATE
-    kept = options.trains_statistics and (alone or options.lora.pooled)
     dropout = (0.1 if small else 0.05) if options.dropout is None else options.dropout
     return Recipe(
         lora=str(options.lora),
@@ -179,10 +177,7 @@ def decide(
         micro_batch=micro,
         accumulation=accumulation,
         processes=processes,
-        learning_rate=rate if alone else options.learning_rate or (2e-4 if small else 1e-4),
-        statistics_rate=rate if options.trains_statistics else None,
-        schedule=str(options.schedule or (Schedule.COSINE if alone else Schedule.CONSTANT)),
-        rounded_steps=ceil(steps / ROUNDED_PART) if kept else 0,
+        **_rates(options, small, steps),
         warmup=options.warmup,
         weight_decay=options.weight_decay,
         max_grad_norm=options.max_grad_norm,
@@ -201,6 +196,20 @@ def decide(
         teacher_sha256=sha256,
         teacher_weight=None if teacher is None else float(options.teacher_weight),
     )
+
+
+def _rates(options: FinetuneOptions, small: bool, steps: int) -> dict[str, Any]:
+    """Learning rates and their schedule, and how many steps see statistics rounded."""
+    alone = not options.lora.low_rank
+    rate = options.statistics_rate or (options.learning_rate if alone else None) or STATISTICS_RATE
+    matrices = options.learning_rate or (2e-4 if small else 1e-4)
+    kept = options.trains_statistics and (alone or options.lora.pooled)
+    return {
+        "learning_rate": rate if alone else matrices,
+        "statistics_rate": rate if options.trains_statistics else None,
+        "schedule": str(options.schedule or (Schedule.COSINE if alone else Schedule.CONSTANT)),
+        "rounded_steps": ceil(steps / ROUNDED_PART) if kept else 0,
+    }
 
 
 def _statistics(options: FinetuneOptions) -> str | None:

@@ -134,7 +134,7 @@ def test_holdout() -> None:
         ({"warmup": -1}, "--warmup -1"),
         ({"save_every": 0}, "--save-every 0"),
         ({"steps": 5, "epochs": 1.0}, "--steps and --epochs"),
-        ({"lora": AdapterKind.PLAIN, "connection": Connection.BOTH}, "plain LoRA has no elastic"),
+        ({"lora": AdapterKind.PLAIN, "connection": Connection.BOTH}, "--lora plain has no elastic"),
         ({"target_modules": ("q_proj", "")}, "an empty name"),
     ],
 )
