@@ -27,6 +27,8 @@ from torch import nn
 CONTESTANTS = {
     "ours, IEC": "IecLoraConfig",
     "ours, block-pooled IEC": 'IecLoraConfig(pool="block")',
+    "ours, scale and tau": 'IecLoraConfig(r=0, statistics="both")',
+    "ours, tau": 'IecLoraConfig(r=0, statistics="tau")',
     "ours, no connection": 'IecLoraConfig(connection="none")',
     "ours, LoRA of PEFT": "LoraConfig on our artifact",
     "bitsandbytes, LoRA of PEFT": "LoraConfig on Linear4bit nf4, double quantization",
@@ -36,6 +38,8 @@ RATIOS = (
     ("ours, IEC", "ours, LoRA of PEFT"),
     ("ours, IEC", "ours, no connection"),
     ("ours, block-pooled IEC", "ours, LoRA of PEFT"),
+    ("ours, scale and tau", "ours, LoRA of PEFT"),
+    ("ours, tau", "ours, LoRA of PEFT"),
     ("ours, IEC", "bitsandbytes, LoRA of PEFT"),
     ("ours, LoRA of PEFT", "bitsandbytes, LoRA of PEFT"),
     ("ours, IEC", "dense, LoRA of PEFT"),
@@ -60,6 +64,9 @@ def build(name: str, options: argparse.Namespace) -> nn.Module:
     }
     if "LoRA of PEFT" in name:
         config = LoraConfig(**shared)
+    elif "tau" in name:
+        moved = "both" if "scale" in name else "tau"
+        config = irq_convert.IecLoraConfig(**shared | {"r": 0, "statistics": moved})
     elif "block" in name:
         config = irq_convert.IecLoraConfig(pool="block", **shared)
     else:

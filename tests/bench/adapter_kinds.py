@@ -1,9 +1,9 @@
 """What training wins back of what quantizing lost, kind by kind: KL to the source, held-out text.
 
-    python tests/bench/recover.py MODEL --text FIRST --judge LAST --bases nf2:calibrated
-    python tests/bench/recover.py MODEL --text FIRST --judge LAST --bases int3:mse --steps 50 \\
+    python tests/bench/adapter_kinds.py MODEL --text FIRST --judge LAST --bases nf2:calibrated
+    python tests/bench/adapter_kinds.py MODEL --text FIRST --judge LAST --bases int3:mse --steps 50 \\
         --kinds plain,iec,iec:input,iec:output,block,statistics,plain+statistics,plain+error
-    python tests/bench/recover.py MODEL --text FIRST --judge LAST --bases nf3:entropy --labels
+    python tests/bench/adapter_kinds.py MODEL --text FIRST --judge LAST --bases nf3:entropy --labels
 
 A base is a codebook and how it was chosen: none, entropy, mse or calibrated, in blocks of 64. A
 kind is one of `finetune --lora`, with a connection after a colon; "+statistics" trains these
