@@ -1,7 +1,7 @@
 """What training wins back of what quantizing lost, kind by kind: KL to the source, held-out text.
 
     python tests/bench/adapter_kinds.py MODEL --text FIRST --judge LAST --bases nf2:calibrated
-    python tests/bench/adapter_kinds.py MODEL --text FIRST --judge LAST --bases int3:mse --steps 50 \\
+    python tests/bench/adapter_kinds.py MODEL --text FIRST --judge LAST --bases int3:mse --steps 9 \\
         --kinds plain,iec,iec:input,iec:output,block,statistics,plain+statistics,plain+error
     python tests/bench/adapter_kinds.py MODEL --text FIRST --judge LAST --bases nf3:entropy --labels
 
