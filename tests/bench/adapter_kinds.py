@@ -1,8 +1,8 @@
 """What training wins back of what quantizing lost, kind by kind: KL to the source, held-out text.
 
     python tests/bench/adapter_kinds.py MODEL --text FIRST --judge LAST --bases nf2:calibrated
-    python tests/bench/adapter_kinds.py MODEL --text FIRST --judge LAST --bases int3:mse --steps 9 \\
-        --kinds plain,iec,iec:input,iec:output,block,statistics,plain+statistics,plain+error
+    python tests/bench/adapter_kinds.py MODEL --text FIRST --judge LAST --bases int3:mse \\
+        --kinds plain,iec,iec:input,block,statistics,plain+statistics,plain+error --steps 50
     python tests/bench/adapter_kinds.py MODEL --text FIRST --judge LAST --bases nf3:entropy --labels
 
 A base is a codebook and how it was chosen: none, entropy, mse or calibrated, in blocks of 64. A
