@@ -157,7 +157,7 @@ def finetune_command(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train a LoRA, IEC-LoRA or block-pooled adapter on a quantized model.
+    """Train adapters, or scale and tau themselves, on a quantized model.
 
     Defaults are the paper's recipe. Ctrl-C saves; the same command goes on. Scales with torchrun.
 
