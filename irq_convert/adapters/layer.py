@@ -199,7 +199,10 @@ class IecLoraLinear(LoraLinear):
                 tau = tau + self._variant(name).block_delta(self, name).double()
         require_finite(tau, names)
         require_scales(scale, names)
-        layer = IrqLinear.from_quantized(with_statistics(q, scale.float(), tau.float()))
+        moved = replace(base.quantized(), tau=tau.float(), tau_grid=None)
+        if any(name in self.lora_irq_scale for name in names):
+            moved = replace(moved, scale=scale.float(), scale_grid=None)
+        layer = IrqLinear.from_quantized(moved)
         layer.fmt = replace(layer.fmt, transposed=base.fmt.transposed)
         layer.bias = base.bias  # itself: a new parameter would require gradients
         layer.dense_dtype = base.dense_dtype
