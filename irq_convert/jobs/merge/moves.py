@@ -11,7 +11,7 @@ from irq_convert.artifact.adapter_statistics import StoredStatistics
 from irq_convert.checkpoint.reader import TileReader
 from irq_convert.core.dequantize import dequantize_tensor
 from irq_convert.core.elastic import repeat_blocks
-from irq_convert.core.moved import as_levels, moved_statistics, with_statistics
+from irq_convert.core.moved import as_levels, moved_statistics
 from irq_convert.core.quantized import QuantizedTensor
 from irq_convert.core.scales import expand_statistic
 from irq_convert.errors import IrqError
@@ -55,11 +55,6 @@ class Moves:
         """What they add to every weight of `q`, rows from `start` on, exact in float64."""
         scale, tau = self.statistics(q, start)
         return restated_change(q, scale, tau)
-
-    def apply(self, q: QuantizedTensor, start: int) -> QuantizedTensor:
-        """`q`, rows from `start` on, with moved statistics, rounded once to float32."""
-        scale, tau = self.statistics(q, start)
-        return with_statistics(q, scale.float(), tau.float())
 
 
 def restated_change(q: QuantizedTensor, scale: torch.Tensor, tau: torch.Tensor) -> torch.Tensor:

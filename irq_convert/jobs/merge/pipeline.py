@@ -176,8 +176,10 @@ def _dense_rows(piece: _Piece, change: _Change) -> torch.Tensor:
     assert isinstance(tensor.target, str)
     assert not isinstance(data, bytes)
     if isinstance(data, QuantizedTensor):
-        moved = data if change.moves is None else change.moves.apply(data, piece.start)
-        data = dequantize_tensor(moved)
+        moves, q = change.moves, data
+        data = dequantize_tensor(q)
+        if moves is not None:
+            data = moves.change(q, piece.start).add_(data)
     stop, delta = piece.start + data.shape[0], change.delta
     exact = data if delta is None else delta.rows(piece.start, stop).add_(data)
     return narrow(exact, tensor.target, tensor.name)
