@@ -96,16 +96,22 @@ class LayeredModel:
         with self.source.loaded(self.model, wanted, self.device, self.read_order):
             yield self.module(self.layers[number])
 
-    def plan_reading(self, first: int, passes: int, *, finish: bool = True) -> ReadOrder:
+    def plan_reading(
+        self, first: int, passes: int, *, finish: bool = True, back: bool = False
+    ) -> ReadOrder:
         """The files in the order of a run: outside, the layers from `first` on, outside again.
 
-        Each layer is loaded in so many `passes`; a run that does not `finish` ends with the last.
+        Each layer is loaded in so many `passes`; a run that does not `finish` ends with the last,
+        and one that goes `back` with the first, after all others in reverse.
         """
         outside = self.source.tensors(self.model, self._is_outside)
         infos = [*outside]
         for number in range(first, len(self.layers)):
             infos += self.source.tensors(self.model, self._is_of(number)) * passes
-        return self.source.checkpoint.read_order([*infos, *(outside if finish else ())])
+        infos += outside if finish else []
+        for number in reversed(range(first, len(self.layers)) if back else ()):
+            infos += self.source.tensors(self.model, self._is_of(number))
+        return self.source.checkpoint.read_order(infos)
 
     @property
     def held_bytes(self) -> int:
