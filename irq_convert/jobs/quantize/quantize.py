@@ -93,9 +93,10 @@ def quantize(
 
 
 def default_output(model: str | Path, options: QuantizeOptions) -> Path:
-    """`NAME-irq-CODEBOOK` in the current folder; "." and ".." have names, too."""
+    """`NAME-irq-CODEBOOK`, or `-mix`, in the current folder; "." and ".." have names, too."""
     name = os.path.basename(os.path.abspath(model))  # noqa: PTH100, PTH119 - links keep their name
-    return Path(f"{name or 'model'}-irq-{options.spec.codebook}")
+    kind = options.spec.codebook if options.target is None else "mix"
+    return Path(f"{name or 'model'}-irq-{kind}")
 
 
 def for_process(options: QuantizeOptions, ranks: Ranks) -> QuantizeOptions:

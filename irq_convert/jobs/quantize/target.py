@@ -23,7 +23,11 @@ from irq_convert.hf.layered import LayeredModel, NotLayered, open_layered
 from irq_convert.jobs.calibration.options import SELF, CalibrationOptions
 from irq_convert.jobs.calibration.sampled import sample_tokens
 from irq_convert.jobs.calibration.sites import find_sites
-from irq_convert.jobs.calibration.source import check_context, check_vocabulary, source_tokenizer
+from irq_convert.jobs.calibration.source import (
+    check_vocabulary,
+    longest_context,
+    source_tokenizer,
+)
 from irq_convert.jobs.calibration.text import Windows, choose_windows, tokenize_source
 from irq_convert.jobs.common.metrics import MeanEstimate
 from irq_convert.jobs.common.torchrun import RunProcesses
@@ -120,8 +124,13 @@ def plan_target(
     weighing: Weighing | None,
     folder: Path,
     progress: Progress,
+    *,
+    keep: bool = True,
 ) -> Target:
-    """Measure how sensitive every weight is, or read what an earlier run has measured."""
+    """Measure how sensitive every weight is, or read what an earlier run has measured.
+
+    It is kept in a file; without `keep` only in one that the user named.
+    """
     asked = _target(options)
     try:
         layered = open_layered(plan.checkpoint, options.device)
@@ -147,8 +156,9 @@ def plan_target(
         found = file.read(quantized, progress)
         if found is None:
             found = measure_sensitivity(subject, choices, settings, source, folder, progress)
-            write_sensitivity(file.path, found)
-            progress.note(f"sensitivities are kept in {file.path}, for other sizes")
+            if keep or file.named:
+                write_sensitivity(file.path, found)
+                progress.note(f"sensitivities are kept in {file.path}, for other sizes")
     except NotLayered as error:
         raise UsageError(
             f"{plan.checkpoint.folder}: cannot be run layer by layer, so its weights cannot be "
@@ -157,6 +167,37 @@ def plan_target(
     market = _market(plan, options, groups, quantized, found)
     taken = sum(tensor.nbytes for tensor in quantized.values())
     return Target(plan, options, market, subject, plan.bytes_at_most - taken)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A mix that could be asked for: bytes of the artifact, bits of a weight, the KL expected."""
+
+    size: int
+    bits: float
+    expected: float
+
+
+def target_frontier(
+    plan: QuantizePlan,
+    model: str,
+    out: Path,
+    options: QuantizeOptions,
+    weighing: Weighing | None,
+    progress: Progress,
+) -> tuple[QuantizePlan, tuple[Point, ...]]:
+    """The plan of the best mix, which nothing has judged yet, and what other sizes would give.
+
+    Raises as `reach_target`.
+    """
+    with scratch_folder(out) as folder:
+        target = plan_target(plan, model, out, options, weighing, folder, progress, keep=False)
+    mix = _fitted(target, uniform=False)
+    points = tuple(
+        Point(nbytes + target.outside, 8 * nbytes / target.weights, expected)
+        for nbytes, expected in target.market.frontier()
+    )
+    return replan(plan, _specs(mix.choices, options)), points
 
 
 def _market(
@@ -221,9 +262,8 @@ def _unreachable(target: Target) -> UsageError:
     assert asked.size is not None
     low, high = least + target.outside, most + target.outside
     return UsageError(
-        f"--target-size: {asked.size:,} bytes are less than the smallest mix, about "
-        f"{format_bytes(low)} (the largest is {format_bytes(high)}), of which "
-        f"{format_bytes(target.outside)} are not quantized"
+        f"--target-size {format_bytes(asked.size)}: the choices reach from {format_bytes(low)} to "
+        f"{format_bytes(high)}, and {format_bytes(target.outside)} of it are not quantized"
     )
 
 
@@ -326,9 +366,9 @@ def _windows(
     """The text that damage is measured on: that of the target, of the calibration, or sampled."""
     asked, calibrate = _target(options), options.calibrate
     text = asked.text or (calibrate.text if calibrate is not None else SELF)
-    check_context(model.model.config, asked.window, "--target-window")
+    window = min(asked.window, longest_context(model.model.config) or asked.window)
     chosen = CalibrationOptions(
-        text, tokens=asked.tokens, window=asked.window, seed=asked.seed, held_out=asked.held_out
+        text, tokens=asked.tokens, window=window, seed=asked.seed, held_out=asked.held_out
     )
     progress.stage("reading the text")
     folder = plan.folder
