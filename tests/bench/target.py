@@ -1,4 +1,4 @@
-"""What a mix is worth: KL to the source beside one choice for all and two naive mixes, size by size.
+"""What a mix is worth: KL to the source beside one choice for all and two naive mixes, by size.
 
     python tests/bench/target.py MODEL --text FIRST --judge LAST --bits 2.28,2.52,3.28,3.52
     python tests/bench/target.py MODEL --text FIRST --judge LAST --ways plain,importance,calibrated
