@@ -95,8 +95,12 @@ def _print_table(rows: Sequence[Row], total: Row, by: By) -> None:
     headings = ("weights", *(() if by is By.TENSOR else ("quant.",)), "book", "bits/w")
     for heading in (*headings, "entropy", "error"):
         table.add_column(heading, justify="right", no_wrap=True)
+    # Where bits differ they are what a person looks for.
+    bars = by is not By.TENSOR and len({row.bits_per_weight for row in rows} - {None}) > 1
+    if bars:
+        table.add_column("", no_wrap=True)
     for row in rows:
-        table.add_row(*_cells(row, by))
+        table.add_row(*_cells(row, by), *([_bar(row.bits_per_weight)] if bars else []))
     table.add_section()
     table.add_row(*_cells(total, by))
     Console().print(table)
@@ -118,6 +122,11 @@ def _cells(row: Row, by: By) -> Iterator[str]:
     known = row.entropy_plain is not None and row.entropy is not None
     yield f"{row.entropy_plain:.3f} -> {row.entropy:.3f}" if known else ""
     yield "" if row.relative_error is None else f"{row.relative_error:.5f}"
+
+
+def _bar(bits: float | None) -> str:
+    """Two marks a bit, as far as there is room for them."""
+    return "" if bits is None else " " + "#" * min(10, round(2 * bits))
 
 
 def _short(count: int) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from irq_convert.artifact.adapter_kinds import IEC_LORA
 from irq_convert.artifact.export_targets import TARGETS
 from irq_convert.checkpoint.system import format_bytes
-from irq_convert.core.codebook import get_codebook
+from irq_convert.jobs.push.command_again import command_again, option_flags
 from irq_convert.jobs.push.pushed_folder import FolderKind, PushedFolder
 
 WORST = 10
@@ -135,53 +135,7 @@ def _made(subject: PushedFolder) -> list[str]:
 def _export_command(subject: PushedFolder) -> str:
     options = {k: v for k, v in subject.note["options"].items() if k != "max_shard_bytes"}
     words = ["irq-convert", "export", str(subject.base.get("model")), "OUT"]
-    return shlex.join([*words, *_flags(options)])
-
-
-def command_again(subject: PushedFolder) -> str:
-    """The command that makes this artifact again, with all that decides its bytes."""
-    options = dict(subject.note["options"])
-    words = ["irq-convert", "quantize", str(subject.source.get("model"))]
-    if subject.source.get("revision"):
-        words += ["--revision", str(subject.source["revision"])]
-    book = get_codebook(str(options.pop("codebook", "")))
-    words += ["--bits", str(book.bits), "--codebook", book.kind]
-    size = options.pop("max_shard_bytes", None)
-    for pattern, bits in options.pop("bits_for", ()):
-        words += ["--bits-for", f"{pattern}={bits}"]
-    words += _data_flags(subject, options)
-    words += _flags(options)
-    if isinstance(size, int):
-        words += ["--max-shard-size", repr(size / 1e9)]
-    return shlex.join(words)
-
-
-def _data_flags(subject: PushedFolder, options: dict[str, Any]) -> list[str]:
-    """The flags of what the weights were fitted to, by the names of files; taken from `options`."""
-    own = {key: options.pop(key) for key in list(options) if key.startswith(_CALIBRATION)}
-    fitted, weighed = (subject.note.get(key) or {} for key in ("calibration", "importance"))
-    words = ["--importance", str(weighed["file"])] if weighed.get("file") else []
-    if not own or not fitted:
-        return words
-    words += ["--calibrate", str(fitted["text"])]
-    for flag, key in (("calibration-tokens", "tokens"), ("calibration-window", "window")):
-        words += [f"--{flag}", str(own[f"{_CALIBRATION}{key}"])]
-    return [*words, *_flags({key: fitted[key] for key in ("seed", "correction", "damping")})]
-
-
-_CALIBRATION = "calibration_"
-
-
-def _flags(options: Mapping[str, Any]) -> Iterable[str]:
-    for key, value in options.items():
-        flag = "--" + key.replace("_", "-")
-        if isinstance(value, bool):
-            yield from [flag] if value else []
-        elif isinstance(value, list):
-            for item in value:
-                yield from (flag, str(item))
-        elif value is not None:
-            yield from (flag, str(value))
+    return shlex.join([*words, *option_flags(options)])
 
 
 def _merge_command(subject: PushedFolder) -> str:
@@ -194,7 +148,8 @@ def _merge_command(subject: PushedFolder) -> str:
     words = ["irq-convert", "merge", str(base.get("model")), str(adapter.get("name")), "OUT"]
     to = {"to": "irq" if subject.kind == FolderKind.MERGED else "dense"}
     known = ("to", "dtype", "tau", "objective", "min_survival")
-    return shlex.join([*words, *_flags({k: v for k, v in (to | options).items() if k in known})])
+    kept = {key: value for key, value in (to | options).items() if key in known}
+    return shlex.join([*words, *option_flags(kept)])
 
 
 def _losses(subject: PushedFolder) -> list[str]:

@@ -88,12 +88,27 @@ class Market:
         return Mix(choices, sum(o.nbytes for o in taken), sum(o.damage for o in taken))
 
     def frontier(self, most: int = 12) -> list[tuple[int, float]]:
-        """About `most` points of the best mixes, (bytes, expected KL), evenly spaced in bytes."""
+        """About `most` points of the best mixes, (bytes, expected KL), the smallest first.
+
+        Evenly spaced up to where weights are left as they are, and two beyond: halfway, and the end.
+        """
         points = frontier(self.table)
         first, last = points[0][0], points[-1][0]
-        wanted = [first + (last - first) * i / max(1, most - 1) for i in range(most)]
+        dense = self._largest_quantized
+        wanted = [first + (dense - first) * i / max(1, most - 3) for i in range(most - 2)]
+        wanted += [(dense + last) / 2, last]
         found = [min(points, key=lambda point: abs(point[0] - at)) for at in wanted]
         return list(dict.fromkeys(found))
+
+    @property
+    def _largest_quantized(self) -> int:
+        """Bytes of the largest mix in which everything that can be is quantized."""
+        total = 0
+        for group, options in zip(self.groups, self.table, strict=True):
+            pairs = zip(group.choices, options, strict=True)
+            sizes = [option.nbytes for choice, option in pairs if choice != DENSE]
+            total += max(sizes) if sizes else options[0].nbytes
+        return total
 
 
 def _nearest(choices: Sequence[Choice], wanted: Choice) -> int:

@@ -13,12 +13,12 @@ from irq_convert.jobs.calibration.options import SELF
 from irq_convert.jobs.sizing.choices import DENSE_BITS
 
 TOKENS, WINDOW = 16_384, 512
-_UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?b)\s*", re.IGNORECASE)
+_UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*((?:[kmg]i?)?b)\s*", re.IGNORECASE)
 
 
 def parse_size(text: str) -> int:
-    """`"3.5GB"` to bytes; kB, MB and GB are powers of ten, KiB, MiB and GiB of two.
+    """`"3.5GB"` to bytes; B is a byte, kB, MB and GB are powers of ten, KiB, MiB and GiB of two.
 
     Raises `UsageError` for anything else.
     """

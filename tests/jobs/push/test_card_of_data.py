@@ -6,7 +6,8 @@ import shlex
 from itertools import pairwise
 from pathlib import Path
 
-from irq_convert.jobs.push.card_body import card_body, command_again
+from irq_convert.jobs.push.card_body import card_body
+from irq_convert.jobs.push.command_again import command_again
 from irq_convert.jobs.push.pushed_folder import open_pushed_folder
 from irq_convert.jobs.quantize.quantize import quantize
 from tests.jobs.calibration.conftest import calibrating

@@ -1,0 +1,232 @@
+"""What a size is chosen from: how sensitive every weight is, and what its choices cost in bytes."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from irq_convert.artifact.manifest import describe_source
+from irq_convert.artifact.sensitivity import Sensitivity, write_sensitivity
+from irq_convert.checkpoint.system import os_errors
+from irq_convert.core.codebook import FAMILIES
+from irq_convert.core.objective import ZeroPoint
+from irq_convert.core.spec import QuantSpec
+from irq_convert.core.threads import torch_threads
+from irq_convert.errors import UsageError
+from irq_convert.hf.layered import LayeredModel, NotLayered, open_layered
+from irq_convert.jobs.calibration.options import SELF, CalibrationOptions
+from irq_convert.jobs.calibration.sampled import sample_tokens
+from irq_convert.jobs.calibration.sites import find_sites
+from irq_convert.jobs.calibration.source import (
+    check_vocabulary,
+    longest_context,
+    source_tokenizer,
+)
+from irq_convert.jobs.calibration.text import Windows, choose_windows, tokenize_source
+from irq_convert.jobs.quantize.importance import Weighing
+from irq_convert.jobs.quantize.options import QuantizeOptions
+from irq_convert.jobs.quantize.plan import QuantizePlan, TensorPlan
+from irq_convert.jobs.quantize.sensitivity_file import SensitivityFile
+from irq_convert.jobs.sizing.choices import BLOCKS, DENSE, Choice, quantized_choices
+from irq_convert.jobs.sizing.measure import Subject, measure_sensitivity
+from irq_convert.jobs.sizing.mix import Market
+from irq_convert.jobs.sizing.options import TargetOptions
+from irq_convert.jobs.sizing.rules import Group, make_groups
+from irq_convert.progress import Progress
+
+MEASURED = "measured"
+"""Errors are weighed by the importance that the same pass measures."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a size is chosen from: a plan, the model that runs, and everything that was measured."""
+
+    plan: QuantizePlan
+    options: QuantizeOptions
+    market: Market
+    subject: Subject
+    outside: int
+
+    @property
+    def room(self) -> int:
+        """Bytes that the weights to choose for may take, by the target."""
+        target = target_of(self.options)
+        if target.bits is not None:
+            return int(target.bits * self.weights / 8)
+        assert target.size is not None
+        return target.size - self.outside
+
+    @property
+    def weights(self) -> int:
+        """How many weights there is a choice for."""
+        return sum(t.info.numel for t in self.plan.quantized if t.name in set(self.subject.tensors))
+
+
+def plan_target(
+    plan: QuantizePlan,
+    model: str,
+    out: Path,
+    options: QuantizeOptions,
+    weighing: Weighing | None,
+    folder: Path,
+    progress: Progress,
+    *,
+    keep: bool = True,
+) -> Target:
+    """Measure how sensitive every weight is, or read what an earlier run has measured.
+
+    It is kept in a file; without `keep` only in one that the user named.
+    """
+    asked = target_of(options)
+    try:
+        layered = open_layered(plan.checkpoint, options.device)
+        every = {n for k in range(len(layered.layers)) for n in _names(layered, k, plan)}
+        quantized = {t.name: t for t in plan.quantized if t.name in every}
+        choices = _choices(options)
+        groups = make_groups(
+            list(quantized),
+            [stack.tensors for stack in layered.source.stacks.values()],
+            (*choices, DENSE),
+            asked,
+            _fixed(options, list(quantized)),
+        )
+        windows = _windows(plan, options, layered, progress)
+        weigh: Any = None if weighing is None else weighing.values
+        weigh = MEASURED if options.calibrate is not None else weigh
+        subject = Subject(
+            layered, tuple(quantized), windows, options.spec, weigh, asked.seed, options.threads
+        )
+        settings = _settings(options, weighing, windows)
+        source = describe_source(plan.checkpoint, model)
+        file = SensitivityFile.of(asked.file, out, settings, source, choices)
+        found = file.read(quantized, progress)
+        if found is None:
+            found = measure_sensitivity(subject, choices, settings, source, folder, progress)
+            if keep or file.named:
+                write_sensitivity(file.path, found)
+                progress.note(f"sensitivities are kept in {file.path}, for other sizes")
+    except NotLayered as error:
+        raise UsageError(
+            f"{plan.checkpoint.folder}: cannot be run layer by layer, so its weights cannot be "
+            f"measured: {error}; leave out the target, and use --bits and --bits-for"
+        ) from error
+    market = _market(plan, options, groups, quantized, found)
+    taken = sum(tensor.nbytes for tensor in quantized.values())
+    return Target(plan, options, market, subject, plan.bytes_at_most - taken)
+
+
+def _market(
+    plan: QuantizePlan,
+    options: QuantizeOptions,
+    groups: tuple[Group, ...],
+    quantized: Mapping[str, TensorPlan],
+    found: Sensitivity,
+) -> Market:
+    known: dict[tuple[str, Choice], int] = {}
+
+    def nbytes(name: str, choice: Choice) -> int:
+        key = name, choice
+        if key not in known:
+            known[key] = replace(quantized[name], spec=choice.spec(options.spec)).nbytes
+        return known[key]
+
+    return Market(groups, found, nbytes)
+
+
+def target_of(options: QuantizeOptions) -> TargetOptions:
+    """The target, which is there."""
+    assert options.target is not None
+    return options.target
+
+
+def _names(model: LayeredModel, number: int, plan: QuantizePlan) -> Iterator[str]:
+    quantized = {tensor.name for tensor in plan.quantized}
+    for site in find_sites(model, number, quantized):
+        yield from (stored.tensor for stored in site.stored)
+
+
+def choice_specs(
+    choices: Mapping[str, Choice], options: QuantizeOptions
+) -> dict[str, QuantSpec | None]:
+    return {name: choice.spec(options.spec) for name, choice in choices.items()}
+
+
+def _choices(options: QuantizeOptions) -> tuple[Choice, ...]:
+    asked = target_of(options)
+    families = asked.families or tuple(FAMILIES)
+    if options.spec.zero_point == ZeroPoint.INTEGER:
+        families = tuple(name for name in families if FAMILIES[name].uniform)
+    return quantized_choices(families, asked.blocks or BLOCKS)
+
+
+def _fixed(options: QuantizeOptions, names: list[str]) -> dict[str, int]:
+    """Bits that --bits-for gives."""
+    found: dict[str, int] = {}
+    for pattern, bits in options.bits_for:
+        found |= {name: bits for name in names if re.search(pattern, name)}
+    return found
+
+
+def _settings(
+    options: QuantizeOptions, weighing: Weighing | None, windows: Windows
+) -> dict[str, Any]:
+    """What a file of sensitivities holds for."""
+    weighed = MEASURED if options.calibrate is not None else None
+    if weighing is not None:
+        weighed = weighing.record["sha256"]
+    return {
+        "objective": str(options.spec.objective),
+        "refine": options.spec.refine,
+        "zero_point": str(options.spec.zero_point),
+        "weighed": weighed,
+        **windows.describe(),
+        "seed": target_of(options).seed,
+    }
+
+
+def _windows(
+    plan: QuantizePlan, options: QuantizeOptions, model: LayeredModel, progress: Progress
+) -> Windows:
+    """The text that damage is measured on: that of the target, of the calibration, or sampled."""
+    asked, calibrate = target_of(options), options.calibrate
+    text = asked.text or (calibrate.text if calibrate is not None else SELF)
+    window = min(asked.window, longest_context(model.model.config) or asked.window)
+    chosen = CalibrationOptions(
+        text, tokens=asked.tokens, window=window, seed=asked.seed, held_out=asked.held_out
+    )
+    progress.stage("reading the text")
+    folder = plan.folder
+    tokenizer = source_tokenizer(folder.source, folder.made, folder.carried, folder.config)
+    if text == SELF:
+        if options.stream:
+            raise UsageError(
+                "a target without a text samples one from the whole model, which --stream never "
+                "has on the disk: give --target-text, or leave out --stream"
+            )
+        with torch_threads(options.threads):
+            ids, name = sample_tokens(model, tokenizer, chosen, progress), SELF
+    else:
+        ids, name = tokenize_source(chosen, tokenizer)
+    windows = choose_windows(ids, chosen, name)
+    check_vocabulary(model.model, windows.ids)
+    return windows
+
+
+@contextmanager
+def scratch_folder(out: Path) -> Iterator[Path]:
+    """A folder beside `out` for hidden states, gone afterwards."""
+    real = out.expanduser().resolve()
+    folder = real.with_name(f"{real.name}.states")
+    with os_errors("create it", folder):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
