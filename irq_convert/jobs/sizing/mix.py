@@ -90,7 +90,7 @@ class Market:
     def frontier(self, most: int = 12) -> list[tuple[int, float]]:
         """About `most` points of the best mixes, (bytes, expected KL), the smallest first.
 
-        Evenly spaced up to where weights are left as they are, and two beyond: halfway, and the end.
+        Evenly spaced up to where weights are left as they are; then halfway, and the end.
         """
         points = frontier(self.table)
         first, last = points[0][0], points[-1][0]
