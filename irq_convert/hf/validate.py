@@ -31,7 +31,7 @@ from irq_convert.hf.names import keys_in_model
 from irq_convert.hf.swap import Child, ExpertsSwap, Swap, Swaps, layer_shape
 from irq_convert.hf.tied import tied_keys
 from irq_convert.nn.experts import Separate, Stacked, stack_parts
-from irq_convert.nn.linear import layer_parts
+from irq_convert.nn.packed import layer_parts
 
 if TYPE_CHECKING:
     import torch
