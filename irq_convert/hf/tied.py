@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
+
+from irq_convert.artifact.config import PART_SUFFIXES, module_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,6 +27,24 @@ def tied_groups(model: PreTrainedModel) -> tuple[frozenset[str], ...]:
         groups = [group for group in groups if group not in touched]
         groups.append({*pair, *(key for group in touched for key in group)})
     return tuple(frozenset(group) for group in groups)
+
+
+def tie_parts(model: PreTrainedModel, modules: Collection[str]) -> None:
+    """Let transformers tie every part of packed weights that `modules` share, as it does `weight`.
+
+    It goes by this list when it has loaded a model; when it saves, by the names alone.
+    """
+    tied = model.all_tied_weights_keys
+    for key, source in list(tied.items()):
+        if module_name(key) in modules and module_name(source) in modules:
+            tied |= {key + suffix: source + suffix for suffix in PART_SUFFIXES}
+
+
+def untie_parts(model: PreTrainedModel) -> None:
+    """The list as it was, for a model whose weights are dense again."""
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    for key in [key for key in tied if key.endswith(PART_SUFFIXES)]:
+        del tied[key]
 
 
 def tied_by_name(config: Mapping[str, Any] | None, tensors: Iterable[str]) -> set[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from irq_convert.artifact.config import (
@@ -77,6 +77,7 @@ class QuantizePlan:
 
     `folder` holds all files but the manifest, whose text depends on the results. `kept`: how many
     numbers are copied, by the reason in words. `notes` are remarks that a person should see.
+    `tables` are the quantized tensors that are embeddings or heads, which no layer holds.
     """
 
     checkpoint: Checkpoint
@@ -85,6 +86,7 @@ class QuantizePlan:
     decided_by: str
     kept: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    tables: frozenset[str] = frozenset()
 
     @property
     def quantized(self) -> list[TensorPlan]:
@@ -130,7 +132,9 @@ def plan_quantize(
     """
     made = make_files(checkpoint, tokenizer=not shards_only)
     refuse_unusable(checkpoint)
-    linears = find_linears(checkpoint.config, checkpoint.tensors, options.include_towers)
+    linears = find_linears(
+        checkpoint.config, checkpoint.tensors, options.include_towers, options.include_embeddings
+    )
     check_expressions(options, linears.tensors, checkpoint.tensors)
     tensors = [
         TensorPlan(
@@ -149,7 +153,7 @@ def plan_quantize(
     check_names(checkpoint.tensors, quantized)
     check_copied(checkpoint.tensors, quantized)
     kept = sorted(linears.tensors - set(quantized))
-    config = _config(tensors, (*linears.modules_kept, *map(module_name, kept)), options)
+    config = _config(tensors, (*linears.modules_kept, *_modules_of(kept, linears)), options)
     folder = plan_folder(
         tensors,
         options.max_shard_bytes,
@@ -158,8 +162,23 @@ def plan_quantize(
         replaced=(MANIFEST_NAME, *made.replaced),
         made=made.files,
     )
-    kept_weights = _weights_kept(tensors, linears)
-    return QuantizePlan(checkpoint, folder, config, linears.decided_by, kept_weights, made.notes)
+    return QuantizePlan(
+        checkpoint,
+        folder,
+        config,
+        linears.decided_by,
+        _weights_kept(tensors, linears),
+        (*made.notes, *(f"{name} stays dense: {why}" for name, why in linears.left.items())),
+        frozenset(linears.tables) & frozenset(quantized),
+    )
+
+
+def _modules_of(kept: Sequence[str], linears: Linears) -> Iterator[str]:
+    """Modules of weights that are kept, and those that share one and have no tensor themselves."""
+    for tensor in kept:
+        yield module_name(tensor)
+        shared = linears.tables.get(tensor, ())
+        yield from shared if len(shared) > 1 else ()
 
 
 def _weights_kept(tensors: Sequence[TensorPlan], linears: Linears) -> dict[str, int]:
