@@ -10,7 +10,7 @@ text. A class that does not is refused with `NotLayered`.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -81,6 +81,16 @@ class LayeredModel:
         """Hold the weights of everything but the decoder layers while the block runs."""
         with self.source.loaded(self.model, self._is_outside, self.device, self.read_order):
             yield
+
+    def tables(self, names: Container[str]) -> dict[str, torch.Tensor]:
+        """Those of the tensors `names` that no layer holds, as the files have them, in float32.
+
+        Called inside `outside`.
+        """
+        keys = {tensor: key for key, tensor in self.source.plain.items() if self._is_outside(key)}
+        found = [info.name for info in self.source.tensors(self.model, self._is_outside)]
+        state = dict(self.model.named_parameters(remove_duplicate=False))
+        return {name: state[keys[name]].data for name in found if name in names}
 
     @contextmanager
     def whole(self) -> Iterator[None]:

@@ -40,7 +40,8 @@ class Linears:
     `tensors` that keep their inputs in the last dimension but one. `reasons` says of tensors that
     stay dense why, where their name alone does not (`why_kept`). `tables` are those of `tensors`
     that are asked for embeddings and heads, each with the modules whose weight it is; `left` says
-    of embeddings and heads that were asked for why they stay dense.
+    of embeddings and heads that were asked for why they stay dense. `apart`: the class ties them
+    and the files have each, so that config.json has to untie what is quantized.
     """
 
     tensors: frozenset[str]
@@ -50,6 +51,7 @@ class Linears:
     reasons: Mapping[str, str] = field(default_factory=dict)
     tables: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     left: Mapping[str, str] = field(default_factory=dict)
+    apart: bool = False
 
     def why_kept(self, tensor: str) -> str:
         """In words, why `tensor` is not quantized."""
@@ -127,6 +129,7 @@ def linears_of(
         sort.reasons | {t: f"embeddings and heads ({why})" for t, why in tables.reasons.items()},
         tables.tensors,
         tables.reasons,
+        tables.apart,
     )
 
 

@@ -12,8 +12,8 @@ from transformers.pytorch_utils import Conv1D
 from irq_convert.artifact.config import PART_SUFFIXES, ModuleFormat
 from irq_convert.core.parts import SUFFIXES
 from irq_convert.hf.tied import tie_parts
-from irq_convert.nn.experts import Separate, Stacked, pack_experts
 from irq_convert.nn.embedding import IrqEmbedding
+from irq_convert.nn.experts import Separate, Stacked, pack_experts
 from irq_convert.nn.linear import IrqLinear
 from irq_convert.nn.packed import PackedWeight
 

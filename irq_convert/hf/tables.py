@@ -11,13 +11,14 @@ import ast
 import functools
 import inspect
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
 from irq_convert.artifact.config import module_name
+from irq_convert.errors import IrqError
 from irq_convert.hf.tied import tied_groups
 
 
@@ -26,10 +27,13 @@ class Tables:
     """`tensors` of the files to quantize, by the modules of the model that they are the weight of.
 
     `reasons` says of other tensors of embeddings and heads why they are none, in half a sentence.
+    `apart`: the class ties the two, and the files have a tensor for each, which is quantized for
+    itself.
     """
 
     tensors: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     reasons: Mapping[str, str] = field(default_factory=dict)
+    apart: bool = False
 
     @property
     def modules(self) -> set[str]:
@@ -45,13 +49,13 @@ def find_tables(model: Any, stored: Mapping[str, str], precise: Any) -> Tables:
     """
     found: dict[str, tuple[str, ...]] = {}
     reasons: dict[str, str] = {}
-    groups = tied_groups(model)
+    groups, apart = tied_groups(model), False
     for name in _names(model):
         keys = next((g for g in groups if f"{name}.weight" in g), frozenset({f"{name}.weight"}))
         modules = tuple(sorted(module_name(key) for key in keys))
         there = {module: stored[module] for module in modules if module in stored}
-        if len(there) == len(modules) == 2:  # each has its own in the files, so nothing is shared
-            modules, there = (name,), {name: stored[name]}
+        if len(there) == len(modules) == 2:
+            modules, there, apart = (name,), {name: stored[name]}, True
         why = _why_not(model, modules, precise)
         if why is None and len(there) > 1:
             why = f"the files have it {len(there)} times"
@@ -60,7 +64,7 @@ def find_tables(model: Any, stored: Mapping[str, str], precise: Any) -> Tables:
                 reasons[tensor] = why
             else:
                 found[tensor] = modules
-    return Tables(found, reasons)
+    return Tables(found, reasons, apart)
 
 
 def _names(model: Any) -> Iterator[str]:
@@ -100,11 +104,32 @@ def is_table(module: nn.Module) -> bool:
     """Whether `module` looks rows up, and at most multiplies all of them by the same."""
     if not isinstance(module, nn.Embedding) or module.max_norm is not None:
         return False
-    return type(module) is nn.Embedding or _only_scales(type(module))
+    cls: Any = type(module)
+    return cls is nn.Embedding or _only_scales(cls)
+
+
+def check_tied(model: Any, tensor: str, modules: Iterable[str], others: set[str | None]) -> None:
+    """Raise `IrqError` where packed `tensor` is tied to one of `modules` that cannot hold it.
+
+    Or to one of `others`, a tensor that the files have besides.
+    """
+    for name in modules:
+        module = model.get_submodule(name)
+        if not is_table(module) and type(module) is not nn.Linear:
+            raise IrqError(
+                f"{tensor} is quantized, and {type(model).__name__} ties it to {name}, a "
+                f"{type(module).__name__}: convert the model again with this tensor left dense"
+            )
+    own = sorted(other for other in others if other is not None)
+    if own:
+        raise IrqError(
+            f"{tensor} is quantized and {own[0]} is in the files, too, but config.json ties the "
+            "two: set its tie_word_embeddings to false"
+        )
 
 
 @functools.cache
-def _only_scales(cls: type[nn.Embedding]) -> bool:
+def _only_scales(cls: Any) -> bool:
     """Whether the forward of `cls` is `super().forward(ids) * <something of self>`, by its code."""
     if cls.__mro__[1] is not nn.Embedding:
         return False

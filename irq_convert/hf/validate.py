@@ -29,7 +29,7 @@ from irq_convert.hf.conversions import Adjusted
 from irq_convert.hf.experts import Experts, find_experts
 from irq_convert.hf.names import keys_in_model
 from irq_convert.hf.swap import Child, ExpertsSwap, Swap, Swaps, layer_shape
-from irq_convert.hf.tables import is_table
+from irq_convert.hf.tables import check_tied, is_table
 from irq_convert.hf.tied import tied_groups
 from irq_convert.nn.experts import Separate, Stacked, stack_parts
 from irq_convert.nn.packed import layer_parts
@@ -103,27 +103,8 @@ def _linear_swaps(
             rows, cols = layer_shape(module)
             _check_parts(tensor, layer_parts(rows, cols, fmt), (rows, cols), fmt, tensors)
             others = tuple(sorted(module_name(other) for other in tied - {key}))
-            _check_tied(model, tensor, others, {sources.get(other) for other in tied - {key}})
+            check_tied(model, tensor, others, {sources.get(other) for other in tied - {key}})
             yield Swap(name, tensor, fmt, others)
-
-
-def _check_tied(
-    model: PreTrainedModel, tensor: str, modules: Iterable[str], others: set[str | None]
-) -> None:
-    """Refuse a packed tensor that the model ties to what cannot hold it, or has its own."""
-    for name in modules:
-        module = model.get_submodule(name)
-        if not is_table(module) and type(module) is not nn.Linear:
-            raise IrqError(
-                f"{tensor} is quantized, and {type(model).__name__} ties it to {name}, a "
-                f"{type(module).__name__}: convert the model again with this tensor left dense"
-            )
-    own = sorted(other for other in others if other is not None)
-    if own:
-        raise IrqError(
-            f"{tensor} is quantized and {own[0]} is in the files, too, but config.json ties the "
-            "two: set its tie_word_embeddings to false"
-        )
 
 
 def _expert_swaps(

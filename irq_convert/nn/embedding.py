@@ -1,8 +1,8 @@
 """`IrqEmbedding`: a lookup table whose `weight` parameter is the packed codes.
 
-Only the rows that are asked for are unpacked. It is an `nn.Embedding`, so that programs find it; how
-the weight is held is in `packed.py`. An output head that is tied to it is an `IrqLinear` that holds
-the same parameters.
+Only the rows that are asked for are unpacked. It is an `nn.Embedding`, so that programs find it;
+how the weight is held is in `packed.py`. An output head that is tied to it is an `IrqLinear` that
+holds the same parameters.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ the grids, which are float32 in every model.
 """
 
 
-class IrqEmbedding(PackedWeight, nn.Embedding):
+class IrqEmbedding(PackedWeight, nn.Embedding):  # type: ignore[override]  # as IrqLinear
     """Rows of a packed `[num_embeddings, embedding_dim]` weight by their numbers.
 
     The packed parts never require gradients and keep their dtypes under `.to(dtype)`, `.half()`
@@ -60,9 +60,7 @@ class IrqEmbedding(PackedWeight, nn.Embedding):
         self.around: nn.Embedding | None = None
 
     @classmethod
-    def from_quantized(
-        cls, q: QuantizedTensor, dtype: torch.dtype | None = None
-    ) -> IrqEmbedding:
+    def from_quantized(cls, q: QuantizedTensor, dtype: torch.dtype | None = None) -> IrqEmbedding:
         """A table over the tensors of `q` themselves (no copy), whose rows come out in `dtype`.
 
         Raises `IrqError` when the parts of `q` do not fit together.

@@ -15,7 +15,7 @@ from irq_convert.nn.function import packed_linear
 from irq_convert.nn.packed import PackedWeight, format_of_tensor
 
 
-class IrqLinear(PackedWeight, nn.Linear):
+class IrqLinear(PackedWeight, nn.Linear):  # type: ignore[override]  # weight is read-only
     """`y = x W^T + bias` with `W` stored packed; the input's dtype is the compute dtype.
 
     The packed parts never require gradients and keep their dtypes under `.to(dtype)`, `.half()`

@@ -96,7 +96,7 @@ class PackedWeight(nn.Module):
         """Do nothing: packed codes have no random start."""
 
     @property
-    def weight(self) -> Any:  # type: ignore[override]
+    def weight(self) -> Any:
         """The packed codes; whatever takes them for a dense weight is refused."""
         if "weight" not in self.__dict__.get("_parameters", ()):
             raise AttributeError("weight")

@@ -35,11 +35,15 @@ class Judgement:
 
 
 def judge(
-    model: LayeredModel, ids: torch.Tensor, streams: Mapping[str, tuple[StateFile, int]]
+    model: LayeredModel,
+    ids: torch.Tensor,
+    streams: Mapping[str, tuple[StateFile, int]],
+    tables: Mapping[str, torch.Tensor],
 ) -> Judgement:
     """Compare the streams "quantized" and "plain" with "source", all behind the last layer.
 
     `ids` are the held-out windows; each stream has them from the window on that is given with it.
+    `tables` are embeddings and heads as the artifact has them, by tensor, where it has its own.
     Called inside `model.outside()`. Raises `IrqError` for logits that are not finite.
     """
     sums: dict[str, list[float]] = {"quantized": [], "plain": []}
@@ -53,7 +57,9 @@ def judge(
 
         reference = logits("source")
         for name, found in sums.items():
-            kl = token_scores(logits(name), one[0, 1:], reference).kl
+            with model.source.replaced(model.model, tables):
+                made = logits(name)
+            kl = token_scores(made, one[0, 1:], reference).kl
             assert kl is not None
             found.append(float(kl.sum()))
     counts = torch.full((len(ids),), ids.shape[1] - 1)

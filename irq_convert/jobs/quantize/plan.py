@@ -11,6 +11,7 @@ from irq_convert.artifact.config import (
     QuantizationConfig,
     module_name,
 )
+from irq_convert.artifact.head import untied_config
 from irq_convert.artifact.manifest import MANIFEST_NAME, manifest_room
 from irq_convert.artifact.structure import part_specs
 from irq_convert.checkpoint.float_dtypes import FLOATS
@@ -154,11 +155,15 @@ def plan_quantize(
     check_copied(checkpoint.tensors, quantized)
     kept = sorted(linears.tensors - set(quantized))
     config = _config(tensors, (*linears.modules_kept, *_modules_of(kept, linears)), options)
+    tables = frozenset(linears.tables) & frozenset(quantized)
+    source_config = checkpoint.config or {}
+    if linears.apart and tables:
+        source_config = untied_config(source_config)
     folder = plan_folder(
         tensors,
         options.max_shard_bytes,
         checkpoint,
-        {**(checkpoint.config or {}), "quantization_config": config.to_dict()},
+        {**source_config, "quantization_config": config.to_dict()},
         replaced=(MANIFEST_NAME, *made.replaced),
         made=made.files,
     )
@@ -169,7 +174,7 @@ def plan_quantize(
         linears.decided_by,
         _weights_kept(tensors, linears),
         (*made.notes, *(f"{name} stays dense: {why}" for name, why in linears.left.items())),
-        frozenset(linears.tables) & frozenset(quantized),
+        tables,
     )
 
 
