@@ -87,10 +87,12 @@ class LayeredModel:
 
         Called inside `outside`.
         """
-        keys = {tensor: key for key, tensor in self.source.plain.items() if self._is_outside(key)}
-        found = [info.name for info in self.source.tensors(self.model, self._is_outside)]
-        state = dict(self.model.named_parameters(remove_duplicate=False))
-        return {name: state[keys[name]].data for name in found if name in names}
+        found = {}
+        for key, parameter in self.model.named_parameters(remove_duplicate=False):
+            tensor = self.source.plain.get(key)
+            if tensor is not None and tensor in names and self._is_outside(key):
+                found[tensor] = parameter.data
+        return found
 
     @contextmanager
     def whole(self) -> Iterator[None]:

@@ -105,7 +105,8 @@ def linears_of(
     tables = find_tables(model, stored, _precise(model)) if include_embeddings else Tables()
     sort.found.update(tables.tensors)
     if include_embeddings:
-        sort.reasons |= {tensor: OTHER_TABLES for tensor in tensors if _EMBEDDING.search(tensor)}
+        other = (tensor for tensor in tensors if _EMBEDDING.search(tensor))
+        sort.reasons = dict.fromkeys(other, OTHER_TABLES) | sort.reasons
     for module, kind in kinds.items():
         if kind not in (torch.nn.Linear, Conv1D) or module in tables.modules:
             continue

@@ -116,7 +116,7 @@ def swap_layers(model: PreTrainedModel, swaps: Swaps) -> None:
             packed.label = swap.tensor
             model.set_submodule(name, packed.train(dense.training))
         if swap.tied:
-            tie_parts(model, {swap.module, *swap.tied})
+            tie_parts(model, {swap.module, *swap.tied}, packed.packed_parts())
     for experts in swaps.experts:
         module = model.get_submodule(experts.module)
         dtype = module.get_parameter(next(iter(experts.layouts))).dtype

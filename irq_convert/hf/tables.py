@@ -123,8 +123,8 @@ def check_tied(model: Any, tensor: str, modules: Iterable[str], others: set[str 
     own = sorted(other for other in others if other is not None)
     if own:
         raise IrqError(
-            f"{tensor} is quantized and {own[0]} is in the files, too, but config.json ties the "
-            "two: set its tie_word_embeddings to false"
+            f"{tensor} is quantized and {own[0]} is in the files, too, but {type(model).__name__} "
+            "ties the two to a third: convert the model again with these tensors left dense"
         )
 
 

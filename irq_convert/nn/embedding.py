@@ -22,7 +22,7 @@ WITNESS = "dense_like"
 """An empty parameter of the dense dtype, in no file.
 
 transformers says that a model's dtype is that of its first floating parameter. This comes before
-the grids, which are float32 in every model.
+the grids, which are float32 in every model. It is made off meta, since no loader would bring it.
 """
 
 
@@ -54,7 +54,8 @@ class IrqEmbedding(PackedWeight, nn.Embedding):  # type: ignore[override]  # as 
         self.padding_idx = padding_idx
         self.max_norm, self.norm_type = None, 2.0
         self.scale_grad_by_freq = self.sparse = False
-        empty = torch.empty(0, dtype=dtype, device=device)
+        place = "cpu" if str(device) == "meta" else device
+        empty = torch.empty(0, dtype=dtype, device=place)
         self.register_parameter(WITNESS, nn.Parameter(empty, requires_grad=False))
         self._allocate(fmt, device, dtype)
         self.around: nn.Embedding | None = None
@@ -81,12 +82,17 @@ class IrqEmbedding(PackedWeight, nn.Embedding):  # type: ignore[override]  # as 
         return self.dense_like.dtype
 
     def place_witness(self) -> None:
-        """Put the empty parameter where the codes are, which the loader of files does not."""
-        codes = self._parameters["weight"]
+        """Put the empty parameter where the codes are; on the disk accelerate looks for it, too."""
+        codes, witness = self._parameters["weight"], self.dense_like
         assert codes is not None
-        if self.dense_like.device != codes.device:
-            empty = torch.empty(0, dtype=self.dense_like.dtype, device=codes.device)
-            self.dense_like = nn.Parameter(empty, requires_grad=False)
+        if not codes.is_meta:
+            if witness.device != codes.device:
+                empty = torch.empty(0, dtype=witness.dtype, device=codes.device)
+                self.dense_like = nn.Parameter(empty, requires_grad=False)
+            return
+        stored = getattr(getattr(self, "_hf_hook", None), "weights_map", None)
+        if stored is not None:
+            stored.dataset.state_dict[stored.prefix + WITNESS] = torch.empty(0, dtype=witness.dtype)
 
     def wrap(self, dense: nn.Embedding) -> None:
         """Do with the rows what the class of `dense` does, such as scaling them.

@@ -190,8 +190,11 @@ def test_a_tied_head_that_differs_is_untied(tmp_path: Path) -> None:
     model = irq_convert.load(tmp_path / "a")
     assert torch.equal(model(IDS).logits, twin(tmp_path / "a", tmp_path / "dense")(IDS).logits)
     change_json(tmp_path / "a" / "config.json", lambda c: c.update(tie_word_embeddings=True))
-    with pytest.raises(IrqError, match=r"config\.json ties the two: set its tie_word_embeddings"):
-        irq_convert.load(tmp_path / "a")
+    again = irq_convert.load(tmp_path / "a")  # as stock transformers, which compares dense ones
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+    again.tie_weights()
+    again.save_pretrained(tmp_path / "b")
+    assert torch.equal(irq_convert.load(tmp_path / "b")(IDS).logits, model(IDS).logits)
 
 
 def test_encoder_and_decoder_share_one_table(tmp_path: Path) -> None:
@@ -283,3 +286,63 @@ def test_a_base_model_alone(tmp_path: Path) -> None:
     assert torch.equal(
         tf.AutoModel.from_pretrained(tmp_path / "b").embed_tokens(IDS), base.embed_tokens(IDS)
     )
+
+
+@pytest.mark.parametrize("where", ["disk", "cpu"])
+def test_offloading(tmp_path: Path, where: str) -> None:
+    folder = artifact(tmp_path)
+    wanted = irq_convert.load(folder)(IDS).logits
+    device_map = {"model.embed_tokens": where, "lm_head": where, "model.norm": "cpu"}
+    device_map |= {"model.rotary_emb": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
+    model = irq_convert.load(folder, device_map=device_map, offload_folder=str(tmp_path / "off"))
+    assert torch.equal(model(IDS).logits, wanted)
+    model.save_pretrained(tmp_path / "b")
+    assert torch.equal(irq_convert.load(tmp_path / "b")(IDS).logits, wanted)
+
+
+def test_adapters_train_on_top(tmp_path: Path) -> None:
+    from peft import LoraConfig
+
+    folder = artifact(tmp_path)
+    model = irq_convert.attach(
+        irq_convert.load(folder, dtype=torch.float32),
+        LoraConfig(r=2, target_modules="all-linear"),
+        gradient_checkpointing=True,
+    )
+    names = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert not any("embed" in name or "lm_head" in name for name in names)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
+    losses = []
+    for _ in range(3):
+        loss = model(input_ids=IDS, labels=IDS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[2] < losses[0]
+    model.save_pretrained(tmp_path / "adapter")
+    for to in ("dense", "irq"):
+        options = {"any_base": True, "min_survival": -1e9} if to == "irq" else {"any_base": True}
+        irq_convert.merge(folder, tmp_path / "adapter", tmp_path / to, to=to, **options)
+    assert irq_convert.verify(tmp_path / "irq").ok
+    before, after = read_tensors(folder), read_tensors(tmp_path / "irq")
+    own = [name for name in before if "embed_tokens" in name]
+    assert len(own) == 5
+    assert all(torch.equal(before[name], after[name]) for name in own)
+    merged = irq_convert.load(tmp_path / "irq", dtype=torch.float32)
+    assert merged.lm_head.weight_tau is merged.model.embed_tokens.weight_tau
+
+
+@pytest.mark.parametrize("module", ["lm_head", "embed_tokens"])
+def test_merging_into_a_packed_table_is_refused(tmp_path: Path, module: str) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    folder = artifact(tmp_path)
+    model = get_peft_model(irq_convert.load(folder), LoraConfig(r=2, target_modules=[module]))
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    says = "ties to model.embed_tokens.weight" if module == "lm_head" else "is quantized in the"
+    with pytest.raises(IrqError, match=says):
+        irq_convert.merge(folder, tmp_path / "adapter", tmp_path / "out", any_base=True)
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    with pytest.raises(IrqError, match="save_embedding_layers=False"):
+        irq_convert.merge(folder, tmp_path / "adapter", tmp_path / "out", any_base=True)
