@@ -80,6 +80,12 @@ class WeightSource:
             for holder, last, meta in before:
                 holder[last] = meta
 
+    def held(self, model: Any, wanted: Callable[[str], bool]) -> dict[str, torch.Tensor]:
+        """The loaded parameters whose keys are `wanted`, by tensor of the files."""
+        every = model.named_parameters(remove_duplicate=False)
+        chosen = ((self.plain.get(key), value.data) for key, value in every if wanted(key))
+        return {tensor: value for tensor, value in chosen if tensor is not None}
+
     @contextmanager
     def replaced(self, model: Any, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
         """Let loaded parameters have other `values`, by tensor of the files, in the block."""

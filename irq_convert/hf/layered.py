@@ -87,12 +87,8 @@ class LayeredModel:
 
         Called inside `outside`.
         """
-        found = {}
-        for key, parameter in self.model.named_parameters(remove_duplicate=False):
-            tensor = self.source.plain.get(key)
-            if tensor is not None and tensor in names and self._is_outside(key):
-                found[tensor] = parameter.data
-        return found
+        found = self.source.held(self.model, self._is_outside)
+        return {name: value for name, value in found.items() if name in names}
 
     @contextmanager
     def whole(self) -> Iterator[None]:
