@@ -42,7 +42,9 @@ def main() -> None:
     ids = encode_stream(load_tokenizer(asked.model), read_text(asked.text), asked.max_tokens)
     windows, options = cut_windows(ids, asked.context), EvalOptions(context=asked.context)
     reference = load_causal_lm(asked.model)
-    print(f"{ids.numel():,} tokens; source: {_weights(Path(asked.model)):,} bytes")
+    plain = evaluate_windows(reference, windows, options)
+    print(f"{ids.numel():,} tokens; source: {_weights(Path(asked.model)):,} bytes", end="")
+    print(f", perplexity {plain.perplexity:.3f}")
     print(LINE.format("", "files", "memory", "perplexity", "KL", "twin"), flush=True)
     with tempfile.TemporaryDirectory() as scratch:
         for codebook in asked.codebooks.split(","):

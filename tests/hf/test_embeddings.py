@@ -15,6 +15,7 @@ from irq_convert.artifact.config import ModuleFormat
 from irq_convert.errors import IrqError, UsageError
 from irq_convert.nn.embedding import IrqEmbedding
 from irq_convert.nn.linear import IrqLinear
+from irq_convert.progress import Progress
 from tests.folders import change_json, read_json, read_tensors
 from tests.tiny import SMALL, tiny_config, tiny_model
 
@@ -220,6 +221,14 @@ def test_encoder_and_decoder_share_one_table(tmp_path: Path) -> None:
     assert read_tensors(tmp_path / "b").keys() == read_tensors(folder).keys()
 
 
+class Notes(Progress):
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.lines.append(text)
+
+
 class Shifted(torch.nn.Embedding):
     """Does more than scale its rows."""
 
@@ -237,10 +246,15 @@ def test_a_class_that_does_more_stays_dense(
     tables._only_scales.cache_clear()
     try:
         model = tiny_model("gemma3_text", tie_word_embeddings=True)
-        folder = artifact(tmp_path, model=model)
+        notes = Notes()
+        folder = artifact(tmp_path, model=model, progress=notes)
         loaded = irq_convert.load(folder)
     finally:
         tables._only_scales.cache_clear()
+    assert notes.lines == [
+        "model.embed_tokens.weight stays dense: Gemma3TextScaledWordEmbedding does more than look "
+        "rows up"
+    ]
     assert type(loaded.lm_head) is torch.nn.Linear
     kept = read_json(folder / "config.json")["quantization_config"]["modules_to_not_convert"]
     assert "lm_head" in kept
