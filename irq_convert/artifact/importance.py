@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from irq_convert.artifact.manifest import SOURCE_KEYS
 from irq_convert.checkpoint.header import TensorInfo, read_header
 from irq_convert.checkpoint.reader import TileReader
 from irq_convert.checkpoint.writer import ShardWriter, TensorSpec
@@ -22,7 +23,6 @@ from irq_convert.version import PRODUCER
 
 FORMAT, FORMAT_VERSION = "irq importance", "1"
 _AGAIN = "measure again"
-_SOURCE_KEYS = ("model", "revision", "tensors_sha256")
 
 
 @dataclass(frozen=True)
@@ -146,8 +146,8 @@ def _source(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
         found = json.loads(metadata.get("source", ""))
     except (ValueError, RecursionError):
         found = None
-    if not isinstance(found, dict) or not all(key in found for key in _SOURCE_KEYS):
+    if not isinstance(found, dict) or not all(key in found for key in SOURCE_KEYS):
         raise IrqError(
-            f"{path}: source in its metadata is no object with {', '.join(_SOURCE_KEYS)}: {_AGAIN}"
+            f"{path}: source in its metadata is no object with {', '.join(SOURCE_KEYS)}: {_AGAIN}"
         )
     return found

@@ -40,6 +40,10 @@ def fingerprint(tensors: Iterable[TensorInfo]) -> str:
     return digest.hexdigest()
 
 
+SOURCE_KEYS = ("model", "revision", "tensors_sha256")
+"""What every description of a source has."""
+
+
 def describe_source(checkpoint: Checkpoint, model: str) -> dict[str, Any]:
     """The manifest's `source`. A local folder is named without its path.
 
@@ -98,6 +102,7 @@ def build_manifest(
     totals: Mapping[str, Any],
     calibration: Mapping[str, Any] | None = None,
     importance: Mapping[str, Any] | None = None,
+    target: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The whole document, in the specification's order and sealed."""
     manifest = {
@@ -108,6 +113,7 @@ def build_manifest(
         "options": dict(options),
         **({} if calibration is None else {"calibration": dict(calibration)}),
         **({} if importance is None else {"importance": dict(importance)}),
+        **({} if target is None else {"target": dict(target)}),
         "files": {name: dict(files[name]) for name in sorted(files)},
         "tensors": {name: dict(tensors[name]) for name in sorted(tensors)},
         "totals": dict(totals),
@@ -140,6 +146,12 @@ def manifest_room(tensors: Iterable[str], files: int) -> int:
     """Bytes to keep free for a manifest of `tensors` and so many `files`, at its longest."""
     names = [len(json.dumps(name)) for name in tensors]
     return (1 << 16) + ((len(names) + files) << 10) + sum(names)
+
+
+def manifest_limit(tensors: Iterable[str], files: int) -> int:
+    """Bytes that a manifest of `tensors` and so many `files` does not exceed; tighter than room."""
+    names = [len(json.dumps(name)) for name in tensors]
+    return (1 << 13) + 400 * len(names) + 384 * files + sum(names)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -1,9 +1,12 @@
-"""A calibration, or a file of importance, in rows, as reports and `inspect` show them."""
+"""A calibration, a file of importance, or a target, in rows, as reports and `inspect` show them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from irq_convert.jobs.quantize.target import Point
 
 
 def calibration_rows(record: Mapping[str, Any] | None) -> list[tuple[str, str]]:
@@ -28,3 +31,32 @@ def importance_rows(record: Mapping[str, Any] | None) -> list[tuple[str, str]]:
     told = " ".join(filter(None, seen))
     name = f"{record.get('file')} ({record.get('kind')})"
     return [("importance", f"{name}: {told}" if told else name)]
+
+
+def target_rows(record: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """The manifest's `target`: what was asked for, and how the mix did; none without."""
+    if not record:
+        return []
+    asked = f"{record['size']:,} bytes" if "size" in record else f"{record['bits']:g} bits a weight"
+    error = "" if record["kl_se"] is None else f" +- {record['kl_se']:.4f}"
+    rows = [("target", asked), ("KL of the mix", f"{record['kl']:.4f}{error}, held-out windows")]
+    other = record["uniform"]
+    if other:
+        kept = "" if record["kept"] == "mix" else ", and kept"
+        rows.append(("of uniform", f"{other['kl']:.4f} ({other['choice']} for all{kept})"))
+    return rows
+
+
+def frontier_lines(points: Sequence[Point], chosen: int) -> list[str]:
+    """A table of sizes against expected KL with a bar for each, `chosen` bytes marked."""
+    from irq_convert.checkpoint.system import short_bytes
+
+    most = max(point.expected for point in points) or 1.0
+    nearest = min(points, key=lambda point: abs(point.size - chosen))
+    lines = ["      size    bits   expected KL"]
+    for point in points:
+        bar = "#" * max(1, round(40 * point.expected / most)) if point.expected else ""
+        mark = ">" if point is nearest else " "
+        size = short_bytes(point.size)
+        lines.append(f"{mark} {size:>9}  {point.bits:6.3f}  {point.expected:8.4f}  {bar}")
+    return lines

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from irq_convert.cli.calibration_show import calibration_rows, importance_rows
+from irq_convert.cli.calibration_show import calibration_rows, importance_rows, target_rows
 
 if TYPE_CHECKING:
     from irq_convert.artifact.contents import Artifact
@@ -80,6 +80,7 @@ def _print_head(artifact: Artifact) -> None:
         ("bits per weight", f"{artifact.bits_per_weight:.4f}"),
         *calibration_rows(manifest.get("calibration")),
         *importance_rows(manifest.get("importance")),
+        *target_rows(manifest.get("target")),
     ]
     facts((label, value) for label, value in lines if value)
 

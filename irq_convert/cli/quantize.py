@@ -27,6 +27,18 @@ from irq_convert.cli.shared import (
     Threads,
     shard_bytes,
 )
+from irq_convert.cli.target_option import (
+    AtLeast,
+    AtMost,
+    SensitivityOption,
+    TargetBits,
+    TargetSize,
+    TargetText,
+    TargetTokens,
+    UniformWithin,
+    rule,
+    target_options,
+)
 from irq_convert.core.codebook import (
     FAMILIES,
     FAMILIES_IN_WORDS,
@@ -34,9 +46,9 @@ from irq_convert.core.codebook import (
     in_words,
 )
 from irq_convert.core.objective import Objective, ZeroPoint
-from irq_convert.errors import UsageError
 from irq_convert.jobs.calibration.options import CORRECTION, DAMPING, TOKENS, WINDOW
 from irq_convert.jobs.common.resume import Resume
+from irq_convert.jobs.sizing.options import TOKENS as TARGET_TOKENS
 
 if TYPE_CHECKING:
     from irq_convert.jobs.calibration.options import CalibrationOptions
@@ -50,9 +62,17 @@ def quantize_command(
         Path | None,
         typer.Argument(help="Folder to create.  \\[default: NAME-irq-CODEBOOK here]"),
     ] = None,
-    bits: Annotated[int, typer.Option(help=f"Bits per weight: {WIDTHS_IN_WORDS}.")] = 4,
-    codebook: Annotated[str, typer.Option(help=f"{FAMILIES_IN_WORDS}.")] = "nf",
-    block_size: Annotated[int, typer.Option(help="Weights that share a scale and a tau.")] = 64,
+    bits: Annotated[
+        int | None, typer.Option(help=f"Bits per weight: {WIDTHS_IN_WORDS}.  \\[default: 4]")
+    ] = None,
+    codebook: Annotated[
+        str | None, typer.Option(help=f"{FAMILIES_IN_WORDS}.  \\[default: nf]")
+    ] = None,
+    block_size: Annotated[
+        int | None, typer.Option(help="Weights that share a scale and a tau.  \\[default: 64]")
+    ] = None,
+    target_size: TargetSize = None,
+    target_bits: TargetBits = None,
     objective: Annotated[
         Objective | None,
         typer.Option(
@@ -110,6 +130,12 @@ def quantize_command(
             help="Weigh errors by the inputs' mean squares: a file of `measure`, or an imatrix.",
         ),
     ] = None,
+    target_text: TargetText = None,
+    target_tokens: TargetTokens = TARGET_TOKENS,
+    sensitivity: SensitivityOption = None,
+    uniform_within: UniformWithin = None,
+    at_least: AtLeast = None,
+    at_most: AtMost = None,
     include_towers: Annotated[
         bool,
         typer.Option("--include-towers", help="Quantize vision and audio towers, too."),
@@ -151,7 +177,7 @@ def quantize_command(
             refine=refine,
             zero_point=zero_point,
             keep=tuple(keep or ()),
-            bits_for=tuple(_bits_for(item) for item in bits_for or ()),
+            bits_for=tuple(rule("--bits-for", item) for item in bits_for or ()),
             include_towers=include_towers,
             include_embeddings=include_embeddings,
             device=device,
@@ -165,11 +191,15 @@ def quantize_command(
                 calibrate, calibration_tokens, calibration_window, seed, correction, damping
             ),
             importance=importance,
-        )
-        target = push_target(push_to_hub, private=private, revision=push_revision)
+            target=target_options(
+                target_size, target_bits, target_text, target_tokens, sensitivity, uniform_within,
+                at_least, at_most,
+            ),
+        )  # fmt: skip
+        push = push_target(push_to_hub, private=private, revision=push_revision)
     if not dry_run:
         with main_process_only():
-            _quantize(model, out, options, revision, as_json, target)
+            _quantize(model, out, options, revision, as_json, push)
     elif is_main_process():
         _dry_run(model, out, options, revision, as_json)
 
@@ -192,13 +222,6 @@ def _calibration(
         correction=tuple(correction or found.correction),
         damping=tuple(damping or found.damping),
     )
-
-
-def _bits_for(text: str) -> tuple[str, int]:
-    pattern, found, number = text.rpartition("=")
-    if not found or not pattern or not (number.isascii() and number.isdigit()):
-        raise UsageError(f"--bits-for {text!r}: write REGEX=BITS, as in 'down_proj=4'")
-    return pattern, int(number)
 
 
 def _dry_run(

@@ -6,7 +6,12 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from irq_convert.cli.calibration_show import calibration_rows, importance_rows
+from irq_convert.cli.calibration_show import (
+    calibration_rows,
+    frontier_lines,
+    importance_rows,
+    target_rows,
+)
 
 if TYPE_CHECKING:
     from irq_convert.jobs.quantize.estimate import QuantizeEstimate
@@ -45,6 +50,10 @@ def print_estimate(found: QuantizeEstimate) -> None:
             *_calibration_rows(found),
         ]
     )
+    if found.frontier:
+        typer.echo("\nwhat other sizes would give, by what was measured:")
+        for line in frontier_lines(found.frontier, found.bytes_out):
+            typer.echo(line)
 
 
 def _calibration_rows(found: QuantizeEstimate) -> list[tuple[str, str]]:
@@ -73,15 +82,18 @@ def print_report(report: QuantizeReport, options: QuantizeOptions) -> None:
     from irq_convert.cli.console import facts, seconds
 
     before, after = report.entropy_plain, report.entropy
+    codebook = options.spec.codebook if options.target is None else "a mix of codebooks"
+    most = f", of {options.spec.bits}" if options.target is None else ""
     rows = [
         ("artifact", report.out),
         ("source format", report.source_format),
         ("size", f"{short_bytes(report.bytes_in)} -> {short_bytes(report.bytes_out)}"),
-        ("quantized", f"{report.share:.1%} of {report.weights:,} weights, {options.spec.codebook}"),
+        ("quantized", f"{report.share:.1%} of {report.weights:,} weights, {codebook}"),
         ("", f"(decided by {report.decided_by})"),
         ("bits per weight", f"{report.bits_per_weight:.4f}"),
+        *target_rows(report.target),
         *importance_rows(report.importance),
-        ("entropy", f"{before:.4f} -> {after:.4f} bits a code, of {options.spec.bits}"),
+        ("entropy", f"{before:.4f} -> {after:.4f} bits a code{most}"),
         ("relative error", f"{report.relative_error:.5f} (squared, of the weights' energy)"),
         *calibration_rows(report.calibration),
         ("worst tensors", ""),

@@ -10,7 +10,7 @@ text. A class that does not is refused with `NotLayered`.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -82,13 +82,9 @@ class LayeredModel:
         with self.source.loaded(self.model, self._is_outside, self.device, self.read_order):
             yield
 
-    def tables(self, names: Container[str]) -> dict[str, torch.Tensor]:
-        """Those of the tensors `names` that no layer holds, as the files have them, in float32.
-
-        Called inside `outside`.
-        """
-        found = self.source.held(self.model, self._is_outside)
-        return {name: value for name, value in found.items() if name in names}
+    def tables(self) -> dict[str, torch.Tensor]:
+        """Tensors that no layer holds, by name, as they are held now; called inside `outside`."""
+        return self.source.held(self.model, self._is_outside)
 
     @contextmanager
     def whole(self) -> Iterator[None]:
@@ -104,16 +100,22 @@ class LayeredModel:
         with self.source.loaded(self.model, wanted, self.device, self.read_order):
             yield self.module(self.layers[number])
 
-    def plan_reading(self, first: int, passes: int, *, finish: bool = True) -> ReadOrder:
+    def plan_reading(
+        self, first: int, passes: int, *, finish: bool = True, back: bool = False
+    ) -> ReadOrder:
         """The files in the order of a run: outside, the layers from `first` on, outside again.
 
-        Each layer is loaded in so many `passes`; a run that does not `finish` ends with the last.
+        Each layer is loaded in so many `passes`; a run that does not `finish` ends with the last,
+        and one that goes `back` with the first, after all others in reverse.
         """
         outside = self.source.tensors(self.model, self._is_outside)
         infos = [*outside]
         for number in range(first, len(self.layers)):
             infos += self.source.tensors(self.model, self._is_of(number)) * passes
-        return self.source.checkpoint.read_order([*infos, *(outside if finish else ())])
+        infos += outside if finish else []
+        for number in reversed(range(first, len(self.layers)) if back else ()):
+            infos += self.source.tensors(self.model, self._is_of(number))
+        return self.source.checkpoint.read_order(infos)
 
     @property
     def held_bytes(self) -> int:

@@ -26,7 +26,7 @@ class InspectReport:
             "producer": manifest.get("producer"),
             "source": manifest.get("source"),
             "options": manifest.get("options"),
-            **({"importance": manifest["importance"]} if "importance" in manifest else {}),
+            **{key: manifest[key] for key in ("importance", "target") if key in manifest},
             "quantization_config": artifact.config.to_dict(),
             "shards": len(artifact.checkpoint.shards),
             "total": self.total.to_dict(),

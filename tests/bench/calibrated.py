@@ -4,7 +4,8 @@
     python tests/bench/calibrated.py MODEL --text C4 --judge OTHER --codebooks int3 --ablation
     python tests/bench/calibrated.py MODEL --text C4 --judge OTHER --tokens 4096,16384
 
-Every row quantizes MODEL in blocks of 64 and measures it beside the dense model on the same
+Ways are objectives without data, importance, calibrated, "entropy calibrated" (the paper's ICQ as
+its start) and self (the text sampled from MODEL). Every row quantizes MODEL in blocks of 64 and measures it beside the dense model on the same
 windows; seconds are of quantizing alone. Folders of peers.py are judged by --beside. The ablation
 adds one piece of the loop after the other.
 """
@@ -119,6 +120,8 @@ def _ways(
         spec = QuantSpec(codebook, 64, "entropy" if "entropy" in way else "mse")
         if "calibrated" in way:
             yield codebook, way, _calibrated(asked, codebook, spec.objective, tokens)
+        elif way == "self":
+            yield codebook, way, _calibrated(asked, codebook, "mse", tokens, text="self")
         elif way == "importance":
             file = scratch / "importance.safetensors"
             if not file.exists():
@@ -134,7 +137,8 @@ def _ways(
 def _calibrated(
     asked: argparse.Namespace, codebook: str, objective: str, tokens: int, **changes: Any
 ) -> QuantizeOptions:
-    chosen = CalibrationOptions(asked.text, tokens=tokens, window=asked.context, **changes)
+    given = {"text": asked.text, "tokens": tokens, "window": asked.context, **changes}
+    chosen = CalibrationOptions(**given)
     spec = QuantSpec(codebook, 64, objective)
     return QuantizeOptions(spec, calibrate=chosen, threads=asked.threads)
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from types import MappingProxyType
 
 import torch
 
 from irq_convert.errors import IrqError
 from irq_convert.hf.layered import LayeredModel
 from irq_convert.jobs.calibration.states import StateFile
-from irq_convert.jobs.common.metrics import ratio_estimate, token_scores
+from irq_convert.jobs.common.metrics import MeanEstimate, ratio_estimate, token_scores
 
 
 @dataclass(frozen=True)
@@ -40,13 +41,25 @@ def judge(
     streams: Mapping[str, tuple[StateFile, int]],
     tables: Mapping[str, torch.Tensor],
 ) -> Judgement:
-    """Compare the streams "quantized" and "plain" with "source", all behind the last layer.
+    """`divergences` of the streams "quantized" and "plain"."""
+    found = divergences(model, ids, streams, tables)
+    own, plain = found["quantized"], found["plain"]
+    return Judgement(own.value, own.se, plain.value, plain.se)
+
+
+def divergences(
+    model: LayeredModel,
+    ids: torch.Tensor,
+    streams: Mapping[str, tuple[StateFile, int]],
+    tables: Mapping[str, torch.Tensor] = MappingProxyType({}),
+) -> dict[str, MeanEstimate]:
+    """KL divergence to the stream "source" of every other one, all behind the last layer.
 
     `ids` are the held-out windows; each stream has them from the window on that is given with it.
     `tables` are embeddings and heads as the artifact has them, by tensor, where it has its own.
     Called inside `model.outside()`. Raises `IrqError` for logits that are not finite.
     """
-    sums: dict[str, list[float]] = {"quantized": [], "plain": []}
+    sums: dict[str, list[float]] = {name: [] for name in streams if name != "source"}
     for number in range(len(ids)):
         one = ids[number : number + 1]
 
@@ -67,5 +80,4 @@ def judge(
     for name, mean in means.items():
         if not mean.value == mean.value:
             raise IrqError(f"the {name} model gives NaN or infinite logits on this text")
-    own, plain = means["quantized"], means["plain"]
-    return Judgement(own.value, own.se, plain.value, plain.se)
+    return means

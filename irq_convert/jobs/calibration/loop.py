@@ -175,7 +175,8 @@ class Calibration:
             name: dequantize_tensor(
                 quantize_tensor(weight, self.specs[name], threads=self.threads, name=name)
             )
-            for name, weight in self.model.tables(self.specs).items()
+            for name, weight in self.model.tables().items()
+            if name in self.specs
         }
 
     def _layer(

@@ -126,8 +126,16 @@ def _linear(name: str, module: nn.Module, tensor: str) -> Site:
 
 
 @contextmanager
-def listening(model: LayeredModel, sites: tuple[Site, ...], listener: Listener) -> Iterator[None]:
-    """Tell `listener` what each of `sites`, by key, is given while its layer runs."""
+def listening(
+    model: LayeredModel,
+    sites: tuple[Site, ...],
+    listener: Listener,
+    outputs: Listener | None = None,
+) -> Iterator[None]:
+    """Tell `listener` what each of `sites`, by key, is given while its layer runs.
+
+    `outputs` is told what it returns.
+    """
     stacks: dict[str, dict[str, tuple[str, bool]]] = {}
     with ExitStack() as hooks:
         for site in sites:
@@ -135,9 +143,11 @@ def listening(model: LayeredModel, sites: tuple[Site, ...], listener: Listener) 
                 own = stacks.setdefault(site.module, {})
                 own[site.parameter] = (site.key, site.transposed)
             else:
-                hooks.enter_context(linear_inputs(model.module(site.module), site.key, listener))
-        for module, named in stacks.items():
-            hooks.enter_context(expert_inputs(model.module(module), named, listener))
+                module = model.module(site.module)
+                hooks.enter_context(linear_inputs(module, site.key, listener, outputs))
+        for name, named in stacks.items():
+            experts = model.module(name)
+            hooks.enter_context(expert_inputs(experts, named, listener, outputs))
         yield
 
 

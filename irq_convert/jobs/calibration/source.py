@@ -56,10 +56,16 @@ def checkpoint_tokenizer(checkpoint: Checkpoint) -> Any:
     return source_tokenizer(checkpoint.folder, made, checkpoint.other_files, config)
 
 
+def longest_context(config: Any) -> int | None:
+    """The most tokens that a model of `config` takes at once, where it says."""
+    most = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return most if most is not None and most > 0 else None
+
+
 def check_context(config: Any, window: int, option: str) -> None:
     """Raise `UsageError` naming `option` for a window longer than a model of `config` takes."""
-    most = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if most is not None and 0 < most < window:
+    most = longest_context(config)
+    if most is not None and most < window:
         raise UsageError(f"{option} {window} is longer than the model's context of {most} tokens")
 
 

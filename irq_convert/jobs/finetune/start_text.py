@@ -92,7 +92,8 @@ class TextStart:
         """States before the first layer, of both streams; they stay in their files."""
         streams: list[StateFile] = []
         with self.model.outside():
-            tables = {n: self.weights.quantized(n) for n in self.model.tables(self.weights.names)}
+            packed = self.weights.names & self.model.tables().keys()
+            tables = {name: self.weights.quantized(name) for name in packed}
             for start, stop in self.chunks():
                 states = self.model.begin(self.ids[start:stop])
                 if not streams:

@@ -20,9 +20,9 @@ from irq_convert.hf.layer_weights import WeightSource
 from irq_convert.hf.layered import LayeredModel
 from irq_convert.jobs.calibration.sites import Site, find_sites, listening, sites_below
 from irq_convert.jobs.calibration.source import check_vocabulary
+from irq_convert.jobs.calibration.squares import Squares
 from irq_convert.jobs.calibration.states import StateFile, chunks, state_file
 from irq_convert.jobs.common.memory import available_memory
-from irq_convert.jobs.measure.squares import Squares
 from irq_convert.progress import Progress
 
 SPARE = 1_000_000_000

@@ -33,6 +33,7 @@ from irq_convert.jobs.quantize.quantize import (
     for_process,
     open_quantize_source,
 )
+from irq_convert.jobs.quantize.target import Point, target_frontier
 from irq_convert.progress import Progress
 
 _SAMPLE = (256, 4096)
@@ -46,7 +47,8 @@ class QuantizeEstimate:
     `kept` counts the numbers that would be copied, by the reason. `finished` of the `shards` are
     there already and would be used; `disk_needed` is for the others. `fetched` is the most that the
     source's files take in `fetched_to` when they come from the Hub, beside `disk_needed`.
-    `source_format` says how the weights are stored, as `inspect` does.
+    `source_format` says how the weights are stored, as `inspect` does; `frontier` what other
+    sizes than the target would give.
     """
 
     model: str
@@ -71,6 +73,7 @@ class QuantizeEstimate:
     calibration: CalibrationCost | None = None
     importance: Mapping[str, Any] | None = None
     source_format: str = PLAIN
+    frontier: tuple[Point, ...] = ()
 
     @property
     def share(self) -> float:
@@ -108,9 +111,12 @@ def estimate_quantize(
         plan = plan_quantize(checkpoint, options)
         for note in plan.notes:
             progress.note(note)
+        weighing = plan_importance(file, plan, progress)
+        points: tuple[Point, ...] = ()
+        if options.target is not None:
+            plan, points = target_frontier(plan, model, out, options, weighing, progress)
         sizes = plan.bytes_in, plan.folder.bytes_out, plan.bytes_needed
         cost = _calibration_cost(plan, options, progress)
-        weighing = plan_importance(file, plan, progress)
         job = quantize_job(plan, model, out, options, weighing=weighing)
         # What a calibrated run has left is told by the result of calibrating, which is not known.
         found = scan_finished(job) if cost is None else None
@@ -142,6 +148,7 @@ def estimate_quantize(
         source_format=stored_as(job.identity.source),
         calibration=cost,
         importance=None if weighing is None else weighing.record,
+        frontier=points,
     )
 
 

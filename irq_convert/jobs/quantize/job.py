@@ -35,10 +35,15 @@ def quantize_identity(
     return Identity(
         job=f"quantize to format irq {FORMAT_VERSION}",
         source=describe_source(checkpoint, model),
-        options={**options.to_dict(), **of_data},
+        options={**options.to_dict(), **of_data, **_formats(plan, options)},
         plan=plan_digest(headers),
         files={} if pinned else fingerprint_files(checkpoint.folder, checkpoint.shards),
     )
+
+
+def _formats(plan: QuantizePlan, options: QuantizeOptions) -> dict[str, Any]:
+    """What a target has chosen, which the options do not tell."""
+    return {} if options.target is None else {"formats": plan.config.to_dict()}
 
 
 def output_shards(

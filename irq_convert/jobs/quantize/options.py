@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from irq_convert.checkpoint.meta_params import VERSIONS
 from irq_convert.core.codebook import (
     CODEBOOKS,
+    FAMILIES,
     FAMILIES_IN_WORDS,
     WIDTHS,
     WIDTHS_IN_WORDS,
@@ -21,6 +22,7 @@ from irq_convert.errors import UsageError
 from irq_convert.jobs.calibration.options import CalibrationOptions
 from irq_convert.jobs.common.options import MAX_SHARD_BYTES, check_sizes, fix_choices
 from irq_convert.jobs.common.resume import Resume
+from irq_convert.jobs.sizing.options import TargetOptions
 
 TILE_WEIGHTS = 1 << 21
 
@@ -54,7 +56,8 @@ class QuantizeOptions:
     `include_embeddings` the input embeddings and the output head. `llama_version` is
     asked for where Meta's own files do not tell it. `resume` says whether shards that an earlier
     run has left are used. `calibrate` fits the weights to a text, layer by layer; `importance` is
-    a file that says how much each input column counts.
+    a file that says how much each input column counts. `target` asks for a size: codebook and block
+    size of `spec` then give way to the mix that damages least, and `bits_for` fixes bits.
     """
 
     spec: QuantSpec = field(default_factory=QuantSpec)
@@ -72,24 +75,27 @@ class QuantizeOptions:
     resume: Resume = Resume.AUTO
     calibrate: CalibrationOptions | None = None
     importance: Path | None = None
+    target: TargetOptions | None = None
 
     @classmethod
     def of(
         cls,
         *,
         bits: int | None = None,
-        codebook: str = "nf",
-        block_size: int = 64,
+        codebook: str | None = None,
+        block_size: int | None = None,
         objective: str | None = None,
         refine: int = 0,
         zero_point: str = "float",
         calibrate: CalibrationOptions | str | Path | None = None,
         importance: Path | str | None = None,
+        target: TargetOptions | None = None,
         **others: Any,
     ) -> QuantizeOptions:
         """Options with their spec in a person's words: `bits=3, codebook="nf"`.
 
-        `codebook` is a family, or a full name, which says the bits itself; 4 bits by default.
+        `codebook` is a family, or a full name, which says the bits itself; "nf" and 4 bits by
+        default. With a `target` there are no bits, and codebook and block size limit its choices.
         `objective` None is what is best for the codebook, and squared error where inputs weigh it.
         `calibrate` may be the name of a text alone. `others` are the fields of this class.
         Raises `UsageError` as `codebook_name`, `QuantSpec` and this class do.
@@ -98,13 +104,19 @@ class QuantizeOptions:
             calibrate = CalibrationOptions(str(calibrate))
         others["calibrate"] = calibrate
         others["importance"] = None if importance is None else Path(importance)
+        others["target"] = target
         if "spec" in others:
             return cls(**others)
+        if target is not None:
+            others["target"] = _limited(target, bits, codebook, block_size)
+        if codebook is None:
+            codebook = "int" if target is not None and zero_point == "integer" else "nf"
         if bits is None:
             bits = CODEBOOKS[codebook].bits if codebook in CODEBOOKS else 4
         name = codebook_name(codebook, bits)
-        best = "auto" if calibrate is None and importance is None else Objective.MSE
-        spec = QuantSpec(name, block_size, objective or best, refine, zero_point)
+        plain = calibrate is None and importance is None and target is None
+        best = "auto" if plain else Objective.MSE
+        spec = QuantSpec(name, block_size or 64, objective or best, refine, zero_point)
         return cls(spec=spec, **others)
 
     def __post_init__(self) -> None:
@@ -132,8 +144,10 @@ class QuantizeOptions:
         """What decides the bytes of the artifact, for the manifest."""
         own = {} if self.calibrate is None else self.calibrate.to_dict()
         calibration = {f"calibration_{name}": value for name, value in own.items()}
+        target = {} if self.target is None else {"target": self.target.to_dict()}
         return {
             **calibration,
+            **target,
             "codebook": self.spec.codebook,
             "block_size": self.spec.block_size,
             "objective": self.spec.objective,
@@ -145,6 +159,24 @@ class QuantizeOptions:
             **({"include_embeddings": True} if self.include_embeddings else {}),
             "max_shard_bytes": self.max_shard_bytes,
         }
+
+
+def _limited(
+    target: TargetOptions, bits: int | None, codebook: str | None, block_size: int | None
+) -> TargetOptions:
+    """`target` with what else is asked of its choices."""
+    if bits is not None:
+        raise UsageError(
+            f"--bits {bits} and a target: the target chooses the bits; fix single weights by "
+            "--bits-for, --at-least or --at-most"
+        )
+    if codebook is not None and codebook not in FAMILIES:
+        raise UsageError(f"--codebook {codebook}: with a target, choose {FAMILIES_IN_WORDS}")
+    return replace(
+        target,
+        families=target.families if codebook is None else (codebook,),
+        blocks=target.blocks if block_size is None else (block_size,),
+    )
 
 
 def _check_expression(option: str, pattern: str) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from irq_convert.artifact.config import (
@@ -12,7 +13,7 @@ from irq_convert.artifact.config import (
     module_name,
 )
 from irq_convert.artifact.head import untied_config
-from irq_convert.artifact.manifest import MANIFEST_NAME, manifest_room
+from irq_convert.artifact.manifest import MANIFEST_NAME, manifest_limit, manifest_room
 from irq_convert.artifact.structure import part_specs
 from irq_convert.checkpoint.float_dtypes import FLOATS
 from irq_convert.checkpoint.header import TensorInfo
@@ -24,7 +25,7 @@ from irq_convert.core.spec import QuantSpec
 from irq_convert.errors import IrqError
 from irq_convert.hf.linears import Linears, find_linears
 from irq_convert.hf.usable import refuse_unusable
-from irq_convert.jobs.quantize.made_files import make_files
+from irq_convert.jobs.quantize.made_files import MadeFiles, make_files
 from irq_convert.jobs.quantize.options import QuantizeOptions, codebook_name
 from irq_convert.jobs.quantize.refusals import (
     check_copied,
@@ -88,6 +89,9 @@ class QuantizePlan:
     kept: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     tables: frozenset[str] = frozenset()
+    remake: Callable[[Mapping[str, QuantSpec | None]], QuantizePlan] | None = field(
+        default=None, repr=False
+    )
 
     @property
     def quantized(self) -> list[TensorPlan]:
@@ -118,6 +122,12 @@ class QuantizePlan:
         names = (tensor.name for tensor in self.quantized)
         files = len(self.folder.carried) + len(self.folder.shards)
         return self.folder.bytes_out + manifest_room(names, files)
+
+    @property
+    def bytes_at_most(self) -> int:
+        """What the artifact takes: all files, and a manifest at its longest."""
+        names = (tensor.name for tensor in self.quantized)
+        return self.folder.bytes_out + manifest_limit(names, len(self.folder.files))
 
 
 def plan_quantize(
@@ -153,9 +163,27 @@ def plan_quantize(
     quantized = {tensor.name: None for tensor in tensors if tensor.spec}
     check_names(checkpoint.tensors, quantized)
     check_copied(checkpoint.tensors, quantized)
-    kept = sorted(linears.tensors - set(quantized))
+    return _assemble(checkpoint, tensors, linears, made, options)
+
+
+def replan(plan: QuantizePlan, specs: Mapping[str, QuantSpec | None]) -> QuantizePlan:
+    """`plan` with other `specs` for the weights named, None to leave one as it is."""
+    assert plan.remake is not None
+    return plan.remake(specs)
+
+
+def _assemble(
+    checkpoint: Checkpoint,
+    tensors: Sequence[TensorPlan],
+    linears: Linears,
+    made: MadeFiles,
+    options: QuantizeOptions,
+) -> QuantizePlan:
+    """The folder that holds `tensors`, and its configuration."""
+    quantized = {tensor.name for tensor in tensors if tensor.spec}
+    kept = sorted(linears.tensors - quantized)
     config = _config(tensors, (*linears.modules_kept, *_modules_of(kept, linears)), options)
-    tables = frozenset(linears.tables) & frozenset(quantized)
+    tables = frozenset(linears.tables) & quantized
     source_config = checkpoint.config or {}
     if linears.apart and tables:
         source_config = untied_config(source_config)
@@ -167,6 +195,11 @@ def plan_quantize(
         replaced=(MANIFEST_NAME, *made.replaced),
         made=made.files,
     )
+
+    def remake(specs: Mapping[str, QuantSpec | None]) -> QuantizePlan:
+        others = [replace(each, spec=specs.get(each.name, each.spec)) for each in tensors]
+        return _assemble(checkpoint, others, linears, made, options)
+
     return QuantizePlan(
         checkpoint,
         folder,
@@ -175,6 +208,7 @@ def plan_quantize(
         _weights_kept(tensors, linears),
         (*made.notes, *(f"{name} stays dense: {why}" for name, why in linears.left.items())),
         tables,
+        remake,
     )
 
 
@@ -224,7 +258,11 @@ def _format(spec: QuantSpec, transposed: bool = False) -> ModuleFormat:
 def _config(
     tensors: Sequence[TensorPlan], kept: Sequence[str], options: QuantizeOptions
 ) -> QuantizationConfig:
+    common = Counter(_format(tensor.spec) for tensor in tensors if tensor.spec)
+    # What a mix has most of; else the options' own, which every reader has seen so far.
     default = _format(options.spec)
+    if options.target is not None and common:
+        default = max(common, key=lambda each: (common[each], str(each)))
     overrides = {}
     for tensor in tensors:
         if tensor.spec is None:

@@ -50,6 +50,7 @@ from irq_convert.jobs.quantize.job import quantize_job
 from irq_convert.jobs.quantize.options import QuantizeOptions
 from irq_convert.jobs.quantize.plan import QuantizePlan, plan_quantize
 from irq_convert.jobs.quantize.report import QuantizeReport, WorstTensor
+from irq_convert.jobs.quantize.target import Sized, reach_target
 from irq_convert.progress import Progress
 from irq_convert.version import PRODUCER
 
@@ -92,9 +93,10 @@ def quantize(
 
 
 def default_output(model: str | Path, options: QuantizeOptions) -> Path:
-    """`NAME-irq-CODEBOOK` in the current folder; "." and ".." have names, too."""
+    """`NAME-irq-CODEBOOK`, or `-mix`, in the current folder; "." and ".." have names, too."""
     name = os.path.basename(os.path.abspath(model))  # noqa: PTH100, PTH119 - links keep their name
-    return Path(f"{name or 'model'}-irq-{options.spec.codebook}")
+    kind = options.spec.codebook if options.target is None else "mix"
+    return Path(f"{name or 'model'}-irq-{kind}")
 
 
 def for_process(options: QuantizeOptions, ranks: Ranks) -> QuantizeOptions:
@@ -134,15 +136,17 @@ def _quantize(
             progress.note(note)
         require_readable(checkpoint.folder, plan.folder.carried)
         weighing = plan_importance(file, plan, progress)
+        sized = reach_target(plan, model, out, options, weighing, processes, progress)
+        plan = sized.plan
         calibration = plan_calibration(plan, options, progress, first=processes.ranks.first)
         load_kernels(options.spec, progress, device=options.device, threads=options.threads)
         lent = calibrated_weights(plan, calibration, model, out, options, processes, progress)
         with lent as fitted:
-            return _write_shards(plan, model, out, options, processes, progress, fitted, weighing)
+            return _write_shards(sized, model, out, options, processes, progress, fitted, weighing)
 
 
 def _write_shards(
-    plan: QuantizePlan,
+    sized: Sized,
     model: str,
     out: Path,
     options: QuantizeOptions,
@@ -151,6 +155,7 @@ def _write_shards(
     fitted: Fitted | None,
     weighing: Weighing | None,
 ) -> QuantizeReport:
+    plan = sized.plan
     record = None if fitted is None else fitted.record
     of_data = {} if record is None else {"calibration_record": record}
     made = None if fitted is None else fitted.kept
@@ -163,7 +168,8 @@ def _write_shards(
         progress.stage("checksums")
         files = written.write_rest(plan.folder)
         stats = {name: decode_stats(found) for name, found in written.results.items()}
-        manifest = _manifest(plan, model, options, stats, files, record, importance)
+        of_data = {"calibration": record, "importance": importance, "target": sized.record}
+        manifest = _manifest(plan, model, options, stats, files, of_data)
         write_json_atomic(written.folder / MANIFEST_NAME, manifest)
         size = (written.folder / MANIFEST_NAME).stat().st_size
         size += sum(int(entry["bytes"]) for entry in files.values())
@@ -205,8 +211,7 @@ def _manifest(
     options: QuantizeOptions,
     stats: Mapping[str, TensorStats],
     files: Mapping[str, Mapping[str, Any]],
-    record: Mapping[str, Any] | None,
-    importance: Mapping[str, Any] | None,
+    of_data: Mapping[str, Mapping[str, Any] | None],
 ) -> dict[str, Any]:
     listed = {name: entry for name, entry in files.items() if is_listed(name)}
     tensors = {
@@ -228,8 +233,7 @@ def _manifest(
         files=listed,
         tensors=tensors,
         totals=totals,
-        calibration=record,
-        importance=importance,
+        **of_data,
     )
 
 
@@ -253,5 +257,6 @@ def _report(plan: QuantizePlan, out: Path, manifest: dict[str, Any], size: int) 
         kept=plan.kept,
         calibration=manifest.get("calibration"),
         importance=manifest.get("importance"),
+        target=manifest.get("target"),
         source_format=stored_as(manifest["source"]),
     )

@@ -45,6 +45,7 @@ class QuantizeReport:
     source_format: str = PLAIN
     calibration: Mapping[str, Any] | None = None
     importance: Mapping[str, Any] | None = None
+    target: Mapping[str, Any] | None = None
 
     @property
     def share(self) -> float:

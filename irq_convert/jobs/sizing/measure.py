@@ -1,0 +1,135 @@
+"""What every choice is expected to cost at every weight: one pass there, and one back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from irq_convert.artifact.sensitivity import Sensitivity, Width
+from irq_convert.core.codebook import WIDTHS
+from irq_convert.core.solver.moments import full_precision
+from irq_convert.core.spec import QuantSpec
+from irq_convert.core.threads import torch_threads
+from irq_convert.hf.layered import LayeredModel
+from irq_convert.jobs.calibration.states import StateFile
+from irq_convert.jobs.calibration.text import Windows
+from irq_convert.jobs.common.metrics import MeanEstimate
+from irq_convert.jobs.sizing.backward import Backward
+from irq_convert.jobs.sizing.choices import Choice
+from irq_convert.jobs.sizing.damage import damages
+from irq_convert.jobs.sizing.forward import Forward
+from irq_convert.progress import Progress
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured: `tensors` of `model`, by their names in the files, on `windows`.
+
+    `base` says how a weight is quantized, besides the choice; `weigh` as in `Forward`.
+    """
+
+    model: LayeredModel
+    tensors: tuple[str, ...]
+    windows: Windows
+    base: QuantSpec
+    weigh: Mapping[str, np.ndarray] | str | None
+    seed: int = 0
+    threads: int | None = None
+
+
+def measure_sensitivity(
+    subject: Subject,
+    choices: Sequence[Choice],
+    settings: Mapping[str, Any],
+    source: Mapping[str, Any],
+    folder: Path,
+    progress: Progress,
+) -> Sensitivity:
+    """The expected damage of all `choices` at every tensor, and what each width costs in truth.
+
+    States wait in `folder`, which exists: 4 bytes x tokens x width for every layer. A tensor that
+    the text does not reach has damage 0. Raises `IrqError` and `NotLayered` as the passes do.
+    """
+    model, layers = subject.model, len(subject.model.layers)
+    progress.phase("measuring", 2 * layers, 0)
+    model.read_order = model.plan_reading(0, passes=1, back=True)
+    widths = {str(bits): _of_width(choices, bits) for bits in WIDTHS}
+    streams = {
+        bits: dict.fromkeys(subject.tensors, choice.spec(subject.base))
+        for bits, choice in widths.items()
+        if choice is not None
+    }
+    forward = Forward(
+        model, subject.windows, streams, subject.weigh, folder, progress, subject.threads,
+        keep_states=True,
+    )  # fmt: skip
+    back = Backward(
+        model, subject.windows, frozenset(subject.tensors), forward.states, folder, progress
+    )
+    found: dict[str, np.ndarray] = {}
+    specs = [spec for spec in (choice.spec(subject.base) for choice in choices) if spec]
+
+    def damage(name: str, weight: torch.Tensor, outputs: np.ndarray) -> None:
+        inputs = forward.means.get(name)
+        if inputs is None:
+            found[name] = np.zeros(len(specs))
+            return
+        found[name] = damages(
+            weight, np.atleast_2d(inputs), outputs, specs, weighed=subject.weigh is not None,
+            name=name, threads=subject.threads,
+        )  # fmt: skip
+
+    with torch.no_grad(), torch_threads(subject.threads), full_precision(), ExitStack() as files:
+
+        def behind(states: StateFile) -> None:
+            back.begin(states, files, subject.seed)
+
+        seen = forward.run(behind)
+        back.run(damage)
+    names = tuple(str(choice) for choice in choices)
+    known = {bits: choice for bits, choice in widths.items() if choice is not None}
+    return Sensitivity(found, names, _widths(found, names, known, seen), settings, source)
+
+
+def compare(
+    subject: Subject,
+    mixes: Mapping[str, Mapping[str, QuantSpec | None]],
+    folder: Path,
+    progress: Progress,
+) -> dict[str, MeanEstimate]:
+    """KL divergence to the source of every one of `mixes`, on the held-out windows."""
+    model = subject.model
+    progress.phase("judging", len(model.layers), 0)
+    model.read_order = model.plan_reading(0, passes=1)
+    forward = Forward(
+        model, subject.windows, mixes, subject.weigh, folder, progress, subject.threads
+    )
+    with torch.no_grad(), torch_threads(subject.threads), full_precision():
+        return forward.run()
+
+
+def _of_width(choices: Sequence[Choice], bits: int) -> Choice | None:
+    """The choice that stands for a width: the first family, and the block nearest to 64."""
+    mine = [choice for choice in choices if choice.bits == bits and choice.block_size]
+    return min(mine, key=lambda choice: abs((choice.block_size or 0) - 64), default=None)
+
+
+def _widths(
+    found: Mapping[str, np.ndarray],
+    names: Sequence[str],
+    widths: Mapping[str, Choice],
+    seen: Mapping[str, MeanEstimate],
+) -> dict[int, Width]:
+    result = {}
+    for bits, choice in widths.items():
+        at = names.index(str(choice))
+        expected = float(sum(values[at] for values in found.values()))
+        if expected > 0 and seen[bits].value > 0:
+            result[int(bits)] = Width(expected, seen[bits].value, seen[bits].se)
+    return result

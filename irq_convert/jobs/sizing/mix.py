@@ -1,0 +1,107 @@
+"""The mix that fits, and the best that one choice for all does in as many bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from irq_convert.artifact.sensitivity import Sensitivity
+from irq_convert.jobs.sizing.choices import DENSE, Choice
+from irq_convert.jobs.sizing.knapsack import Option, frontier, solve
+from irq_convert.jobs.sizing.rules import Group
+
+Bytes = Callable[[str, Choice], int]
+"""What a tensor takes in the artifact when a choice is taken."""
+
+
+@dataclass(frozen=True)
+class Mix:
+    """A choice for every tensor; `nbytes` of them all, and the KL that is `expected` of it."""
+
+    choices: Mapping[str, Choice]
+    nbytes: int
+    expected: float
+
+    @property
+    def uniform(self) -> Choice | None:
+        """The one choice that all have; None where they differ."""
+        found = set(self.choices.values())
+        return next(iter(found)) if len(found) == 1 else None
+
+
+@dataclass(frozen=True)
+class Market:
+    """Groups of tensors with what every choice costs them and damages."""
+
+    groups: tuple[Group, ...]
+    sensitivity: Sensitivity
+    nbytes: Bytes
+
+    def options(self, group: Group) -> list[Option]:
+        """What each of the group's choices costs, in their order."""
+        return [self._option(group, choice) for choice in group.choices]
+
+    def _option(self, group: Group, choice: Choice) -> Option:
+        cost = sum(self.nbytes(name, choice) for name in group.tensors)
+        return Option(cost, sum(self._damage(name, choice) for name in group.tensors))
+
+    def _damage(self, name: str, choice: Choice) -> float:
+        if choice == DENSE:
+            return 0.0
+        return self.sensitivity.damage(name, str(choice), choice.bits)
+
+    @property
+    def table(self) -> list[list[Option]]:
+        """The options of all groups."""
+        return [self.options(group) for group in self.groups]
+
+    @property
+    def extent(self) -> tuple[int, int]:
+        """Bytes of the smallest and of the largest mix."""
+        sizes = [[option.nbytes for option in options] for options in self.table]
+        return sum(map(min, sizes)), sum(map(max, sizes))
+
+    def best(self, room: int) -> Mix | None:
+        """The mix that damages least in `room` bytes; None where nothing fits."""
+        table = self.table
+        found = solve(table, room)
+        return None if found is None else self._mix(found.chosen, table)
+
+    def best_uniform(self, room: int) -> Mix | None:
+        """The least damage that one choice for all does, wherever rules leave it."""
+        table = self.table
+        candidates = []
+        for choice in dict.fromkeys(c for group in self.groups for c in group.choices):
+            if choice != DENSE:
+                chosen = [_nearest(group.choices, choice) for group in self.groups]
+                candidates.append(self._mix(chosen, table))
+        fitting = [mix for mix in candidates if mix.nbytes <= room]
+        return min(fitting, key=lambda mix: (mix.expected, mix.nbytes), default=None)
+
+    def _mix(self, chosen: Sequence[int], table: Sequence[Sequence[Option]]) -> Mix:
+        taken = [options[at] for options, at in zip(table, chosen, strict=True)]
+        choices = {
+            name: group.choices[at]
+            for group, at in zip(self.groups, chosen, strict=True)
+            for name in group.tensors
+        }
+        return Mix(choices, sum(o.nbytes for o in taken), sum(o.damage for o in taken))
+
+    def frontier(self, most: int = 12) -> list[tuple[int, float]]:
+        """About `most` points of the best mixes, (bytes, expected KL), evenly spaced in bytes."""
+        points = frontier(self.table)
+        first, last = points[0][0], points[-1][0]
+        wanted = [first + (last - first) * i / max(1, most - 1) for i in range(most)]
+        found = [min(points, key=lambda point: abs(point[0] - at)) for at in wanted]
+        return list(dict.fromkeys(found))
+
+
+def _nearest(choices: Sequence[Choice], wanted: Choice) -> int:
+    """Which of `choices` is `wanted`, or comes nearest to it: in bits, then block, then family."""
+
+    def distance(at: int) -> tuple[int, int, bool, int]:
+        choice = choices[at]
+        block = abs((choice.block_size or 0) - (wanted.block_size or 0))
+        return abs(choice.bits - wanted.bits), block, choice.codebook != wanted.codebook, at
+
+    return min(range(len(choices)), key=distance)
