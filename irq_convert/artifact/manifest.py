@@ -151,7 +151,7 @@ def manifest_room(tensors: Iterable[str], files: int) -> int:
 def manifest_limit(tensors: Iterable[str], files: int) -> int:
     """Bytes that a manifest of `tensors` and so many `files` does not exceed; tighter than room."""
     names = [len(json.dumps(name)) for name in tensors]
-    return (1 << 13) + 400 * len(names) + 384 * files + sum(names)
+    return 6_000 + 400 * len(names) + 256 * files + sum(names)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -5,9 +5,9 @@
     python tests/bench/calibrated.py MODEL --text C4 --judge OTHER --tokens 4096,16384
 
 Ways are objectives without data, importance, calibrated, "entropy calibrated" (the paper's ICQ as
-its start) and self (the text sampled from MODEL). Every row quantizes MODEL in blocks of 64 and measures it beside the dense model on the same
-windows; seconds are of quantizing alone. Folders of peers.py are judged by --beside. The ablation
-adds one piece of the loop after the other.
+its start) and self (the text sampled from MODEL). Every row quantizes MODEL in blocks of 64 and
+measures it beside the dense model on the same windows; seconds are of quantizing alone. Folders of
+peers.py are judged by --beside. The ablation adds one piece of the loop after the other.
 """
 
 from __future__ import annotations

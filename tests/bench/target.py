@@ -1,4 +1,4 @@
-"""What a mix is worth: KL to the source beside one choice for all and two naive mixes, size by size.
+"""What a mix is worth: KL to the source beside one choice for all and two naive mixes, by size.
 
     python tests/bench/target.py MODEL --text FIRST --judge LAST --bits 2.28,2.52,3.28,3.52
     python tests/bench/target.py MODEL --text FIRST --judge LAST --ways plain,importance,calibrated
@@ -107,15 +107,17 @@ class Bench:
                 names.append(tensor.name)
         return base, names
 
-    def row(self, way: str, bits: float, kind: str, **settings: Any) -> None:
+    def row(self, way: str, asked: float, kind: str, **settings: Any) -> None:
+        """Quantize, judge and print."""
         begun = time.perf_counter()
         out = self.quantized(way, **settings)
         seconds = time.perf_counter() - begun
         found, own = self.judge(out), open_artifact(out).bits_per_weight
         kl = f"{found.kl:.4f} ± {found.kl_se:.4f}"
-        print(f"| {way} | {bits:g} | {kind} | {own:.3f} | {seconds:.0f} | {kl} |", flush=True)
+        print(f"| {way} | {asked:g} | {kind} | {own:.3f} | {seconds:.0f} | {kl} |", flush=True)
 
     def quantized(self, way: str, **settings: Any) -> Path:
+        """A folder with the model quantized."""
         self.number += 1
         out = self.scratch / f"{self.number}"
         if "target" not in settings:
@@ -130,6 +132,7 @@ class Bench:
         return out
 
     def importance(self) -> Path:
+        """The file of importance, made once."""
         asked, file = self.asked, self.scratch / "importance.safetensors"
         if not file.exists():
             measure(
@@ -139,6 +142,7 @@ class Bench:
         return file
 
     def judge(self, folder: Path) -> Any:
+        """KL to the source."""
         options = EvalOptions(context=self.asked.context)
         model = load_causal_lm(folder)
         return evaluate_windows(model, self.windows, options, reference=self.reference)

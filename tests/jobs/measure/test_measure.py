@@ -21,10 +21,10 @@ from irq_convert.errors import IrqError, UsageError
 from irq_convert.hf.layered import NotLayered
 from irq_convert.hf.linears import find_linears
 from irq_convert.jobs.calibration.sites import Rows, Site, StoredRows
+from irq_convert.jobs.calibration.squares import Squares
 from irq_convert.jobs.measure import plan as planning
 from irq_convert.jobs.measure import run as running
 from irq_convert.jobs.measure.measure import estimate_measure, measure
-from irq_convert.jobs.calibration.squares import Squares
 from irq_convert.progress import Progress
 from tests.architectures.zoo import BY_NAME, KINDS, make_model
 from tests.folders import change_tensors, listing

@@ -1,0 +1,253 @@
+"""A size is asked for: what comes has it, is an ordinary artifact, and is no worse than uniform."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+import irq_convert
+from irq_convert.artifact.contents import open_artifact
+from irq_convert.artifact.manifest import MANIFEST_NAME
+from irq_convert.errors import UsageError
+from irq_convert.hf.layered import NotLayered
+from irq_convert.jobs.calibration import source as text_source
+from irq_convert.jobs.calibration.options import CalibrationOptions
+from irq_convert.jobs.quantize import target as targeting
+from irq_convert.jobs.quantize.estimate import estimate_quantize
+from irq_convert.jobs.quantize.options import QuantizeOptions
+from irq_convert.jobs.quantize.quantize import quantize
+from irq_convert.jobs.quantize.report import QuantizeReport
+from irq_convert.jobs.sizing.options import TargetOptions
+from irq_convert.progress import Progress
+from tests.architectures.zoo import BY_NAME, write_checkpoint
+from tests.folders import listing
+from tests.jobs.calibration.words import write_word_tokenizer
+from tests.jobs.measure.conftest import VOCABULARY, make, text
+
+__all__ = ["make", "text"]
+
+Make = Callable[[str], Path]
+SIZED = ("Llama 3", "GPT-NeoX")
+
+
+@pytest.fixture
+def make_wide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
+    """Writes a model of the zoo, wide enough for half a percent to be something."""
+    monkeypatch.setattr(text_source, "load_tokenizer", PreTrainedTokenizerFast.from_pretrained)
+
+    def write(name: str) -> Path:
+        wide = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 4}
+        kind = BY_NAME[name]
+        folder = write_checkpoint(replace(kind, values={**kind.values, **wide}), tmp_path / "wide")
+        write_word_tokenizer(folder, VOCABULARY)
+        return folder
+
+    return write
+
+
+class Notes(Progress):
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.lines.append(text)
+
+
+def sized(
+    source: Path, out: Path, text: Path, progress: Progress | None = None, **settings: Any
+) -> QuantizeReport:
+    own = {
+        name: settings.pop(name)
+        for name in ("size", "bits", "file", "within", "at_least", "at_most")
+        if name in settings
+    }
+    target = TargetOptions(text=str(text), tokens=512, window=16, **own)
+    options = QuantizeOptions.of(target=target, threads=1, **settings)
+    return quantize(source, out, options, progress=progress)
+
+
+def folder_size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def test_a_mix_of_so_many_bits(make: Make, text: Path, tmp_path: Path) -> None:
+    source, out = make("Llama 2"), tmp_path / "out"
+    report = sized(source, out, text, bits=3.2)
+    artifact = open_artifact(out)
+    assert 3.1 < artifact.bits_per_weight <= 3.2
+    assert report.target is not None
+    assert report.target["bits"] == 3.2
+    assert report.target["kl"] > 0
+    assert report.target["uniform"]["kl"] > 0
+    kinds = {(t.format.codebook, t.format.block_size) for t in artifact.quantized}
+    assert report.target["kept"] == "uniform" or len(kinds) > 1
+    manifest = json.loads((out / MANIFEST_NAME).read_text())
+    assert manifest["target"] == report.target
+    assert manifest["options"]["target"]["bits"] == 3.2
+    assert irq_convert.verify(out, against=source).ok
+    assert not list(tmp_path.glob("*.states"))
+    model = irq_convert.load(out)
+    assert model.config.quantization_config is not None
+
+
+def test_a_second_run_reads_what_was_measured(make: Make, text: Path, tmp_path: Path) -> None:
+    source, notes = make("Llama 2"), Notes()
+    sized(source, tmp_path / "one", text, notes, bits=3.2)
+    kept = tmp_path / "one.sensitivity.safetensors"
+    assert any(str(kept) in line for line in notes.lines)
+    again = Notes()
+    sized(source, tmp_path / "two", text, again, bits=3.2, file=kept)
+    assert f"sensitivities are read from {kept}" in again.lines
+    assert listing(tmp_path / "one") == listing(tmp_path / "two")
+    sized(source, tmp_path / "three", text, bits=2.6, file=kept)
+    assert open_artifact(tmp_path / "three").bits_per_weight <= 2.6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SIZED)
+def test_the_size_is_what_was_asked_for(
+    make_wide: Make, text: Path, tmp_path: Path, name: str
+) -> None:
+    source, out = make_wide(name), tmp_path / "out"
+    kept = tmp_path / "kept.safetensors"
+    sized(source, tmp_path / "any", text, bits=3.0, file=kept, codebook="int")
+    size = int(1.02 * folder_size(tmp_path / "any"))
+    report = sized(source, out, text, size=size, file=kept, codebook="int")
+    assert 0.995 * size <= folder_size(out) <= size
+    assert report.bytes_out == folder_size(out)
+
+
+def test_the_better_is_kept(
+    make: Make, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, notes = make("Llama 2"), Notes()
+    compare = targeting.compare
+
+    def worse(*args: Any) -> Any:
+        found = dict(compare(*args))
+        found["mix"] = type(found["mix"])(99.0, None)
+        return found
+
+    monkeypatch.setattr(targeting, "compare", worse)
+    report = sized(source, tmp_path / "out", text, notes, bits=3.3)
+    assert report.target is not None
+    assert report.target["kept"] == "uniform"
+    kinds = {
+        (t.format.codebook, t.format.block_size) for t in open_artifact(tmp_path / "out").quantized
+    }
+    assert [f"{a}/{b}" for a, b in kinds] == [report.target["uniform"]["choice"]]
+    assert any("for all is better than the mix" in line for line in notes.lines)
+
+
+def test_rules_hold_in_what_is_written(make: Make, text: Path, tmp_path: Path) -> None:
+    source, out = make("Mixtral"), tmp_path / "out"
+    sized(
+        source, out, text, bits=3.0, codebook="int", block_size=32,
+        at_least=((r"o_proj", 4),), at_most=((r"v_proj", 2),), keep=("k_proj",),
+        bits_for=(("q_proj", 3),),
+    )  # fmt: skip
+    found = {t.name: t.format for t in open_artifact(out).quantized}
+    assert all(f.codebook.startswith("int") and f.block_size == 32 for f in found.values())
+    for part, bits in (("o_proj", {4}), ("v_proj", {2}), ("q_proj", {3})):
+        assert {f.bits for name, f in found.items() if part in name} <= bits
+    assert not any("k_proj" in name for name in found)
+    for layer in (0, 1):
+        for part in ("w1", "w2", "w3"):
+            own = {f for n, f in found.items() if f"layers.{layer}." in n and f".{part}." in n}
+            assert len(own) <= 1  # the experts of a layer share
+    assert irq_convert.verify(out, against=source).ok
+
+
+@pytest.mark.parametrize("how", ["importance", "calibrate"])
+def test_it_goes_with_data(make: Make, text: Path, tmp_path: Path, how: str) -> None:
+    source, out = make("Llama 2"), tmp_path / "out"
+    settings: dict[str, Any] = {}
+    if how == "importance":
+        settings["importance"] = tmp_path / "i.safetensors"
+        irq_convert.measure(source, settings["importance"], text=text, tokens=512, window=16)
+    else:
+        settings["calibrate"] = CalibrationOptions(str(text), tokens=512, window=16)
+    report = sized(source, out, text, bits=3.0, codebook="int", block_size=32, **settings)
+    assert getattr(report, "calibration" if how == "calibrate" else how) is not None
+    assert open_artifact(out).bits_per_weight <= 3.0
+    assert irq_convert.verify(out).ok
+
+
+def test_a_dry_run_shows_the_frontier_and_writes_nothing(
+    make: Make, text: Path, tmp_path: Path
+) -> None:
+    source = make("Llama 2")
+    before = listing(tmp_path)
+    target = TargetOptions(text=str(text), tokens=512, window=16, bits=3.0)
+    found = estimate_quantize(
+        source, tmp_path / "out", QuantizeOptions.of(target=target, threads=1)
+    )
+    assert listing(tmp_path) == before
+    assert found.bits_per_weight <= 3.0
+    expected = [point.expected for point in found.frontier]
+    sizes = [point.size for point in found.frontier]
+    assert sizes == sorted(sizes)
+    assert expected == sorted(expected, reverse=True)
+    assert expected[-1] == 0
+
+
+def test_what_cannot_be_is_said_before_anything_is_written(
+    make: Make, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, kept = make("Llama 2"), tmp_path / "kept.safetensors"
+    sized(source, tmp_path / "any", text, bits=3.0, file=kept)
+    before = listing(tmp_path)
+    out = tmp_path / "out"
+    with pytest.raises(UsageError, match=r"--target-bits 1.5: the choices reach from 2\.\d+ to 32"):
+        sized(source, out, text, bits=1.5, file=kept)
+    with pytest.raises(UsageError, match=r"--target-size 9000 bytes .*: the choices reach from"):
+        sized(source, out, text, size=9000, file=kept)
+    with pytest.raises(UsageError, match="the target chooses the bits"):
+        QuantizeOptions.of(bits=3, target=TargetOptions(bits=3.0))
+    with pytest.raises(UsageError, match="--codebook nf3: with a target"):
+        QuantizeOptions.of(codebook="nf3", target=TargetOptions(bits=3.0))
+    with pytest.raises(UsageError, match="made with objective 'mse', and this run has 'entropy'"):
+        sized(source, out, text, bits=3.0, file=kept, objective="entropy")
+    with pytest.raises(UsageError, match="exists and holds no sensitivities"):
+        sized(source, out, text, bits=3.0, file=source / "model.safetensors")
+    with pytest.raises(UsageError, match="is no folder; name a file"):
+        sized(source, out, text, bits=3.0, file=tmp_path / "no" / "s.safetensors")
+    assert listing(tmp_path) == before
+
+    def refuse(*args: Any) -> Any:
+        raise NotLayered("it is not")
+
+    monkeypatch.setattr(targeting, "open_layered", refuse)
+    with pytest.raises(
+        UsageError, match="cannot be run layer by layer, so its weights cannot be m"
+    ):
+        sized(source, out, text, bits=3.0)
+    assert listing(tmp_path) == before
+
+
+def test_sensitivities_of_another_model_are_refused(make: Make, text: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "kept.safetensors"
+    first = make("Llama 2")
+    sized(first, tmp_path / "any", text, bits=3.0, file=kept)
+    first.rename(tmp_path / "first")
+    other = make("Qwen 2")
+    with pytest.raises(UsageError, match="measured on source, whose files are not those of this"):
+        sized(other, tmp_path / "out", text, bits=3.0, file=kept)
+
+
+def test_without_a_text_the_source_writes_one(make: Make, tmp_path: Path) -> None:
+    source = make("Llama 2")
+    target = TargetOptions(bits=3.0, tokens=128, window=16)
+    report = quantize(source, tmp_path / "out", QuantizeOptions.of(target=target, threads=1))
+    assert report.target is not None
+    assert report.target["text"] == "self"
+    with pytest.raises(UsageError, match="--stream never has on the disk: give --target-text"):
+        quantize(
+            source, tmp_path / "two", QuantizeOptions.of(target=target, threads=1, stream=True)
+        )

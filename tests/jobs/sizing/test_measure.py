@@ -1,0 +1,162 @@
+"""Sensitivities against gradients of the whole model, by autograd and the formula written out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from irq_convert.checkpoint.source import open_checkpoint
+from irq_convert.core.dequantize import dequantize_tensor
+from irq_convert.core.quantize import quantize_tensor
+from irq_convert.core.spec import QuantSpec
+from irq_convert.hf.layered import open_layered
+from irq_convert.jobs.calibration.text import Windows
+from irq_convert.jobs.sizing.choices import Choice
+from irq_convert.jobs.sizing.damage import damages, strata
+from irq_convert.jobs.sizing.measure import Subject, compare, measure_sensitivity
+from irq_convert.progress import Progress
+from tests.architectures.zoo import BY_NAME, make_model
+
+Make = Callable[[str], Path]
+CHOICES = (Choice("int2", 32), Choice("int3", 64), Choice("nf4", 32))
+BASE = QuantSpec("int4", 64, "mse")
+
+
+def subject(source: Path, ids: torch.Tensor, weigh: Any = "measured", held_out: int = 2) -> Subject:
+    model = open_layered(open_checkpoint(source))
+    names = tuple(
+        name
+        for name, info in model.source.checkpoint.tensors.items()
+        if ".layers." in name and len(info.shape) > 1 and "gate.weight" not in name
+    )
+    return Subject(model, names, Windows(ids, held_out, "words"), BASE, weigh, seed=5, threads=1)
+
+
+def drawn_ids(windows: int = 8, tokens: int = 16) -> torch.Tensor:
+    return torch.randint(0, 96, (windows, tokens), generator=torch.Generator().manual_seed(1))
+
+
+def by_autograd(model: Any, ids: torch.Tensor) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Mean squares of inputs and of the gradients of outputs of every linear layer."""
+    inputs: dict[str, Any] = {}
+    outputs: dict[str, Any] = {}
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(module: Any, args: Any, found: torch.Tensor) -> None:
+            own = args[0].detach().double().reshape(-1, args[0].shape[-1])
+            inputs[name] = inputs.get(name, 0) + own.square().sum(0)
+
+            def heard(gradient: torch.Tensor) -> None:
+                flat = gradient.double().reshape(-1, gradient.shape[-1])
+                outputs[name] = outputs.get(name, 0) + flat.square().sum(0)
+
+            found.register_hook(heard)
+
+        return hook
+
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(watch(f"{name}.weight"))
+    generator = torch.Generator().manual_seed(5)
+    for window in ids:
+        logits = model(input_ids=window[None]).logits[0]
+        labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+        torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
+    count = ids.numel()
+    return (
+        {name: found / count for name, found in inputs.items()},
+        {name: found / count for name, found in outputs.items()},
+    )
+
+
+@pytest.mark.parametrize("weigh", ["measured", None])
+def test_damage_is_half_the_fisher_weighted_error(
+    make: Make, tmp_path: Path, weigh: str | None
+) -> None:
+    source, ids = make("Llama 3"), drawn_ids()
+    found = measure_sensitivity(
+        subject(source, ids, weigh), CHOICES, {"a": 1}, {"b": 2}, tmp_path, Progress()
+    )
+    model = make_model(BY_NAME["Llama 3"])
+    inputs, outputs = by_autograd(model, ids[:6])
+    checked = 0
+    for name, values in found.damages.items():
+        weight = model.get_parameter(name).detach()
+        for choice, damage in zip(CHOICES, values, strict=True):
+            spec = choice.spec(BASE)
+            own = inputs[name].float() if weigh else None
+            stored = dequantize_tensor(quantize_tensor(weight, spec, importance=own))
+            error = (stored - weight).double().square()
+            wanted = 0.5 * float(outputs[name] @ (error @ inputs[name]))
+            assert damage == pytest.approx(wanted, rel=2e-3)
+            checked += 1
+    assert checked == 14 * 3
+    assert found.choices == ("int2/32", "int3/64", "nf4/32")
+    assert sorted(tmp_path.glob("source-*")) == [tmp_path / "source-00002"]
+
+
+def test_widths_are_what_they_cost_in_truth(make: Make, tmp_path: Path) -> None:
+    source, ids = make("Llama 2"), drawn_ids()
+    found = measure_sensitivity(
+        subject(source, ids, None), CHOICES, {"a": 1}, {"b": 2}, tmp_path, Progress()
+    )
+    assert set(found.widths) == {2, 3, 4}
+    model, twin = make_model(BY_NAME["Llama 2"]), make_model(BY_NAME["Llama 2"])
+    with torch.no_grad():
+        for name in found.damages:
+            weight = twin.get_parameter(name)
+            weight.copy_(dequantize_tensor(quantize_tensor(weight, CHOICES[0].spec(BASE))))
+        logits = [
+            m(input_ids=ids[6:]).logits[:, :-1].double().log_softmax(-1) for m in (model, twin)
+        ]
+    kl = float((logits[0].exp() * (logits[0] - logits[1])).sum(-1).mean())
+    assert found.widths[2].kl == pytest.approx(kl, rel=1e-3)
+    assert found.widths[2].expected == pytest.approx(sum(v[0] for v in found.damages.values()))
+
+
+@pytest.mark.parametrize("name", ["Mixtral", "gpt-oss"])
+def test_experts_are_measured_by_the_tokens_that_reach_them(
+    make: Make, tmp_path: Path, name: str
+) -> None:
+    found = measure_sensitivity(
+        subject(make(name), drawn_ids(12)), CHOICES, {"a": 1}, {"b": 2}, tmp_path, Progress()
+    )
+    experts = [values for tensor, values in found.damages.items() if "expert" in tensor]
+    assert len(experts) in (2 * 2, 2 * 4 * 3)  # stacks of all of a layer, or a tensor each
+    assert sum(v[0] for v in experts) > sum(v[2] for v in experts) > 0
+    assert all(np.isfinite(v).all() and (v >= 0).all() for v in found.damages.values())
+
+
+def test_candidates_are_compared_on_the_same_windows(make: Make, tmp_path: Path) -> None:
+    own = subject(make("Llama 2"), drawn_ids())
+    two = dict.fromkeys(own.tensors, Choice("int2", 32).spec(BASE))
+    four = dict.fromkeys(own.tensors, Choice("int4", 32).spec(BASE))
+    none = dict.fromkeys(own.tensors)
+    found = compare(own, {"two": two, "four": four, "none": none}, tmp_path, Progress())
+    assert found["two"].value > found["four"].value > 0
+    assert found["none"].value == 0
+
+
+def test_strata_stand_for_all_rows() -> None:
+    outputs = np.random.default_rng(0).exponential(size=1000)
+    taken, counts = strata(outputs, 50)
+    assert len(taken) == len(set(taken)) == 50
+    assert counts.sum() == pytest.approx(outputs.sum())
+    assert list(counts) == sorted(counts, reverse=True)
+    few, own = strata(np.array([1.0, 3.0, 2.0]))
+    assert (list(few), list(own)) == ([1, 2, 0], [3.0, 2.0, 1.0])
+
+
+def test_some_rows_tell_of_all() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(1024, 64, generator=generator)
+    inputs, outputs = np.ones((1, 64)), np.random.default_rng(0).exponential(size=1024)
+    specs = [QuantSpec("int3", 32, "mse")]
+    (found,) = damages(weight, inputs, outputs, specs, weighed=False, name="w")
+    error = (dequantize_tensor(quantize_tensor(weight, specs[0])) - weight).double().square()
+    assert found == pytest.approx(0.5 * float(torch.from_numpy(outputs) @ error.sum(1)), rel=0.05)
