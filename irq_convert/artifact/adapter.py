@@ -38,6 +38,10 @@ PREFIX = "base_model.model."
 _A, _B, _BETA = ".lora_A.weight", ".lora_B.weight", ".lora_iec_beta"
 _EMBEDDING_A, _EMBEDDING_B = ".lora_embedding_A", ".lora_embedding_B"
 _DAMAGED = "the adapter is damaged: save or download it again"
+_PACKED = (
+    "of the model's own packed embedding or head, which PEFT saved besides: save the adapter with "
+    "save_embedding_layers=False, as it is"
+)
 _KINDS = {
     "lora_magnitude_vector": "DoRA, which changes the weight's direction and length",
     "lora_embedding_": "a LoRA of an embedding in an adapter of another type than LORA",
@@ -45,6 +49,8 @@ _KINDS = {
     "lora_B.bias": "a bias of LoRA",
     "lora_irq_": "a move of statistics in an adapter that has none",
     "token_adapter": "trainable tokens of a module that is no embedding or head",
+    ".weight_scale": _PACKED,
+    ".weight_tau": _PACKED,
 }
 
 

@@ -140,6 +140,12 @@ def quantize_command(
         bool,
         typer.Option("--include-towers", help="Quantize vision and audio towers, too."),
     ] = False,
+    include_embeddings: Annotated[
+        bool,
+        typer.Option(
+            "--include-embeddings", help="Quantize input embeddings and the output head, too."
+        ),
+    ] = False,
     revision: Revision = None,
     stream: Stream = False,
     llama_version: LlamaVersion = None,
@@ -156,7 +162,7 @@ def quantize_command(
 ) -> None:
     """Quantize a model to 2, 3 or 4 bits, calibrated block by block.
 
-    Linear layers are quantized; embeddings, heads, norms and all other files are kept.
+    Linear layers are quantized, embeddings and the head when asked; all else is kept.
 
     Example: irq-convert quantize --bits 3 meta-llama/Llama-2-13b
     """
@@ -173,6 +179,7 @@ def quantize_command(
             keep=tuple(keep or ()),
             bits_for=tuple(rule("--bits-for", item) for item in bits_for or ()),
             include_towers=include_towers,
+            include_embeddings=include_embeddings,
             device=device,
             threads=threads,
             overwrite=overwrite,

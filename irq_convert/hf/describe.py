@@ -16,7 +16,7 @@ from irq_convert.artifact.config import ModuleFormat, QuantizationConfig, module
 from irq_convert.hf.names import tensors_in_files
 from irq_convert.hf.tied import tied_keys
 from irq_convert.nn.experts import IrqExperts, Stacked
-from irq_convert.nn.linear import IrqLinear
+from irq_convert.nn.packed import PackedWeight
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,14 +38,19 @@ def describe(model: PreTrainedModel, config: QuantizationConfig) -> Quantization
 
 
 def _layers(model: PreTrainedModel) -> tuple[dict[str, ModuleFormat], list[str]]:
-    """State-dict keys of packed weights with their formats, and those of dense linear layers."""
+    """State-dict keys of packed weights with their formats, and those of dense linear layers.
+
+    A weight that modules share has the one that is saved.
+    """
     tied = tied_keys(model)
+    second = set(getattr(model, "all_tied_weights_keys", None) or ())
     packed: dict[str, ModuleFormat] = {}
     dense: list[str] = []
     for name, module in model.named_modules():
         key = f"{name}.weight"
-        if isinstance(module, IrqLinear):
-            packed[key] = module.stored_format()
+        if isinstance(module, PackedWeight):
+            if key not in second:
+                packed[key] = module.stored_format()
         elif isinstance(module, IrqExperts):
             for parameter, layout in module.packed.items():
                 if isinstance(layout, Stacked):

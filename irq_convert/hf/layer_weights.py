@@ -80,6 +80,27 @@ class WeightSource:
             for holder, last, meta in before:
                 holder[last] = meta
 
+    def held(self, model: Any, wanted: Callable[[str], bool]) -> dict[str, torch.Tensor]:
+        """The loaded parameters whose keys are `wanted`, by tensor of the files."""
+        every = model.named_parameters(remove_duplicate=False)
+        chosen = ((self.plain.get(key), value.data) for key, value in every if wanted(key))
+        return {tensor: value for tensor, value in chosen if tensor is not None}
+
+    @contextmanager
+    def replaced(self, model: Any, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
+        """Let loaded parameters have other `values`, by tensor of the files, in the block."""
+        before: dict[int, tuple[nn.Parameter, torch.Tensor]] = {}
+        for key, parameter in model.named_parameters(remove_duplicate=False):
+            value = values.get(self.plain.get(key, ""))
+            if value is not None and id(parameter) not in before:
+                before[id(parameter)] = parameter, parameter.data
+                parameter.data = value.to(parameter.device)
+        try:
+            yield
+        finally:
+            for parameter, own in before.values():
+                parameter.data = own
+
     def tensors(self, model: Any, wanted: Callable[[str], bool]) -> list[TensorInfo]:
         """What `loaded` reads, in its order."""
         slots = _slots(model)

@@ -82,6 +82,10 @@ class LayeredModel:
         with self.source.loaded(self.model, self._is_outside, self.device, self.read_order):
             yield
 
+    def tables(self) -> dict[str, torch.Tensor]:
+        """Tensors that no layer holds, by name, as they are held now; called inside `outside`."""
+        return self.source.held(self.model, self._is_outside)
+
     @contextmanager
     def whole(self) -> Iterator[None]:
         """Hold all weights while the block runs."""

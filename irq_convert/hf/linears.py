@@ -2,8 +2,8 @@
 
 Nothing is loaded. Where transformers knows the architecture, the model is built on the meta device
 and its `nn.Linear` and `Conv1D` modules and its experts tell; the checkpoint still decides what
-exists. Only linears inside numbered layers are meant: heads, embeddings, routers, vision or audio
-towers (unless asked for), and what a class wants in full precision, stay as they are.
+exists. Only linears inside numbered layers are meant: routers and what a class wants in full
+precision stay as they are, and unless asked for heads, embeddings, vision and audio towers.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 from irq_convert.artifact.config import module_name
 from irq_convert.checkpoint.header import TensorInfo
+from irq_convert.errors import UsageError
 from irq_convert.hf.empty_model import NoModel, ask_model
 
 _NUMBERED = re.compile(r"(^|\.)\d+\.")
@@ -22,7 +23,8 @@ _ROUTER = re.compile(r"(^|\.)(router|gate|wg|shared_expert_gate)(\.|$)")
 _TOWER = re.compile(r"(^|[._])(vision|visual|audio|image)([._]|$)")
 _OTHER = re.compile(r"(embed|norm|wte|wpe|lm_head|position|relative_attention_bias)")
 _EMBEDDING = re.compile(r"(embed|wte|wpe|lm_head|(^|\.)head\.|(^|\.)output\.weight$)")
-EMBEDDINGS = "embeddings and heads"
+EMBEDDINGS = "embeddings and heads (--include-embeddings quantizes them)"
+OTHER_TABLES = "other embeddings than those of the input"
 TOWERS = "vision and audio towers (--include-towers quantizes them)"
 SMALL = "norms, biases, routers and other tensors that are no linear layers"
 _SMALLEST = 16
@@ -36,7 +38,10 @@ class Linears:
     Both speak the checkpoint's names; a module without a tensor of its own, such as a tied head,
     has the model's. `decided_by` says how it was found out, for people. `transposed` are those of
     `tensors` that keep their inputs in the last dimension but one. `reasons` says of tensors that
-    stay dense why, where their name alone does not (`why_kept`).
+    stay dense why, where their name alone does not (`why_kept`). `tables` are those of `tensors`
+    that are asked for embeddings and heads, each with the modules whose weight it is; `left` says
+    of embeddings and heads that were asked for why they stay dense. `apart`: the class ties them
+    and the files have each, so that config.json has to untie what is quantized.
     """
 
     tensors: frozenset[str]
@@ -44,6 +49,9 @@ class Linears:
     decided_by: str
     transposed: frozenset[str] = frozenset()
     reasons: Mapping[str, str] = field(default_factory=dict)
+    tables: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    left: Mapping[str, str] = field(default_factory=dict)
+    apart: bool = False
 
     def why_kept(self, tensor: str) -> str:
         """In words, why `tensor` is not quantized."""
@@ -55,19 +63,33 @@ def find_linears(
     config: Mapping[str, Any] | None,
     tensors: Mapping[str, TensorInfo],
     include_towers: bool = False,
+    include_embeddings: bool = False,
 ) -> Linears:
     """Decide which of a checkpoint's `tensors` are weights of linear layers; `config` is its own.
 
-    Those of vision and audio towers only with `include_towers`.
+    Those of vision and audio towers only with `include_towers`, input embeddings and output heads
+    only with `include_embeddings`. Raises `UsageError` where no class can be asked for the latter.
     """
+
+    def ask(model: Any) -> Linears:
+        return linears_of(model, tensors, include_towers, include_embeddings)
+
     try:
-        return ask_model(config, lambda model: linears_of(model, tensors, include_towers))
+        return ask_model(config, ask)
     except NoModel as no_model:
+        if include_embeddings:
+            raise UsageError(
+                f"--include-embeddings needs a class that says which they are ({no_model}): "
+                "leave it out"
+            ) from no_model
         return _by_name(tensors, str(no_model), include_towers)
 
 
 def linears_of(
-    model: Any, tensors: Mapping[str, TensorInfo], include_towers: bool = False
+    model: Any,
+    tensors: Mapping[str, TensorInfo],
+    include_towers: bool = False,
+    include_embeddings: bool = False,
 ) -> Linears:
     """`find_linears` of a model at hand, on meta; the files may call its modules otherwise."""
     import torch
@@ -75,12 +97,18 @@ def linears_of(
 
     from irq_convert.hf.experts import find_experts
     from irq_convert.hf.names import keys_in_model
+    from irq_convert.hf.tables import Tables, find_tables
 
     kinds = {name: type(module) for name, module in model.named_modules()}
     stored = {module_name(key): tensor for tensor, key in keys_in_model(model, tensors).items()}
     sort = _Sorter(model, tensors, include_towers)
+    tables = find_tables(model, stored, _precise(model)) if include_embeddings else Tables()
+    sort.found.update(tables.tensors)
+    if include_embeddings:
+        other = (tensor for tensor in tensors if _EMBEDDING.search(tensor))
+        sort.reasons = dict.fromkeys(other, OTHER_TABLES) | sort.reasons
     for module, kind in kinds.items():
-        if kind not in (torch.nn.Linear, Conv1D):
+        if kind not in (torch.nn.Linear, Conv1D) or module in tables.modules:
             continue
         tensor = stored.get(module)
         if tensor is None:
@@ -99,7 +127,10 @@ def linears_of(
         tuple(sorted(sort.kept)),
         f"the class {type(model).__name__}",
         frozenset(sort.transposed),
-        sort.reasons,
+        sort.reasons | {t: f"embeddings and heads ({why})" for t, why in tables.reasons.items()},
+        tables.tensors,
+        tables.reasons,
+        tables.apart,
     )
 
 

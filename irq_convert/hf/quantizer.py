@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class IrqQuantizer(HfQuantizer):
-    """Loads, saves and dequantizes models whose linear layers are `IrqLinear`."""
+    """Loads, saves and dequantizes models whose layers are `IrqLinear` and `IrqEmbedding`."""
 
     requires_calibration = False
     quantization_config: IrqConfig
@@ -60,12 +60,17 @@ class IrqQuantizer(HfQuantizer):
     ) -> PreTrainedModel:
         """Freeze the packed parts: the loader makes every floating parameter trainable."""
         from irq_convert.hf.names import finish_parts
+        from irq_convert.hf.resizing import forbid_resizing
+        from irq_convert.nn.embedding import IrqEmbedding
         from irq_convert.nn.experts import IrqExperts
-        from irq_convert.nn.linear import IrqLinear
+        from irq_convert.nn.packed import PackedWeight
 
         finish_parts(model, self._pairs)
+        forbid_resizing(model)
         for module in model.modules():
-            if not isinstance(module, IrqLinear | IrqExperts):
+            if isinstance(module, IrqEmbedding):
+                module.place_witness()
+            if not isinstance(module, PackedWeight | IrqExperts):
                 continue
             dtypes = module.part_dtypes()
             for name, part in module.packed_parts().items():
@@ -89,12 +94,14 @@ class IrqQuantizer(HfQuantizer):
         self, model: PreTrainedModel, dtype: torch.dtype | str | None = None
     ) -> PreTrainedModel:
         """Replace packed layers by dense ones in `dtype`, one at a time."""
+        from irq_convert.hf.resizing import allow_resizing
+        from irq_convert.hf.tied import untie_parts
         from irq_convert.nn.experts import IrqExperts, unpack_experts
-        from irq_convert.nn.linear import IrqLinear, dense_layer
+        from irq_convert.nn.packed import PackedWeight
 
         wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.float32
         loaded = model.dtype if model.dtype.is_floating_point else model.config.dtype
-        kinds = (IrqLinear, IrqExperts)
+        kinds = (PackedWeight, IrqExperts)
         layers = {n: m for n, m in model.named_modules() if isinstance(m, kinds)}
         for name, module in layers.items():
             if any(part.is_meta for part in module.packed_parts().values()):
@@ -104,10 +111,15 @@ class IrqQuantizer(HfQuantizer):
         for module in layers.values():
             if isinstance(module, IrqExperts):
                 unpack_experts(module, wanted)
+        made: dict[int, nn.Parameter] = {}  # tied weights stay one
         for name, module in layers.items():
-            if isinstance(module, IrqLinear) and _holds(model, name, module):
-                dense = dense_layer(module, nn.Parameter(module.dequantize(wanted)))
-                model.set_submodule(name, dense)
+            if isinstance(module, PackedWeight) and _holds(model, name, module):
+                codes = id(module.packed_parts()["weight"])
+                if codes not in made:
+                    made[codes] = nn.Parameter(module.dequantize(wanted))
+                model.set_submodule(name, _dense(module, made[codes]))
+        untie_parts(model)
+        allow_resizing(model)
         for parameter in model.parameters():
             if parameter.dtype == loaded != wanted:
                 parameter.data = parameter.data.to(wanted)
@@ -126,6 +138,16 @@ class IrqQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """`torch.compile` passes through the layers."""
         return True
+
+
+def _dense(layer: nn.Module, weight: nn.Parameter) -> nn.Module:
+    from irq_convert.nn.embedding import IrqEmbedding, dense_embedding
+    from irq_convert.nn.linear import IrqLinear, dense_layer
+
+    if isinstance(layer, IrqEmbedding):
+        return dense_embedding(layer, weight)
+    assert isinstance(layer, IrqLinear)
+    return dense_layer(layer, weight)
 
 
 def _holds(model: nn.Module, name: str, module: nn.Module) -> bool:

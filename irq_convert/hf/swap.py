@@ -11,8 +11,11 @@ from transformers.pytorch_utils import Conv1D
 
 from irq_convert.artifact.config import PART_SUFFIXES, ModuleFormat
 from irq_convert.core.parts import SUFFIXES
+from irq_convert.hf.tied import tie_parts
+from irq_convert.nn.embedding import IrqEmbedding
 from irq_convert.nn.experts import Separate, Stacked, pack_experts
 from irq_convert.nn.linear import IrqLinear
+from irq_convert.nn.packed import PackedWeight
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -20,11 +23,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Swap:
-    """A layer to be quantized: its name in the model, its tensor in the files, its format."""
+    """A layer to be quantized: its name in the model, its tensor in the files, its format.
+
+    `tied` are other modules that hold the same parameters.
+    """
 
     module: str
     tensor: str
     fmt: ModuleFormat
+    tied: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -103,12 +110,13 @@ class Swaps:
 def swap_layers(model: PreTrainedModel, swaps: Swaps) -> None:
     """Replace the layers of `swaps` in `model`; the packed ones have no data yet."""
     for swap in swaps.linears:
-        dense = model.get_submodule(swap.module)
-        rows, cols = layer_shape(dense)
-        dtype, bias = dense.get_parameter("weight").dtype, dense.bias is not None
-        packed = IrqLinear(cols, rows, swap.fmt, bias, device="meta", dtype=dtype)
-        packed.label = swap.tensor
-        model.set_submodule(swap.module, packed.train(dense.training))
+        for name in (swap.module, *swap.tied):
+            dense = model.get_submodule(name)
+            packed = _packed(dense, swap.fmt)
+            packed.label = swap.tensor
+            model.set_submodule(name, packed.train(dense.training))
+        if swap.tied:
+            tie_parts(model, {swap.module, *swap.tied}, packed.packed_parts())
     for experts in swaps.experts:
         module = model.get_submodule(experts.module)
         dtype = module.get_parameter(next(iter(experts.layouts))).dtype
@@ -124,8 +132,21 @@ def swap_layers(model: PreTrainedModel, swaps: Swaps) -> None:
         pack_experts(module, experts.layouts, children, experts.stacks)
 
 
+def _packed(dense: nn.Module, fmt: ModuleFormat) -> PackedWeight:
+    """What takes the place of `dense`; a class of embeddings that does more goes into it."""
+    rows, cols = layer_shape(dense)
+    dtype = dense.get_parameter("weight").dtype
+    if not isinstance(dense, nn.Embedding):
+        bias = dense.bias is not None
+        return IrqLinear(cols, rows, fmt, bias, device="meta", dtype=dtype)
+    table = IrqEmbedding(rows, cols, fmt, dense.padding_idx, device="meta", dtype=dtype)
+    if type(dense) is not nn.Embedding:
+        table.wrap(dense)
+    return table
+
+
 def layer_shape(layer: nn.Module) -> tuple[int, int]:
-    """Outputs and inputs of an `nn.Linear` or a `Conv1D`."""
+    """Outputs and inputs of an `nn.Linear` or a `Conv1D`, rows and their length of a table."""
     weight = layer.get_parameter("weight")
     rows, cols = weight.shape
     return (cols, rows) if isinstance(layer, Conv1D) else (rows, cols)

@@ -29,9 +29,10 @@ from irq_convert.hf.conversions import Adjusted
 from irq_convert.hf.experts import Experts, find_experts
 from irq_convert.hf.names import keys_in_model
 from irq_convert.hf.swap import Child, ExpertsSwap, Swap, Swaps, layer_shape
-from irq_convert.hf.tied import tied_keys
+from irq_convert.hf.tables import check_tied, is_table
+from irq_convert.hf.tied import tied_groups, untie_stored
 from irq_convert.nn.experts import Separate, Stacked, stack_parts
-from irq_convert.nn.linear import layer_parts
+from irq_convert.nn.packed import layer_parts
 
 if TYPE_CHECKING:
     import torch
@@ -59,6 +60,7 @@ def plan_swaps(
 ) -> Swaps:
     """The layers of `model` (still dense, on meta) that the files hold quantized.
 
+    What `model` ties and the files have twice, one of them quantized, it does not tie from now on.
     Raises `IrqError` in one line, naming tensor, shape found and shape wanted, when a part is
     missing, superfluous or of another shape or dtype, when a layer has no tensor, when the
     configuration contradicts the files, and when a quantized tensor belongs to no layer.
@@ -83,12 +85,18 @@ def _linear_swaps(
 ) -> Iterator[Swap]:
     stems = {name for tensor in tensors for name in (tensor, _stem(tensor))}
     sources = {key: stem for stem, key in sorted(keys_in_model(model, stems).items())}
-    tied = tied_keys(model)
+    packed = {tensor for tensor in sources.values() if f"{tensor}_scale" in tensors}
+    untie_stored(model, sources, packed)
+    groups = tied_groups(model)
     for name, module in model.named_modules():
         key = f"{name}.weight"
-        if type(module) not in (nn.Linear, Conv1D) or key in tied:
-            continue
+        linear = type(module) in (nn.Linear, Conv1D)
+        tied = next((group for group in groups if key in group), frozenset())
         tensor = sources.get(key)
+        if not (linear or is_table(module)):
+            continue
+        if (tied or not linear) and (tensor is None or tensor not in packed):
+            continue  # dense, or the weight of another module
         if tensor is None:
             if _is_needed(model, key):
                 raise IrqError(f"the files hold no {key}, which the model needs: {_WAY_OUT}")
@@ -97,7 +105,9 @@ def _linear_swaps(
             _check_turned(tensor, fmt, type(module) is Conv1D)
             rows, cols = layer_shape(module)
             _check_parts(tensor, layer_parts(rows, cols, fmt), (rows, cols), fmt, tensors)
-            yield Swap(name, tensor, fmt)
+            others = tuple(sorted(module_name(other) for other in tied - {key}))
+            check_tied(model, tensor, others, {sources.get(other) for other in tied - {key}})
+            yield Swap(name, tensor, fmt, others)
 
 
 def _expert_swaps(

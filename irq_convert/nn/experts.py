@@ -25,13 +25,8 @@ from irq_convert.core.quantized import QuantizedTensor
 from irq_convert.errors import IrqError
 from irq_convert.nn.function import packed_linear
 from irq_convert.nn.guard import guarded_parameter, unguarded
-from irq_convert.nn.linear import (
-    IrqLinear,
-    autocast_input,
-    exact_columns,
-    keep_dtypes,
-    named_parts,
-)
+from irq_convert.nn.linear import IrqLinear, autocast_input
+from irq_convert.nn.packed import exact_columns, keep_dtypes, named_parts
 from irq_convert.nn.parts import cut_rows, format_of, narrow_parts
 from irq_convert.nn.stacks import ExpertStack, Linear
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from irq_convert.artifact.config import ModuleFormat
+from irq_convert.core.blocks import GROUP_SIZE
 from irq_convert.core.quantized import QuantizedTensor
 from irq_convert.core.scales import expand_statistic, statistic_dtype
 
@@ -32,6 +33,27 @@ def cut_rows(q: QuantizedTensor, start: int, stop: int) -> QuantizedTensor:
     return QuantizedTensor(
         codes, scale, tau, scale_grid, tau_grid, q.cols, q.codebook, q.block_size
     )
+
+
+def take_rows(q: QuantizedTensor, rows: torch.Tensor) -> QuantizedTensor:
+    """The `rows` of `q`, integers `[n]`, in their order; statistics are float32, without a grid.
+
+    Reads those rows alone. Raises `IndexError` for a number that is no row, on the CPU.
+    """
+    blocks = q.shape.blocks_per_row
+    first = rows.to(torch.int64)[:, None] * blocks
+    groups = (first + torch.arange(blocks, device=rows.device)) // GROUP_SIZE
+
+    def statistic(stored: torch.Tensor, grid: torch.Tensor | None) -> torch.Tensor:
+        found = stored.index_select(0, rows).to(torch.float32)
+        if grid is None:
+            return found
+        step, offset = grid.index_select(0, groups.view(-1)).view(*groups.shape, 2).unbind(-1)
+        return (found + offset) * step  # as `expand_statistic`: one rounding
+
+    codes = q.codes.index_select(0, rows)
+    scale, tau = statistic(q.scale, q.scale_grid), statistic(q.tau, q.tau_grid)
+    return QuantizedTensor(codes, scale, tau, None, None, q.cols, q.codebook, q.block_size)
 
 
 def narrow_parts(destination: Any, prefix: str, dtypes: Mapping[str, torch.dtype]) -> None:

@@ -14,7 +14,8 @@ from torch import nn
 
 import irq_convert
 from irq_convert.artifact.config import ModuleFormat
-from irq_convert.nn.linear import IrqLinear, statistics_parameters
+from irq_convert.nn.linear import IrqLinear
+from irq_convert.nn.packed import statistics_parameters
 from tests.paths import ROOT
 
 from .helpers import artifact, packed_layers

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import irq_convert
-from irq_convert.nn.linear import statistics_parameters
+from irq_convert.nn.packed import statistics_parameters
 
 from .helpers import iec_config, packed_layers, randomize, tokens
 

@@ -27,7 +27,8 @@ from irq_convert.jobs.export.export import export
 from irq_convert.jobs.merge.merge import merge
 from irq_convert.jobs.merge.options import MergeOptions, MergeTo
 from irq_convert.nn.experts import IrqExperts, cut_rows
-from irq_convert.nn.linear import IrqLinear, statistics_parameters
+from irq_convert.nn.linear import IrqLinear
+from irq_convert.nn.packed import statistics_parameters
 from tests.folders import change_tensors
 
 from .journey import (

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.folders import listing
+from tests.folders import assert_one_line, listing
+from tests.tiny import write_source
 
 from .process import Commands, nothing_left
 from .sources import make_source
@@ -118,3 +119,25 @@ def test_long_paths_are_not_broken(irq: Commands, tmp_path: Path, source: Path) 
         again = irq("quantize", source, out)
     assert again.err.count("\n") == 1
     assert str(out) in again.err
+
+
+def test_embeddings_when_asked(irq: Commands, tmp_path: Path) -> None:
+    write_source(tmp_path / "s")
+    dry = irq("quantize", tmp_path / "s", tmp_path / "a", "--include-embeddings", "--dry-run")
+    result = irq("quantize", tmp_path / "s", tmp_path / "a", "--include-embeddings")
+    assert result.code == 0
+    share = re.search(r"quantized +([0-9.]+%)", result.out)
+    assert share is not None
+    assert float(share[1].rstrip("%")) > 99
+    assert share[0] in dry.out
+    rows = irq("inspect", tmp_path / "a", "--by", "kind").out
+    assert re.search(r"embed_tokens .* nf4", rows)
+    assert re.search(r"lm_head .* nf4", rows)
+    assert irq("verify", tmp_path / "a", "--against", tmp_path / "s").code == 0
+
+
+def test_embeddings_of_an_unknown_class(irq: Commands, tmp_path: Path, source: Path) -> None:
+    with nothing_left(tmp_path):
+        result = irq("quantize", source, tmp_path / "a", "--include-embeddings")
+    assert result.code == 2
+    assert_one_line(result.err.strip(), "--include-embeddings", "leave it out")

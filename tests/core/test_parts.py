@@ -16,7 +16,8 @@ from irq_convert.core.quantized import QuantizedTensor
 from irq_convert.core.scales import encode_statistic, expand_statistic, statistic_dtype
 from irq_convert.core.statistic_dtypes import STATISTIC_DTYPES, StoredDtype
 from irq_convert.errors import IrqError
-from irq_convert.nn.linear import PARTS, IrqLinear, named_parts
+from irq_convert.nn.linear import IrqLinear
+from irq_convert.nn.packed import PARTS, named_parts
 
 from .oracle import random_sample
 

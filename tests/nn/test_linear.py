@@ -14,7 +14,8 @@ from torch.nn import functional
 
 from irq_convert.artifact.config import ModuleFormat
 from irq_convert.errors import IrqError, UsageError
-from irq_convert.nn.linear import PARTS, IrqLinear
+from irq_convert.nn.linear import IrqLinear
+from irq_convert.nn.packed import PARTS
 from tests.core.oracle import Sample, random_sample
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from types import MappingProxyType
 
 import torch
 
@@ -35,20 +36,27 @@ class Judgement:
 
 
 def judge(
-    model: LayeredModel, ids: torch.Tensor, streams: Mapping[str, tuple[StateFile, int]]
+    model: LayeredModel,
+    ids: torch.Tensor,
+    streams: Mapping[str, tuple[StateFile, int]],
+    tables: Mapping[str, torch.Tensor],
 ) -> Judgement:
     """`divergences` of the streams "quantized" and "plain"."""
-    found = divergences(model, ids, streams)
+    found = divergences(model, ids, streams, tables)
     own, plain = found["quantized"], found["plain"]
     return Judgement(own.value, own.se, plain.value, plain.se)
 
 
 def divergences(
-    model: LayeredModel, ids: torch.Tensor, streams: Mapping[str, tuple[StateFile, int]]
+    model: LayeredModel,
+    ids: torch.Tensor,
+    streams: Mapping[str, tuple[StateFile, int]],
+    tables: Mapping[str, torch.Tensor] = MappingProxyType({}),
 ) -> dict[str, MeanEstimate]:
     """KL divergence to the stream "source" of every other one, all behind the last layer.
 
     `ids` are the held-out windows; each stream has them from the window on that is given with it.
+    `tables` are embeddings and heads as the artifact has them, by tensor, where it has its own.
     Called inside `model.outside()`. Raises `IrqError` for logits that are not finite.
     """
     sums: dict[str, list[float]] = {name: [] for name in streams if name != "source"}
@@ -62,7 +70,9 @@ def divergences(
 
         reference = logits("source")
         for name, found in sums.items():
-            kl = token_scores(logits(name), one[0, 1:], reference).kl
+            with model.source.replaced(model.model, tables):
+                made = logits(name)
+            kl = token_scores(made, one[0, 1:], reference).kl
             assert kl is not None
             found.append(float(kl.sum()))
     counts = torch.full((len(ids),), ids.shape[1] - 1)

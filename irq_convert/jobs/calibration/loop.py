@@ -15,6 +15,8 @@ from irq_convert.artifact.contents import write_quantized
 from irq_convert.checkpoint.files import sha256_file
 from irq_convert.checkpoint.header import TensorInfo, read_header
 from irq_convert.checkpoint.writer import ShardWriter, TensorSpec, build_header
+from irq_convert.core.dequantize import dequantize_tensor
+from irq_convert.core.quantize import quantize_tensor
 from irq_convert.core.solver.moments import full_precision
 from irq_convert.core.spec import QuantSpec
 from irq_convert.core.tensor_stats import TensorStats, decode_stats, encode_stats
@@ -148,6 +150,7 @@ class Calibration:
         """States before layer `number`: made, or those that an earlier run has left."""
         ids, first = self.windows.ids, self.windows.calibrating
         with self.model.outside():
+            tables = self._tables() if number == 0 else {}
             for start, stop in self._layer_options.chunks():
                 states = self.model.begin(ids[start:stop])
                 if not start:
@@ -155,10 +158,26 @@ class Calibration:
                     current = self._open(number, files, new=number == 0)
                 if number == 0:
                     current["source"].write(start, states)
+                    if tables:
+                        with self.model.source.replaced(self.model.model, tables):
+                            states = self.model.begin(ids[start:stop])
                     current["quantized"].write(start, states)
                     if start >= first:
                         current["plain"].write(start - first, states)
         return current
+
+    def _tables(self) -> dict[str, torch.Tensor]:
+        """Embeddings and heads that are quantized, as the artifact will have them.
+
+        They are quantized without data. Called inside `model.outside()`.
+        """
+        return {
+            name: dequantize_tensor(
+                quantize_tensor(weight, self.specs[name], threads=self.threads, name=name)
+            )
+            for name, weight in self.model.tables().items()
+            if name in self.specs
+        }
 
     def _layer(
         self, number: int, current: dict[str, StateFile], following: dict[str, StateFile]
@@ -191,7 +210,7 @@ class Calibration:
         offsets = {"source": first, "quantized": first, "plain": 0}
         streams = {name: (current[name], at) for name, at in offsets.items()}
         with self.model.outside():
-            return judge(self.model, self.windows.ids[first:], streams)
+            return judge(self.model, self.windows.ids[first:], streams, self._tables())
 
 
 def collect(

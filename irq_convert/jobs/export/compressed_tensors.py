@@ -20,6 +20,7 @@ from irq_convert.artifact.contents import Artifact
 from irq_convert.artifact.structure import StoredTensor
 from irq_convert.checkpoint.cast import narrow
 from irq_convert.checkpoint.float_dtypes import WORDS
+from irq_convert.checkpoint.state_dict import HEADS
 from irq_convert.checkpoint.writer import TensorSpec
 from irq_convert.core.codebook import get_codebook
 from irq_convert.core.packing import pack_codes, unpack_codes
@@ -39,6 +40,7 @@ from irq_convert.jobs.export.tiles import (
     by_group,
     group_size,
     of_one_expert,
+    outside_layers,
     why_no_linear,
 )
 from irq_convert.jobs.export.zero_points import constant_codes, refit, zero_points
@@ -163,6 +165,8 @@ class CompressedTensorsTarget(Target):
             if (group := groups[t.name]) is not None
         }
         dense = [module_name(name) for name, group in groups.items() if group is None]
+        if any(map(outside_layers, groups)):
+            dense.append(HEADS[0])  # one that is tied has no tensor that says so
         ignored = (*artifact.config.modules_to_not_convert, *dense)
         folder = plan_export_folder(
             artifact,
@@ -179,7 +183,13 @@ class CompressedTensorsTarget(Target):
 
 def _group(tensor: StoredTensor) -> int | None:
     """Group size; None for what has to stay dense."""
-    return None if why_no_linear(tensor) else group_size(tensor, GROUPS)
+    return None if _why_dense(tensor) else group_size(tensor, GROUPS)
+
+
+def _why_dense(tensor: StoredTensor) -> str | None:
+    """Why its readers would not take `tensor` packed: vLLM packs linear layers of decoders."""
+    table = "it is an embedding or a head" if outside_layers(tensor.name) else None
+    return why_no_linear(tensor) or table
 
 
 def _check_experts(artifact: Artifact) -> None:
@@ -201,7 +211,7 @@ def _check_experts(artifact: Artifact) -> None:
 def _check_groups(artifact: Artifact, groups: Mapping[str, int | None]) -> None:
     if not any(groups.values()):
         tensor = artifact.quantized[0]
-        why = why_no_linear(tensor)
+        why = _why_dense(tensor)
         if why is not None:
             raise UsageError(
                 f"{tensor.name} {list(tensor.source_shape)}: {why}, which compressed-tensors does "
@@ -238,7 +248,7 @@ def _check_zero_points(tensors: list[StoredTensor], grids: Mapping[str, GridChec
 def _planned(encoder: Encoder, grids: Mapping[str, GridCheck]) -> PlannedTensor:
     tensor, dtype = encoder.tensor, WORDS[encoder.dtype]
     if not isinstance(encoder, PackedEncoder):
-        why = why_no_linear(tensor)
+        why = _why_dense(tensor)
         uneven = f"blocks of {tensor.format.block_size} do not cut its columns into equal groups"
         return PlannedTensor(tensor.name, f"dense {dtype}", exact=True, why=why or uneven)
     stored = f"{tensor.shape.bits} bit, group {encoder.group}, scales {dtype}"

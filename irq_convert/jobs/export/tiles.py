@@ -114,6 +114,7 @@ def group_size(tensor: StoredTensor, allowed: tuple[int, ...]) -> int | None:
     return max(fitting, default=None)
 
 
+_NUMBERED = re.compile(r"(^|\.)\d+\.")
 _OF_ONE_EXPERT = re.compile(r"(^|\.)experts\.\d+\.")
 
 
@@ -125,6 +126,11 @@ def of_one_expert(name: str) -> bool:
 def across_experts(name: str) -> str:
     """`name` without the number of the expert: the same for all that one layer stacks."""
     return _OF_ONE_EXPERT.sub(r"\1experts.", name)
+
+
+def outside_layers(name: str) -> bool:
+    """Whether tensor `name` is in no numbered layer: embeddings and heads, when quantized."""
+    return _NUMBERED.search(name) is None
 
 
 def why_no_linear(tensor: StoredTensor) -> str | None:

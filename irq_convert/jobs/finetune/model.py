@@ -69,7 +69,7 @@ def check_targets(targets: Iterable[str] | None, modules: Iterable[str]) -> None
         if not any(name == target or name.endswith(f".{target}") for name in names):
             if target.rpartition(".")[2] in HEADS:
                 raise UsageError(
-                    f"--target-modules {target}: the output head stays dense and is not adapted "
+                    f"--target-modules {target}: the output head is not adapted "
                     "here: leave it out, or train it with a script of your own (docs/finetune.md)"
                 )
             last = sorted({name.rpartition(".")[2] for name in names if name} - set("0123456789"))

@@ -92,6 +92,8 @@ class TextStart:
         """States before the first layer, of both streams; they stay in their files."""
         streams: list[StateFile] = []
         with self.model.outside():
+            packed = self.weights.names & self.model.tables().keys()
+            tables = {name: self.weights.quantized(name) for name in packed}
             for start, stop in self.chunks():
                 states = self.model.begin(self.ids[start:stop])
                 if not streams:
@@ -102,8 +104,11 @@ class TextStart:
                         )
                         for name in ("source", "adapted")
                     ]
-                for stream in streams:
-                    stream.write(start, states)
+                streams[0].write(start, states)
+                if tables:
+                    with self.model.source.replaced(self.model.model, tables):
+                        states = self.model.begin(self.ids[start:stop])
+                streams[1].write(start, states)
         source, adapted = streams
         return source, adapted
 

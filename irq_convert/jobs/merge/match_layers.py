@@ -48,6 +48,13 @@ def find_tensor(
             "merge would change both: train without it"
         )
     if name is None:
+        keys = {k for group in names.groups if names.key(key) in group for k in group}
+        shared = sorted(found for k in keys if (found := names.tensor(k, files)) is not None)
+        if shared:
+            raise IrqError(
+                f"{adapter.folder}: changes {key}, which the model ties to {shared[0]}, quantized "
+                "in the artifact, so that a merge would change both: train without it"
+            )
         raise IrqError(
             f"{adapter.folder}: is for {module_name(key)}, which the artifact does not have: it "
             "belongs to another model"

@@ -45,10 +45,12 @@ def _intro(subject: PushedFolder, base_model: str | None) -> str:
     at = f" (commit `{commit}`)" if commit and base_model == source else ""
     producer = subject.note.get("producer") or "irq-convert"
     if subject.kind == FolderKind.ARTIFACT:
+        with_tables = subject.note["options"].get("include_embeddings") is True
+        more = ", embeddings and head" if with_tables else ""
         return (
-            f"{name}{at}, its linear layers quantized to {_bits(subject)} bits by `{producer}` "
-            "(IR-QLoRA's information calibration, arXiv:2402.05445). It loads with transformers "
-            "and stays trainable with LoRA."
+            f"{name}{at}, its linear layers{more} quantized to {_bits(subject)} bits by "
+            f"`{producer}` (IR-QLoRA's information calibration, arXiv:2402.05445). It loads with "
+            "transformers and stays trainable with LoRA."
         )
     if subject.kind == FolderKind.MERGED:
         return (

@@ -38,7 +38,10 @@ class ImportanceFile:
 
 @dataclass(frozen=True)
 class Weighing:
-    """What the inputs of each quantized tensor are worth, float64 `[matrices, cols]` by name."""
+    """What the inputs of each quantized tensor are worth, float64 `[matrices, cols]` by name.
+
+    Columns of embeddings and heads that the file does not have are worth the same.
+    """
 
     values: Mapping[str, np.ndarray]
     record: Mapping[str, Any]
@@ -108,6 +111,9 @@ def _of_importance(file: ImportanceFile, found: Importance, plan: QuantizePlan) 
     missing = []
     for tensor in plan.quantized:
         own = found.values.get(tensor.name)
+        if own is None and tensor.name in plan.tables:
+            values[tensor.name] = np.ones(_wanted(tensor))
+            continue
         if own is None:
             missing.append(tensor.name)
             continue
@@ -139,6 +145,9 @@ def _of_imatrix(file: ImportanceFile, found: Imatrix, plan: QuantizePlan) -> Wei
         first = (
             next((name for name in called.names if name in found.values), None) if called else None
         )
+        if first is None and tensor.name in plan.tables:
+            values[tensor.name] = np.ones(_wanted(tensor))
+            continue
         if called is None or first is None:
             missing.append(tensor.name)
             continue

@@ -52,7 +52,8 @@ class QuantizeOptions:
     number of bits, the last match winning; both are searched for in the tensor's name. `threads`
     is for the search, None for all cores. `tile_weights` bounds memory and never changes a byte,
     `stream` the room that a Hub model takes: its files are deleted when they were read.
-    `include_towers` quantizes the linear layers of vision and audio towers, too. `llama_version` is
+    `include_towers` quantizes the linear layers of vision and audio towers, too,
+    `include_embeddings` the input embeddings and the output head. `llama_version` is
     asked for where Meta's own files do not tell it. `resume` says whether shards that an earlier
     run has left are used. `calibrate` fits the weights to a text, layer by layer; `importance` is
     a file that says how much each input column counts. `target` asks for a size: codebook and block
@@ -63,6 +64,7 @@ class QuantizeOptions:
     keep: tuple[str, ...] = ()
     bits_for: tuple[tuple[str, int], ...] = ()
     include_towers: bool = False
+    include_embeddings: bool = False
     device: str = "cpu"
     threads: int | None = None
     overwrite: bool = False
@@ -154,6 +156,7 @@ class QuantizeOptions:
             "keep": list(self.keep),
             "bits_for": [list(pair) for pair in self.bits_for],
             "include_towers": self.include_towers,
+            **({"include_embeddings": True} if self.include_embeddings else {}),
             "max_shard_bytes": self.max_shard_bytes,
         }
 

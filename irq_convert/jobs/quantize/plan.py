@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from irq_convert.artifact.config import (
@@ -12,6 +12,7 @@ from irq_convert.artifact.config import (
     QuantizationConfig,
     module_name,
 )
+from irq_convert.artifact.head import untied_config
 from irq_convert.artifact.manifest import MANIFEST_NAME, manifest_limit, manifest_room
 from irq_convert.artifact.structure import part_specs
 from irq_convert.checkpoint.float_dtypes import FLOATS
@@ -78,6 +79,7 @@ class QuantizePlan:
 
     `folder` holds all files but the manifest, whose text depends on the results. `kept`: how many
     numbers are copied, by the reason in words. `notes` are remarks that a person should see.
+    `tables` are the quantized tensors that are embeddings or heads, which no layer holds.
     """
 
     checkpoint: Checkpoint
@@ -86,6 +88,7 @@ class QuantizePlan:
     decided_by: str
     kept: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    tables: frozenset[str] = frozenset()
     remake: Callable[[Mapping[str, QuantSpec | None]], QuantizePlan] | None = field(
         default=None, repr=False
     )
@@ -140,7 +143,9 @@ def plan_quantize(
     """
     made = make_files(checkpoint, tokenizer=not shards_only)
     refuse_unusable(checkpoint)
-    linears = find_linears(checkpoint.config, checkpoint.tensors, options.include_towers)
+    linears = find_linears(
+        checkpoint.config, checkpoint.tensors, options.include_towers, options.include_embeddings
+    )
     check_expressions(options, linears.tensors, checkpoint.tensors)
     tensors = [
         TensorPlan(
@@ -177,12 +182,16 @@ def _assemble(
     """The folder that holds `tensors`, and its configuration."""
     quantized = {tensor.name for tensor in tensors if tensor.spec}
     kept = sorted(linears.tensors - quantized)
-    config = _config(tensors, (*linears.modules_kept, *map(module_name, kept)), options)
+    config = _config(tensors, (*linears.modules_kept, *_modules_of(kept, linears)), options)
+    tables = frozenset(linears.tables) & quantized
+    source_config = checkpoint.config or {}
+    if linears.apart and tables:
+        source_config = untied_config(source_config)
     folder = plan_folder(
         tensors,
         options.max_shard_bytes,
         checkpoint,
-        {**(checkpoint.config or {}), "quantization_config": config.to_dict()},
+        {**source_config, "quantization_config": config.to_dict()},
         replaced=(MANIFEST_NAME, *made.replaced),
         made=made.files,
     )
@@ -191,10 +200,24 @@ def _assemble(
         others = [replace(each, spec=specs.get(each.name, each.spec)) for each in tensors]
         return _assemble(checkpoint, others, linears, made, options)
 
-    kept_weights = _weights_kept(tensors, linears)
     return QuantizePlan(
-        checkpoint, folder, config, linears.decided_by, kept_weights, made.notes, remake
+        checkpoint,
+        folder,
+        config,
+        linears.decided_by,
+        _weights_kept(tensors, linears),
+        (*made.notes, *(f"{name} stays dense: {why}" for name, why in linears.left.items())),
+        tables,
+        remake,
     )
+
+
+def _modules_of(kept: Sequence[str], linears: Linears) -> Iterator[str]:
+    """Modules of weights that are kept, and those that share one and have no tensor themselves."""
+    for tensor in kept:
+        yield module_name(tensor)
+        shared = linears.tables.get(tensor, ())
+        yield from shared if len(shared) > 1 else ()
 
 
 def _weights_kept(tensors: Sequence[TensorPlan], linears: Linears) -> dict[str, int]:

@@ -21,7 +21,7 @@ from tests.jobs.calibration.words import word_text, write_word_tokenizer
 VOCABULARY, WINDOW, TOKENS = 96, 16, 256
 
 
-def _options(text: Path, kind: Kind) -> QuantizeOptions:
+def _options(text: Path, kind: Kind, **more: bool) -> QuantizeOptions:
     from irq_convert.jobs.calibration.options import CalibrationOptions
 
     return QuantizeOptions.of(
@@ -29,6 +29,7 @@ def _options(text: Path, kind: Kind) -> QuantizeOptions:
         block_size=16,
         calibrate=CalibrationOptions(str(text), tokens=TOKENS, window=WINDOW),
         include_towers=kind.towers,
+        **more,
     )
 
 
@@ -50,6 +51,21 @@ def _logits(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
 def test_what_was_judged_is_what_the_artifact_does(
     kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    _check_judged(kind, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("name", ["Llama 2", "Llama 3", "Gemma 3"])
+def test_so_it_is_with_embeddings(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Untied and tied ones, and those whose class scales what it looks up."""
+    kind = next(kind for kind in KINDS if kind.name == name)
+    _check_judged(kind, tmp_path, monkeypatch, include_embeddings=True)
+
+
+def _check_judged(
+    kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **more: bool
+) -> None:
     # Some architectures have a tokenizer class of their own, which takes no plain words.
     monkeypatch.setattr(text_source, "load_tokenizer", PreTrainedTokenizerFast.from_pretrained)
     warnings.simplefilter("ignore")
@@ -57,7 +73,7 @@ def test_what_was_judged_is_what_the_artifact_does(
     write_checkpoint(kind, source)
     write_word_tokenizer(source, VOCABULARY)
     text.write_text(word_text(VOCABULARY, 4 * TOKENS))
-    options = _options(text, kind)
+    options = _options(text, kind, **more)
     quantize(source, out, options)
     record = read_manifest(out)["calibration"]
     tokenizer = PreTrainedTokenizerFast.from_pretrained(source)

@@ -18,6 +18,7 @@ from irq_convert.artifact.importance import Importance, read_importance
 from irq_convert.checkpoint.reader import TileReader
 from irq_convert.checkpoint.source import open_checkpoint
 from irq_convert.errors import IrqError, UsageError
+from irq_convert.hf.layered import LayeredModel
 from irq_convert.jobs.calibration.text import Windows
 from irq_convert.jobs.demo.corpus import corpus
 from irq_convert.jobs.finetune.start_error import (
@@ -179,6 +180,22 @@ def test_inputs_in_the_rows_of_the_file(tmp_path: Path, kind: str) -> None:
     _assert_restored(model, source)
     few = _attached(folder, kind, rank=4)
     assert 0 < _start(few, folder, source, inputs=_windows()).left < 1
+
+
+def test_the_artifact_begins_with_its_own_embeddings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, folder = _zoo("Llama 3", tmp_path, include_embeddings=True)
+    seen: list[torch.Tensor] = []
+    stock = LayeredModel.begin
+    monkeypatch.setattr(
+        LayeredModel, "begin", lambda model, ids: seen.append(stock(model, ids)) or seen[-1]
+    )
+    windows, model = _windows(), _attached(folder, rank=4)
+    assert 0 < _start(model, folder, source, inputs=windows).left < 1
+    dense = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    for states, each in zip(seen, (dense, model), strict=True):
+        assert torch.equal(states, each.get_input_embeddings()(windows.ids))
 
 
 @pytest.mark.parametrize("name", ["Mixtral", "Mixtral, fused"])

@@ -116,12 +116,14 @@ def test_a_base_model_in_a_list_of_the_user_stays(subject: PushedFolder) -> None
 
 def test_the_command_is_one_that_the_program_takes(subject: PushedFolder) -> None:
     options = dict(subject.note["options"]) | {"keep": ["a|b", "c d"], "include_towers": True}
+    options["include_embeddings"] = True
     note = dict(subject.note) | {"options": options}
     made = PushedFolder(subject.folder, FolderKind.ARTIFACT, subject.files, note, {})
     words = shlex.split(command_again(made))
     assert words[:3] == ["irq-convert", "quantize", "org/base"]
     assert words[words.index("--keep") + 1] == "a|b"
     assert "--include-towers" in words
+    assert "--include-embeddings" in words
     assert "False" not in words
     # The names are options: what is refused is the bad number of bits, put in last.
     result = CliRunner().invoke(app, [*words[1:], "--bits", "9"])

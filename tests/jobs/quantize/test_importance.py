@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from irq_convert.artifact.importance import Importance, read_importance, write_importance
 from irq_convert.artifact.manifest import fingerprint, read_manifest
@@ -263,3 +264,15 @@ def test_damage_is_said_before_the_source_is_opened(tmp_path: Path, file: Path) 
     with pytest.raises(IrqError, match="has negative numbers"):
         quantize(tmp_path / "none", tmp_path / "out", importance=file)
     assert json.loads(json.dumps(QuantizeOptions(importance=file).to_dict()))
+
+
+def test_embeddings_are_not_in_the_file_and_weighed_equally(
+    tmp_path: Path, source: Path, file: Path
+) -> None:
+    quantize(source, tmp_path / "a", importance=file, bits=3, include_embeddings=True)
+    found = read_tensors(tmp_path / "a")
+    wanted = read_tensors(source)["model.embed_tokens.weight"]
+    q = quantize_tensor(wanted, QuantSpec("nf3", objective="mse"))
+    assert torch.equal(found["model.embed_tokens.weight"], q.codes)
+    assert torch.equal(found["model.embed_tokens.weight_tau"], q.tau)
+    assert "lm_head.weight_scale" in found
