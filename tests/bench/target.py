@@ -64,7 +64,7 @@ class Bench:
         target = TargetOptions(
             bits=bits, text=None if way == "plain" else self.asked.text,
             tokens=self.asked.tokens, window=self.asked.context,
-            file=self.scratch / f"{way}.safetensors",
+            file=self.scratch / f"sensitivity-{way}.safetensors",
         )  # fmt: skip
         self.row(way, bits, "mix", target=target)
         for kind, order in (("attention", _attention_first), ("outer layers", _outer_first)):
