@@ -29,7 +29,7 @@ USAGE, FAILURE = 2, 1
         (["--bits", "0"], ["--bits 0"]),
         (["--block-size", "63"], ["63", "64"]),
         (["--codebook", "foo"], ["--codebook foo", "nf", "int"]),
-        (["--codebook", "nf3"], ["nf3", "--bits 3"]),
+        (["--codebook", "nf3", "--bits", "4"], ["nf3", "--bits 3"]),
         (["--keep", "["], ["--keep", "'['", "regular expression"]),
         (["--keep", "nope"], ["--keep", "'nope'", "matches no tensor", UP0[:14]]),
         (["--keep", "embed"], ["--keep", "'embed'", "in any case"]),

@@ -18,6 +18,7 @@ from irq_convert.jobs.quantize.plan import QuantizePlan, replan
 from irq_convert.jobs.quantize.target_plan import (
     Target,
     choice_specs,
+    layers_or_refused,
     plan_target,
     scratch_folder,
     target_of,
@@ -169,7 +170,8 @@ def _compared(
     }
     if uniform is not None and mix.choices == uniform.choices:
         del specs["uniform"]
-    found = compare(target.subject, specs, folder, progress)
+    with layers_or_refused(target.plan):
+        found = compare(target.subject, specs, folder, progress)
     if uniform is not None:
         found.setdefault("uniform", found["mix"])
     return found

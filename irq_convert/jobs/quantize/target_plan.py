@@ -41,6 +41,8 @@ from irq_convert.progress import Progress
 
 MEASURED = "measured"
 """Errors are weighed by the importance that the same pass measures."""
+STATE_NAMES = ("source-", "stream-", "gradients")
+"""What files of hidden states are called."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ def plan_target(
     It is kept in a file; without `keep` only in one that the user named.
     """
     asked = target_of(options)
-    try:
+    with layers_or_refused(plan):
         layered = open_layered(plan.checkpoint, options.device)
         every = {n for k in range(len(layered.layers)) for n in _names(layered, k, plan)}
         quantized = {t.name: t for t in plan.quantized if t.name in every}
@@ -111,11 +113,6 @@ def plan_target(
             if keep or file.named:
                 write_sensitivity(file.path, found)
                 progress.note(f"sensitivities are kept in {file.path}, for other sizes")
-    except NotLayered as error:
-        raise UsageError(
-            f"{plan.checkpoint.folder}: cannot be run layer by layer, so its weights cannot be "
-            f"measured: {error}; leave out the target, and use --bits and --bits-for"
-        ) from error
     market = _market(plan, options, groups, quantized, found)
     taken = sum(tensor.nbytes for tensor in quantized.values())
     return Target(plan, options, market, subject, plan.bytes_at_most - taken)
@@ -220,13 +217,33 @@ def _windows(
 
 @contextmanager
 def scratch_folder(out: Path) -> Iterator[Path]:
-    """A folder beside `out` for hidden states, gone afterwards."""
+    """A folder beside `out` for hidden states, gone afterwards.
+
+    What a killed run has left there is removed first; `UsageError` where it holds anything else.
+    """
     real = out.expanduser().resolve()
     folder = real.with_name(f"{real.name}.states")
     with os_errors("create it", folder):
+        there = folder.iterdir() if folder.is_dir() else ()
+        if folder.exists() and not (
+            folder.is_dir() and all(path.name.startswith(STATE_NAMES) for path in there)
+        ):
+            raise UsageError(f"{folder}: hidden states would lie there; remove it, or choose OUT")
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def layers_or_refused(plan: QuantizePlan) -> Iterator[None]:
+    """Say in one line that a model cannot be measured, where the block finds it cannot be run."""
+    try:
+        yield
+    except NotLayered as error:
+        raise UsageError(
+            f"{plan.checkpoint.folder}: cannot be run layer by layer, so its weights cannot be "
+            f"measured: {error}; leave out the target, and use --bits and --bits-for"
+        ) from error

@@ -19,6 +19,7 @@ from irq_convert.hf.layered import NotLayered
 from irq_convert.jobs.calibration import source as text_source
 from irq_convert.jobs.calibration.options import CalibrationOptions
 from irq_convert.jobs.quantize import target as targeting
+from irq_convert.jobs.quantize import target_plan as planning
 from irq_convert.jobs.quantize.estimate import estimate_quantize
 from irq_convert.jobs.quantize.options import QuantizeOptions
 from irq_convert.jobs.quantize.quantize import quantize
@@ -223,12 +224,26 @@ def test_what_cannot_be_is_said_before_anything_is_written(
     def refuse(*args: Any) -> Any:
         raise NotLayered("it is not")
 
-    monkeypatch.setattr(targeting, "open_layered", refuse)
+    monkeypatch.setattr(planning, "open_layered", refuse)
     with pytest.raises(
         UsageError, match="cannot be run layer by layer, so its weights cannot be m"
     ):
         sized(source, out, text, bits=3.0)
     assert listing(tmp_path) == before
+
+
+def test_a_folder_for_states_that_is_not_ours_is_left_alone(
+    make: Make, text: Path, tmp_path: Path
+) -> None:
+    source, states = make("Llama 2"), tmp_path / "out.states"
+    states.mkdir()
+    (states / "mine.txt").write_text("kept")
+    with pytest.raises(UsageError, match=r"out\.states: hidden states would lie there"):
+        sized(source, tmp_path / "out", text, bits=3.0)
+    assert (states / "mine.txt").read_text() == "kept"
+    (states / "mine.txt").rename(states / "source-00000")
+    sized(source, tmp_path / "out", text, bits=3.0, codebook="int")  # what a killed run has left
+    assert not states.exists()
 
 
 def test_sensitivities_of_another_model_are_refused(make: Make, text: Path, tmp_path: Path) -> None:
