@@ -70,8 +70,12 @@ def finetune_command(
         _adapter("On the adapter's input.  \\[default: 0.1 up to 13 B weights, 0.05 above]"),
     ] = None,
     init: Annotated[
-        Init, _adapter("error starts it at what quantizing has lost of --source.")
-    ] = Init.DEFAULT,
+        Init | None,
+        _adapter(
+            "error starts it at what quantizing has lost of --source.  "
+            "\\[default: error with a teacher, else default]"
+        ),
+    ] = None,
     source: Annotated[
         str | None,
         _adapter("Dense model for --init error.  \\[default: the teacher]"),

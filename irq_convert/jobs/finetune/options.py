@@ -60,7 +60,9 @@ class FinetuneOptions:
         rank, alpha, rslora: rank r; the update is scaled by alpha / r, or alpha / sqrt(r).
         dropout: on the adapter's input; None for 0.1 up to 13 B weights, 0.05 above.
         init: `error` starts A and B at the best low-rank part of what quantizing has lost of
-            `source`, as the training data see it, or `importance`, a file of `measure`.
+            `source`, as the training data see it, or `importance`, a file of `measure`. None for
+            `error` where matrices train towards a teacher, which is the dense model, else
+            `default`.
         source: folder or Hub id of the dense model for `init`; None for the teacher.
         target_modules: last parts of module names; None for all linears but the head.
         steps, epochs: length of the run, one of the two; None and None for 10,000 steps.
@@ -98,7 +100,7 @@ class FinetuneOptions:
     alpha: float = 16.0
     rslora: bool = False
     dropout: float | None = None
-    init: Init = Init.DEFAULT
+    init: Init | None = None
     source: str | None = None
     importance: Path | None = None
     target_modules: tuple[str, ...] | None = None
@@ -193,7 +195,13 @@ class FinetuneOptions:
     @property
     def from_error(self) -> bool:
         """Whether the adapter starts at what quantizing has lost."""
-        return self.init == Init.ERROR
+        return self.start == Init.ERROR
+
+    @property
+    def start(self) -> Init:
+        """Where the adapter starts, also where `init` leaves it open."""
+        taught = self.teacher is not None and self.teacher_weight > 0 and self.lora.low_rank
+        return self.init or (Init.ERROR if taught else Init.DEFAULT)
 
     @property
     def trains_statistics(self) -> bool:

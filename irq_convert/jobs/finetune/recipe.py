@@ -190,7 +190,7 @@ def decide(
         optimizer=_optimizer(options.optimizer, device),
         device=device,
         gradient_checkpointing=options.gradient_checkpointing,
-        init=str(options.init),
+        init=str(options.start),
         init_sha256=start,
         teacher=name,
         teacher_sha256=sha256,
