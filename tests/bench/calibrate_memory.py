@@ -1,9 +1,12 @@
-"""Peak memory of `quantize --calibrate` on 7B layer shapes, as the number of layers grows.
+r"""Peak memory of `quantize --calibrate` on 7B layer shapes, as the number of layers grows.
 
     python tests/bench/calibrate_memory.py --layers 4 12 --tokens 4096
+    python tests/bench/calibrate_memory.py --layers 4 12 --hidden 1024 --intermediate 2816 \
+        --target-bits 3
 
-Random weights and a text of random words: memory does not know the difference. Layers of 7B shapes
-take minutes each on two cores.
+With --target-bits of a target instead: what measures, chooses, judges and writes a mix. Random
+weights and a text of random words: memory does not know the difference. Layers of 7B shapes take
+minutes each on two cores.
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--intermediate", type=int, default=11008)
+    parser.add_argument("--target-bits", type=float)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--scratch", type=Path, help="where to write; by default the system's")
     args = parser.parse_args(argv)
@@ -46,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         [str(layers), f"{seconds:.0f}", f"{peak / 1e6:,.0f}"]
         for layers, (seconds, peak) in zip(args.layers, peaks, strict=True)
     ]
-    console.print(table("quantize --bits 3 --calibrate", ["layers", "seconds", "peak, MB"], rows))
+    title = "--bits 3 --calibrate" if args.target_bits is None else "--target-bits"
+    console.print(table(f"quantize {title}", ["layers", "seconds", "peak, MB"], rows))
     console.print(f"{base / 1e6:.0f} MB are those of a process with torch.")
     growth = max(peak for _, peak in peaks) / min(peak for _, peak in peaks) - 1
     held = growth <= GROWTH and max(peak for _, peak in peaks) <= MOST_MB * 1e6
@@ -61,14 +66,18 @@ def _measure(scratch: Path, layers: int, args: argparse.Namespace) -> tuple[floa
     text, draw = scratch / "text.txt", random.Random(0)
     text.write_text(" ".join(f"w{draw.randrange(VOCABULARY)}" for _ in range(args.tokens)))
     out = scratch / f"out-{layers}"
+    options = f"--bits 3 --calibrate {text} --calibration-tokens {args.tokens}"
+    if args.target_bits is not None:
+        options = f"--target-bits {args.target_bits} --target-text {text} "
+        options += f"--target-tokens {args.tokens}"
     command = (
-        f"{shlex.quote(sys.executable)} -m irq_convert quantize {source} {out} --bits 3 "
-        f"--calibrate {text} --calibration-tokens {args.tokens} --json"
+        f"{shlex.quote(sys.executable)} -m irq_convert quantize {source} {out} {options} --json"
     )
     threads = [] if args.threads is None else ["--threads", str(args.threads)]
     usage = run_watched([*shlex.split(command), *threads])
     shutil.rmtree(source)
     shutil.rmtree(out)
+    out.with_name(f"{out.name}.sensitivity.safetensors").unlink(missing_ok=True)
     return usage.seconds, usage.peak_rss
 
 
