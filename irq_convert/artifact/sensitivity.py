@@ -55,11 +55,14 @@ class Sensitivity:
     settings: Mapping[str, Any]
     source: Mapping[str, Any]
 
-    def damage(self, tensor: str, choice: str, bits: int) -> float:
-        """What `choice`, of so many bits, costs at `tensor`, by what its width was seen to cost."""
+    def damage(self, tensor: str, choice: str, bits: int, caution: float = 1.0) -> float:
+        """What `choice`, of so many bits, costs at `tensor`, by what its width was seen to cost.
+
+        More `caution` than 1 holds against a width more than once that it cost more than expected.
+        """
         found = float(self.damages[tensor][self.choices.index(choice)])
         width = self.widths.get(bits)
-        return found * (width.factor if width else 1.0)
+        return found * (width.factor**caution if width else 1.0)
 
 
 def write_sensitivity(path: Path, found: Sensitivity) -> int:

@@ -31,7 +31,7 @@ from irq_convert.jobs.evaluate.windows import evaluate_windows
 from irq_convert.jobs.measure.measure import measure
 from irq_convert.jobs.quantize.options import QuantizeOptions
 from irq_convert.jobs.quantize.quantize import quantize
-from irq_convert.jobs.sizing.choices import quantized_choices
+from irq_convert.jobs.sizing.choices import Choice, quantized_choices
 from irq_convert.jobs.sizing.options import TargetOptions
 
 
@@ -74,7 +74,7 @@ class Bench:
                 up = tuple((f"^{re.escape(name)}$", base + 1) for name in names)
                 self.row(way, bits, f"{kind} first", bits=base, bits_for=up)
         best = None
-        for choice in quantized_choices():
+        for choice in self.asked.uniform:
             own, found = self.judged_uniform(way, str(choice.codebook), choice.block_size or 0)
             if own <= bits and (best is None or found.kl < best[2].kl):
                 best = str(choice), own, found
@@ -83,11 +83,9 @@ class Bench:
             print(f"| {way} | {bits:g} | uniform {best[0]} | {best[1]:.3f} | | {kl} |", flush=True)
 
     def judged_uniform(self, way: str, codebook: str, block: int) -> tuple[float, Any]:
-        """Bits and KL of one choice for all; the calibrated ones in blocks of 32 and 64 alone."""
+        """Bits and KL of one choice for all."""
         key = way, codebook, block
         if key not in self.uniform:
-            if way == "calibrated" and (block > 64 or codebook.startswith("nf")):
-                return 99.0, None
             out = self.quantized(way, codebook=codebook, block_size=block, bits=int(codebook[-1]))
             self.uniform[key] = open_artifact(out).bits_per_weight, self.judge(out)
         return self.uniform[key]
@@ -165,6 +163,12 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--text", required=True, help="to measure and to calibrate with")
     parser.add_argument("--judge", type=Path, required=True)
     parser.add_argument("--bits", default="2.285,2.52,3.285,3.52")
+    parser.add_argument(
+        "--uniform",
+        type=lambda text: [Choice.parse(each) for each in text.split(",")],
+        default=quantized_choices(),
+        help="what one choice for all may be, as nf3/64,int3/64; by default anything",
+    )
     parser.add_argument("--ways", default="plain,importance,calibrated")
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--context", type=int, default=256)

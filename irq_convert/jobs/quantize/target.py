@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,9 @@ from irq_convert.jobs.sizing.choices import Choice
 from irq_convert.jobs.sizing.measure import compare
 from irq_convert.jobs.sizing.mix import Mix
 from irq_convert.progress import Progress
+
+CAUTIONS = (1.0, 2.0)
+"""How much the mixes that are judged hold against a width what it costs beyond expectation."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +63,8 @@ def reach_target(
         return Sized(replan(plan, choice_specs(choices, options)), told["record"])
     with scratch_folder(out) as folder:
         target = plan_target(plan, model, out, options, weighing, folder, progress)
-        mix, uniform = choose(target)
-        seen = _compared(target, mix, uniform, folder, progress)
+        mixes, uniform = choose(target)
+        mix, seen = _judged(target, mixes, uniform, folder, progress)
     kept = "mix" if uniform is None or seen["mix"].value <= seen["uniform"].value else "uniform"
     taken = mix if kept == "mix" or uniform is None else uniform
     if kept == "uniform":
@@ -102,7 +106,7 @@ def target_frontier(
     """
     with scratch_folder(out) as folder:
         target = plan_target(plan, model, out, options, weighing, folder, progress, keep=False)
-    mix = _fitted(target, uniform=False)
+    mix = _fitted(target, target.market.best)
     points = tuple(
         Point(nbytes + target.outside, 8 * nbytes / target.weights, expected)
         for nbytes, expected in target.market.frontier()
@@ -110,18 +114,23 @@ def target_frontier(
     return replan(plan, choice_specs(mix.choices, options)), points
 
 
-def choose(target: Target) -> tuple[Mix, Mix | None]:
-    """The best mix that fits with everything around it, and the best uniform choice that does.
+def choose(target: Target) -> tuple[list[Mix], Mix | None]:
+    """The best mixes that fit with everything around them, and the best uniform choice that does.
 
     Raises `UsageError` naming the smallest and largest that can be reached.
     """
-    return _fitted(target, uniform=False), _fitted_uniform(target)
+    market = target.market
+    found = [_fitted(target, partial(market.best, caution=caution)) for caution in CAUTIONS]
+    mixes = [mix for at, mix in enumerate(found) if mix not in found[:at]]
+    try:
+        return mixes, _fitted(target, market.best_uniform)
+    except UsageError:
+        return mixes, None
 
 
-def _fitted(target: Target, *, uniform: bool) -> Mix:
+def _fitted(target: Target, pick: Callable[[int], Mix | None]) -> Mix:
     """The mix whose whole artifact fits: headers and configuration change with the choice."""
     asked, room = target_of(target.options), target.room
-    pick = target.market.best_uniform if uniform else target.market.best
     for _ in range(16):
         found = pick(room)
         if found is None:
@@ -134,13 +143,6 @@ def _fitted(target: Target, *, uniform: bool) -> Mix:
             return found
         room = min(room, found.nbytes) - over
     raise _unreachable(target)
-
-
-def _fitted_uniform(target: Target) -> Mix | None:
-    try:
-        return _fitted(target, uniform=True)
-    except UsageError:
-        return None
 
 
 def _unreachable(target: Target) -> UsageError:
@@ -159,22 +161,19 @@ def _unreachable(target: Target) -> UsageError:
     )
 
 
-def _compared(
-    target: Target, mix: Mix, uniform: Mix | None, folder: Path, progress: Progress
-) -> dict[str, MeanEstimate]:
-    """KL on held-out windows of the mix, and of the uniform choice where there is one."""
-    candidates = {"mix": mix} if uniform is None else {"mix": mix, "uniform": uniform}
-    specs = {
-        name: choice_specs(candidate.choices, target.options)
-        for name, candidate in candidates.items()
-    }
-    if uniform is not None and mix.choices == uniform.choices:
-        del specs["uniform"]
+def _judged(
+    target: Target, mixes: Sequence[Mix], uniform: Mix | None, folder: Path, progress: Progress
+) -> tuple[Mix, dict[str, MeanEstimate]]:
+    """The best of `mixes` on held-out windows; its KL, and that of the uniform choice if any."""
+    candidates = {str(number): mix for number, mix in enumerate(mixes)}
+    if uniform is not None:
+        candidates["uniform"] = uniform
+    specs = {name: choice_specs(each.choices, target.options) for name, each in candidates.items()}
     with layers_or_refused(target.plan):
         found = compare(target.subject, specs, folder, progress)
-    if uniform is not None:
-        found.setdefault("uniform", found["mix"])
-    return found
+    best = min(range(len(mixes)), key=lambda number: found[str(number)].value)
+    seen = {"mix": found[str(best)]}
+    return mixes[best], seen | {name: found[name] for name in found if name == "uniform"}
 
 
 def _record(

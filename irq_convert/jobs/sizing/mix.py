@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from irq_convert.artifact.sensitivity import Sensitivity
 from irq_convert.jobs.sizing.choices import DENSE, Choice
@@ -37,23 +38,27 @@ class Market:
     sensitivity: Sensitivity
     nbytes: Bytes
 
-    def options(self, group: Group) -> list[Option]:
-        """What each of the group's choices costs, in their order."""
-        return [self._option(group, choice) for choice in group.choices]
+    def options(self, caution: float) -> list[list[Option]]:
+        """What each of a group's choices costs, in their order, for all groups."""
+        return [
+            [self._option(group, choice, caution) for choice in group.choices]
+            for group in self.groups
+        ]
 
-    def _option(self, group: Group, choice: Choice) -> Option:
+    def _option(self, group: Group, choice: Choice, caution: float) -> Option:
         cost = sum(self.nbytes(name, choice) for name in group.tensors)
-        return Option(cost, sum(self._damage(name, choice) for name in group.tensors))
+        damage = sum(self._damage(name, choice, caution) for name in group.tensors)
+        return Option(cost, damage)
 
-    def _damage(self, name: str, choice: Choice) -> float:
+    def _damage(self, name: str, choice: Choice, caution: float) -> float:
         if choice == DENSE:
             return 0.0
-        return self.sensitivity.damage(name, str(choice), choice.bits)
+        return self.sensitivity.damage(name, str(choice), choice.bits, caution)
 
-    @property
+    @cached_property
     def table(self) -> list[list[Option]]:
-        """The options of all groups."""
-        return [self.options(group) for group in self.groups]
+        """The options of all groups, by the damage that is expected."""
+        return self.options(1.0)
 
     @property
     def extent(self) -> tuple[int, int]:
@@ -61,25 +66,23 @@ class Market:
         sizes = [[option.nbytes for option in options] for options in self.table]
         return sum(map(min, sizes)), sum(map(max, sizes))
 
-    def best(self, room: int) -> Mix | None:
+    def best(self, room: int, caution: float = 1.0) -> Mix | None:
         """The mix that damages least in `room` bytes; None where nothing fits."""
-        table = self.table
-        found = solve(table, room)
-        return None if found is None else self._mix(found.chosen, table)
+        found = solve(self.table if caution == 1.0 else self.options(caution), room)
+        return None if found is None else self._mix(found.chosen)
 
     def best_uniform(self, room: int) -> Mix | None:
         """The least damage that one choice for all does, wherever rules leave it."""
-        table = self.table
         candidates = []
         for choice in dict.fromkeys(c for group in self.groups for c in group.choices):
             if choice != DENSE:
                 chosen = [_nearest(group.choices, choice) for group in self.groups]
-                candidates.append(self._mix(chosen, table))
+                candidates.append(self._mix(chosen))
         fitting = [mix for mix in candidates if mix.nbytes <= room]
         return min(fitting, key=lambda mix: (mix.expected, mix.nbytes), default=None)
 
-    def _mix(self, chosen: Sequence[int], table: Sequence[Sequence[Option]]) -> Mix:
-        taken = [options[at] for options, at in zip(table, chosen, strict=True)]
+    def _mix(self, chosen: Sequence[int]) -> Mix:
+        taken = [options[at] for options, at in zip(self.table, chosen, strict=True)]
         choices = {
             name: group.choices[at]
             for group, at in zip(self.groups, chosen, strict=True)

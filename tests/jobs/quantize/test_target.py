@@ -132,8 +132,10 @@ def test_the_better_is_kept(
 
     def worse(*args: Any) -> Any:
         found = dict(compare(*args))
-        found["mix"] = type(found["mix"])(99.0, None)
-        return found
+        return {
+            name: each if name == "uniform" else type(each)(99.0, None)
+            for name, each in found.items()
+        }
 
     monkeypatch.setattr(targeting, "compare", worse)
     report = sized(source, tmp_path / "out", text, notes, bits=3.3)
