@@ -55,6 +55,7 @@ def test_damage_is_worth_what_its_width_was_seen_to_cost() -> None:
     assert found.damage("w", "int2/64", 2) == 0.125 * 2.5
     assert found.damage("w", "nf3/32", 3) == 0.5
     assert found.damage("w", "nf3/32", 4) == 0.5
+    assert found.damage("w", "int2/64", 2, caution=2.0) == 0.125 * 2.5**2
 
 
 @pytest.mark.parametrize(

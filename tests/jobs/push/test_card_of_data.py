@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import shlex
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 
 from irq_convert.jobs.push.card_body import card_body
 from irq_convert.jobs.push.command_again import command_again
 from irq_convert.jobs.push.pushed_folder import open_pushed_folder
+from irq_convert.jobs.quantize.options import QuantizeOptions
 from irq_convert.jobs.quantize.quantize import quantize
+from irq_convert.jobs.sizing.options import TargetOptions
+from tests.folders import listing
 from tests.jobs.calibration.conftest import calibrating
 from tests.jobs.calibration.words import word_text, write_word_tokenizer
 from tests.tiny import LLAMA, VOCABULARY, llama_tensors, write_source
@@ -36,3 +41,25 @@ def test_the_command_and_the_judgement(tmp_path: Path) -> None:
     body = card_body(subject, "me/out", None, {})
     assert f"| KL to the source, held out | {record['kl']:.4f}, without data" in body
     assert "| calibrated with | words.txt, 512 tokens |" in body
+
+
+def test_the_command_of_a_target_makes_it_again(tmp_path: Path) -> None:
+    source = write_source(tmp_path / "source", llama_tensors(), LLAMA)
+    write_word_tokenizer(source, VOCABULARY)
+    (tmp_path / "words.txt").write_text(word_text(VOCABULARY, 600))
+    target = TargetOptions(
+        size=300_000, text=str(tmp_path / "words.txt"), tokens=128, window=64,
+        within=(r"layers\.(\d+)\.self_attn\.[qk]_proj",), at_least=(("o_proj", 3),),
+        at_most=(("down_proj", 4),),
+    )  # fmt: skip
+    options = QuantizeOptions.of(target=target, codebook="int", block_size=32, threads=1)
+    quantize(source, tmp_path / "out", options)
+    words = shlex.split(command_again(open_pushed_folder(tmp_path / "out")))
+    assert words[:3] == ["irq-convert", "quantize", "source"]
+    assert "--bits" not in words
+    result = subprocess.run(
+        [sys.executable, "-m", "irq_convert", *words[1:], "again", "--threads", "1"],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert listing(tmp_path / "again") == listing(tmp_path / "out")
