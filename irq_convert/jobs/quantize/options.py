@@ -22,7 +22,7 @@ from irq_convert.errors import UsageError
 from irq_convert.jobs.calibration.options import CalibrationOptions
 from irq_convert.jobs.common.options import MAX_SHARD_BYTES, check_sizes, fix_choices
 from irq_convert.jobs.common.resume import Resume
-from irq_convert.jobs.sizing.options import TargetOptions
+from irq_convert.jobs.sizing.options import TargetOptions, parse_size
 
 TILE_WEIGHTS = 1 << 21
 
@@ -89,13 +89,14 @@ class QuantizeOptions:
         zero_point: str = "float",
         calibrate: CalibrationOptions | str | Path | None = None,
         importance: Path | str | None = None,
-        target: TargetOptions | None = None,
+        target: TargetOptions | str | float | None = None,
         **others: Any,
     ) -> QuantizeOptions:
         """Options with their spec in a person's words: `bits=3, codebook="nf"`.
 
         `codebook` is a family, or a full name, which says the bits itself; "nf" and 4 bits by
-        default. With a `target` there are no bits, and codebook and block size limit its choices.
+        default. With a `target`, a size such as "3.5GB" or a number of bits, there are no `bits`,
+        and codebook and block size limit its choices.
         `objective` None is what is best for the codebook, and squared error where inputs weigh it.
         `calibrate` may be the name of a text alone. `others` are the fields of this class.
         Raises `UsageError` as `codebook_name`, `QuantSpec` and this class do.
@@ -104,6 +105,10 @@ class QuantizeOptions:
             calibrate = CalibrationOptions(str(calibrate))
         others["calibrate"] = calibrate
         others["importance"] = None if importance is None else Path(importance)
+        if isinstance(target, str):
+            target = TargetOptions(size=parse_size(target))
+        elif isinstance(target, int | float):
+            target = TargetOptions(bits=target)
         others["target"] = target
         if "spec" in others:
             return cls(**others)

@@ -213,6 +213,8 @@ def test_what_cannot_be_is_said_before_anything_is_written(
         sized(source, out, text, size=9000, file=kept)
     with pytest.raises(UsageError, match="the target chooses the bits"):
         QuantizeOptions.of(bits=3, target=TargetOptions(bits=3.0))
+    assert QuantizeOptions.of(target="3kB").target == TargetOptions(size=3000)
+    assert QuantizeOptions.of(target=3).target == TargetOptions(bits=3)
     with pytest.raises(UsageError, match="--codebook nf3: with a target"):
         QuantizeOptions.of(codebook="nf3", target=TargetOptions(bits=3.0))
     with pytest.raises(UsageError, match="made with objective 'mse', and this run has 'entropy'"):
