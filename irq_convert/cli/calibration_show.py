@@ -44,6 +44,11 @@ def target_rows(record: Mapping[str, Any] | None) -> list[tuple[str, str]]:
     if other:
         kept = "" if record["kept"] == "mix" else ", and kept"
         rows.append(("of uniform", f"{other['kl']:.4f} ({other['choice']} for all{kept})"))
+    fitted = record.get("calibrated")
+    if fitted:
+        rows.append(
+            ("both calibrated", f"mix {fitted['mix']:.4f}, uniform {fitted['uniform']:.4f}")
+        )
     return rows
 
 

@@ -145,18 +145,21 @@ def calibrated_weights(
     options: QuantizeOptions,
     processes: RunProcesses,
     progress: Progress,
+    *,
+    place: int = 0,
 ) -> Iterator[Fitted | None]:
     """Calibrate in the first process, or take what an earlier run has finished; lend the result.
 
     None where nothing is to be calibrated. The files are there until the block ends; what is
-    finished outlives a failure, as `options.resume` says.
+    finished outlives a failure, as `options.resume` says. `place` tells calibrations of one run
+    from each other.
     """
     if calibration is None:
         yield None
         return
     layers = calibration.layers
     if not processes.ranks.first:
-        told = json.loads(processes.take("calibrated"))
+        told = json.loads(processes.take(f"calibrated-{place}"))
         record = told["record"]
         judgement = Judgement(**{each.name: record[each.name] for each in fields(Judgement)})
         root = calibration_folder(out, told["number"])
@@ -166,7 +169,8 @@ def calibrated_weights(
     threads = options.threads and options.threads * processes.ranks.beside
     with ExitStack() as folders:
         tried: list[Tried] = []
-        for number, choice in enumerate(calibration.options.choices):
+        choices = calibration.options.choices
+        for number, choice in enumerate(choices, start=place * len(choices)):
             of_data = calibration.describe() | {"calibration_choice": choice.to_dict()}
             identity = quantize_identity(plan, model, options, of_data)
             work = folders.enter_context(
@@ -178,7 +182,7 @@ def calibrated_weights(
         best = min(tried, key=lambda each: each.found.judgement.kl)
         record = _record(calibration, tried, best)
         told = {"number": best.number, "record": record}
-        processes.put("calibrated", json.dumps(told).encode())
+        processes.put(f"calibrated-{place}", json.dumps(told).encode())
         for line in _remarks(best.found):
             progress.note(line)
         yield Fitted(best.found, record)

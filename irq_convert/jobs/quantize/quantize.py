@@ -36,11 +36,8 @@ from irq_convert.jobs.common.ranks import Ranks
 from irq_convert.jobs.common.resume import Resume
 from irq_convert.jobs.common.shard_job import WrittenShards, run_shard_job
 from irq_convert.jobs.common.torchrun import RunProcesses
-from irq_convert.jobs.quantize.calibrated import (
-    Fitted,
-    calibrated_weights,
-    plan_calibration,
-)
+from irq_convert.jobs.quantize.calibrated import Fitted
+from irq_convert.jobs.quantize.fitted_target import fitted_weights
 from irq_convert.jobs.quantize.importance import (
     Weighing,
     plan_importance,
@@ -137,12 +134,10 @@ def _quantize(
         require_readable(checkpoint.folder, plan.folder.carried)
         weighing = plan_importance(file, plan, progress)
         sized = reach_target(plan, model, out, options, weighing, processes, progress)
-        plan = sized.plan
-        calibration = plan_calibration(plan, options, progress, first=processes.ranks.first)
         load_kernels(options.spec, progress, device=options.device, threads=options.threads)
-        lent = calibrated_weights(plan, calibration, model, out, options, processes, progress)
-        with lent as fitted:
-            return _write_shards(sized, model, out, options, processes, progress, fitted, weighing)
+        lent = fitted_weights(sized, model, out, options, processes, progress)
+        with lent as (taken, fitted):
+            return _write_shards(taken, model, out, options, processes, progress, fitted, weighing)
 
 
 def _write_shards(

@@ -35,10 +35,14 @@ CAUTIONS = (1.0, 2.0)
 
 @dataclass(frozen=True)
 class Sized:
-    """The plan of the choice, and the manifest's `target`."""
+    """The plan of the choice, and the manifest's `target`.
+
+    `other` is the plan of the best uniform choice where what is calibrated decides between them.
+    """
 
     plan: QuantizePlan
     record: Mapping[str, Any] | None
+    other: QuantizePlan | None = None
 
 
 def reach_target(
@@ -58,16 +62,16 @@ def reach_target(
     if options.target is None:
         return Sized(plan, None)
     if not processes.ranks.first:
-        told = json.loads(processes.take("target"))
-        choices = {name: Choice.parse(text) for name, text in told["choices"].items()}
-        return Sized(replan(plan, choice_specs(choices, options)), told["record"])
+        return _sized(plan, options, json.loads(processes.take("target")))
     with scratch_folder(out) as folder:
         target = plan_target(plan, model, out, options, weighing, folder, progress)
         mixes, uniform = choose(target)
         mix, seen = _judged(target, mixes, uniform, folder, progress)
-    kept = "mix" if uniform is None or seen["mix"].value <= seen["uniform"].value else "uniform"
-    taken = mix if kept == "mix" or uniform is None else uniform
-    if kept == "uniform":
+    better = uniform is None or seen["mix"].value <= seen["uniform"].value
+    # What is calibrated afterwards is judged again, and both are.
+    both = uniform is not None and options.calibrate is not None and uniform != mix
+    taken = mix if better or both or uniform is None else uniform
+    if taken is not mix:
         progress.note(
             f"{_word(uniform)} for all is better than the mix on held-out windows (KL "
             f"{seen['uniform'].value:.4f} against {seen['mix'].value:.4f}), and is kept"
@@ -77,10 +81,28 @@ def reach_target(
             f"embeddings and heads are {options.spec.codebook} whatever the mix is, or as "
             "--bits-for says, and its KL leaves them out"
         )
-    record = _record(target, mix, uniform, seen, kept)
-    told = {name: str(choice) for name, choice in taken.choices.items()}
-    processes.put("target", json.dumps({"choices": told, "record": record}).encode())
-    return Sized(replan(plan, choice_specs(taken.choices, options)), record)
+    told = {
+        "record": _record(target, mix, uniform, seen, "mix" if taken is mix else "uniform"),
+        "choices": _named(taken),
+        "other": _named(uniform) if both and uniform is not None else None,
+    }
+    processes.put("target", json.dumps(told).encode())
+    return _sized(plan, options, told)
+
+
+def _named(mix: Mix) -> dict[str, str]:
+    return {name: str(choice) for name, choice in mix.choices.items()}
+
+
+def _sized(plan: QuantizePlan, options: QuantizeOptions, told: Mapping[str, Any]) -> Sized:
+    """What the first process has told of its choice."""
+
+    def planned(names: Mapping[str, str]) -> QuantizePlan:
+        choices = {name: Choice.parse(text) for name, text in names.items()}
+        return replan(plan, choice_specs(choices, options))
+
+    other = None if told["other"] is None else planned(told["other"])
+    return Sized(planned(told["choices"]), told["record"], other)
 
 
 @dataclass(frozen=True)

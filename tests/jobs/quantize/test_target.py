@@ -178,6 +178,13 @@ def test_it_goes_with_data(make: Make, text: Path, tmp_path: Path, how: str) -> 
         settings["calibrate"] = CalibrationOptions(str(text), tokens=512, window=16)
     report = sized(source, out, text, bits=3.0, codebook="int", block_size=32, **settings)
     assert getattr(report, "calibration" if how == "calibrate" else how) is not None
+    assert report.target is not None
+    if how == "calibrate":
+        fitted = report.target["calibrated"]
+        assert report.target["kept"] == min(fitted, key=lambda name: fitted[name])
+        assert report.calibration is not None
+        own = report.calibration
+        assert min(own["kl"], own["plain"]) == min(fitted.values())
     assert open_artifact(out).bits_per_weight <= 3.0
     assert irq_convert.verify(out).ok
 
