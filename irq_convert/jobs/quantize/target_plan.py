@@ -67,7 +67,8 @@ class Target:
     @property
     def weights(self) -> int:
         """How many weights there is a choice for."""
-        return sum(t.info.numel for t in self.plan.quantized if t.name in set(self.subject.tensors))
+        chosen = set(self.subject.tensors)
+        return sum(t.info.numel for t in self.plan.quantized if t.name in chosen)
 
 
 def plan_target(
