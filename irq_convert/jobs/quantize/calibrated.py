@@ -9,9 +9,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from irq_convert.core.threads import torch_threads
 from irq_convert.errors import UsageError
 from irq_convert.hf.layered import LayeredModel, NotLayered, open_layered
 from irq_convert.jobs.calibration.judge import Judgement
@@ -22,20 +19,18 @@ from irq_convert.jobs.calibration.loop import (
     collect,
     layer_files,
 )
-from irq_convert.jobs.calibration.options import SELF, CalibrationOptions, Choice
-from irq_convert.jobs.calibration.sampled import sample_tokens
+from irq_convert.jobs.calibration.options import CalibrationOptions, Choice
 from irq_convert.jobs.calibration.source import (
     check_context,
-    check_vocabulary,
-    source_tokenizer,
 )
-from irq_convert.jobs.calibration.text import Windows, choose_windows, tokenize_source
+from irq_convert.jobs.calibration.text import Windows
 from irq_convert.jobs.calibration.workspace import Workspace, calibration_folder, workspace
 from irq_convert.jobs.common.records import read_run, read_shard_record
 from irq_convert.jobs.common.torchrun import RunProcesses
 from irq_convert.jobs.quantize.job import quantize_identity
 from irq_convert.jobs.quantize.options import QuantizeOptions
 from irq_convert.jobs.quantize.plan import QuantizePlan
+from irq_convert.jobs.quantize.windows import read_windows
 from irq_convert.progress import Progress
 
 
@@ -85,35 +80,14 @@ def plan_calibration(
     if not first:
         return CalibrationPlan(chosen, model, None, layers)
     check_context(model.model.config, chosen.window, "--calibration-window")
-    windows = _windows(plan, options, chosen, model, progress, sample)
-    check_vocabulary(model.model, windows.ids)
+    no_stream = (
+        "--calibrate self needs the whole model, which --stream never has on the disk: leave "
+        "out --stream, or give a text"
+    )
+    windows = read_windows(
+        plan, options, chosen, model, progress, no_stream=no_stream, sample=sample
+    )
     return CalibrationPlan(chosen, model, windows, layers)
-
-
-def _windows(
-    plan: QuantizePlan,
-    options: QuantizeOptions,
-    chosen: CalibrationOptions,
-    model: LayeredModel,
-    progress: Progress,
-    sample: bool,
-) -> Windows:
-    progress.stage("reading the text")
-    folder = plan.folder
-    tokenizer = source_tokenizer(folder.source, folder.made, folder.carried, folder.config)
-    if chosen.text == SELF and options.stream:
-        raise UsageError(
-            "--calibrate self needs the whole model, which --stream never has on the disk: leave "
-            "out --stream, or give a text"
-        )
-    if chosen.text == SELF and not sample:
-        ids, name = torch.zeros(chosen.tokens, dtype=torch.int64), SELF
-    elif chosen.text == SELF:
-        with torch_threads(options.threads):
-            ids, name = sample_tokens(model, tokenizer, chosen, progress), SELF
-    else:
-        ids, name = tokenize_source(chosen, tokenizer)
-    return choose_windows(ids, chosen, name)
 
 
 def _refused(plan: QuantizePlan, why: str) -> UsageError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,22 +16,19 @@ from irq_convert.checkpoint.system import os_errors
 from irq_convert.core.codebook import FAMILIES
 from irq_convert.core.objective import ZeroPoint
 from irq_convert.core.spec import QuantSpec
-from irq_convert.core.threads import torch_threads
 from irq_convert.errors import UsageError
 from irq_convert.hf.layered import LayeredModel, NotLayered, open_layered
 from irq_convert.jobs.calibration.options import SELF, CalibrationOptions
-from irq_convert.jobs.calibration.sampled import sample_tokens
 from irq_convert.jobs.calibration.sites import find_sites
 from irq_convert.jobs.calibration.source import (
-    check_vocabulary,
     longest_context,
-    source_tokenizer,
 )
-from irq_convert.jobs.calibration.text import Windows, choose_windows, tokenize_source
+from irq_convert.jobs.calibration.text import Windows
 from irq_convert.jobs.quantize.importance import Weighing
 from irq_convert.jobs.quantize.options import QuantizeOptions
 from irq_convert.jobs.quantize.plan import QuantizePlan, TensorPlan
 from irq_convert.jobs.quantize.sensitivity_file import SensitivityFile
+from irq_convert.jobs.quantize.windows import read_windows
 from irq_convert.jobs.sizing.choices import BLOCKS, DENSE, Choice, quantized_choices
 from irq_convert.jobs.sizing.measure import Subject, measure_sensitivity
 from irq_convert.jobs.sizing.mix import Market
@@ -89,8 +86,9 @@ def plan_target(
     asked = target_of(options)
     with layers_or_refused(plan):
         layered = open_layered(plan.checkpoint, options.device)
-        every = {n for k in range(len(layered.layers)) for n in _names(layered, k, plan)}
-        quantized = {t.name: t for t in plan.quantized if t.name in every}
+        every = {tensor.name: tensor for tensor in plan.quantized}
+        names = set(_names_in_layers(layered, every))
+        quantized = {name: tensor for name, tensor in every.items() if name in names}
         choices = _choices(options)
         groups = make_groups(
             list(quantized),
@@ -143,15 +141,16 @@ def target_of(options: QuantizeOptions) -> TargetOptions:
     return options.target
 
 
-def _names(model: LayeredModel, number: int, plan: QuantizePlan) -> Iterator[str]:
-    quantized = {tensor.name for tensor in plan.quantized}
-    for site in find_sites(model, number, quantized):
-        yield from (stored.tensor for stored in site.stored)
+def _names_in_layers(model: LayeredModel, tensors: Collection[str]) -> Iterator[str]:
+    for number in range(len(model.layers)):
+        for site in find_sites(model, number, tensors):
+            yield from (stored.tensor for stored in site.stored)
 
 
 def choice_specs(
     choices: Mapping[str, Choice], options: QuantizeOptions
 ) -> dict[str, QuantSpec | None]:
+    """How each weight is quantized, the rest as `options` say."""
     return {name: choice.spec(options.spec) for name, choice in choices.items()}
 
 
@@ -198,22 +197,11 @@ def _windows(
     chosen = CalibrationOptions(
         text, tokens=asked.tokens, window=window, seed=asked.seed, held_out=asked.held_out
     )
-    progress.stage("reading the text")
-    folder = plan.folder
-    tokenizer = source_tokenizer(folder.source, folder.made, folder.carried, folder.config)
-    if text == SELF:
-        if options.stream:
-            raise UsageError(
-                "a target without a text samples one from the whole model, which --stream never "
-                "has on the disk: give --target-text, or leave out --stream"
-            )
-        with torch_threads(options.threads):
-            ids, name = sample_tokens(model, tokenizer, chosen, progress), SELF
-    else:
-        ids, name = tokenize_source(chosen, tokenizer)
-    windows = choose_windows(ids, chosen, name)
-    check_vocabulary(model.model, windows.ids)
-    return windows
+    no_stream = (
+        "a target without a text samples one from the whole model, which --stream never has on the "
+        "disk: give --target-text, or leave out --stream"
+    )
+    return read_windows(plan, options, chosen, model, progress, no_stream=no_stream)
 
 
 @contextmanager

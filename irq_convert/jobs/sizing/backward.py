@@ -25,6 +25,7 @@ from irq_convert.hf.layered import LayeredModel
 from irq_convert.jobs.calibration.sites import Site, StoredRows, find_sites, listening
 from irq_convert.jobs.calibration.states import StateFile, chunks, state_file
 from irq_convert.jobs.calibration.text import Windows
+from irq_convert.jobs.sizing.forward import layer_bytes
 from irq_convert.progress import Progress
 
 Damage = Callable[[str, torch.Tensor, np.ndarray], None]
@@ -81,7 +82,7 @@ class Backward:
                         weight = site.read(self.model, stored)
                         damage(stored.tensor, weight, squares.of(site, stored, self._tokens))
             self.states(number).unlink(missing_ok=True)
-            self.progress.advance(0, finished=1)
+            self.progress.advance(layer_bytes(self.model, number), finished=1)
 
     @property
     def _tokens(self) -> int:

@@ -62,7 +62,7 @@ class Forward:
             current = self._begin(files)
             for number in range(len(self.model.layers)):
                 current = self._layer(number, current, files)
-                self.progress.advance(self.nbytes(number), finished=1)
+                self.progress.advance(layer_bytes(self.model, number), finished=1)
             first = self.windows.calibrating
             at = {name: (file, 0 if name else first) for name, file in current.items()}
             at["source"] = at.pop("")
@@ -71,11 +71,6 @@ class Forward:
                 if behind is not None:
                     behind(current[""])
                 return found
-
-    def nbytes(self, number: int) -> int:
-        """What the weights of layer `number` take in float32."""
-        layer = self.model.module(self.model.layers[number])
-        return 4 * sum(parameter.numel() for parameter in layer.parameters())
 
     def states(self, number: int) -> Path:
         """Where the source's states before layer `number` are."""
@@ -182,6 +177,12 @@ class Forward:
         given = self.means if isinstance(self.weigh, str) else self.weigh
         found = given.get(name)
         return None if found is None else np.atleast_2d(found)
+
+
+def layer_bytes(model: LayeredModel, number: int) -> int:
+    """What the weights of layer `number` take in float32; progress counts by it."""
+    layer = model.module(model.layers[number])
+    return 4 * sum(parameter.numel() for parameter in layer.parameters())
 
 
 def _deaf(key: str, expert: int, x: torch.Tensor) -> None:

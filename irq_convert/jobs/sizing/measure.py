@@ -23,7 +23,7 @@ from irq_convert.jobs.common.metrics import MeanEstimate
 from irq_convert.jobs.sizing.backward import Backward
 from irq_convert.jobs.sizing.choices import Choice
 from irq_convert.jobs.sizing.damage import damages
-from irq_convert.jobs.sizing.forward import Forward
+from irq_convert.jobs.sizing.forward import Forward, layer_bytes
 from irq_convert.progress import Progress
 
 
@@ -57,7 +57,7 @@ def measure_sensitivity(
     the text does not reach has damage 0. Raises `IrqError` and `NotLayered` as the passes do.
     """
     model, layers = subject.model, len(subject.model.layers)
-    progress.phase("measuring", 2 * layers, 0)
+    progress.phase("measuring", 2 * layers, 2 * _all_bytes(model))
     model.read_order = model.plan_reading(0, passes=1, back=True)
     widths = {str(bits): _of_width(choices, bits) for bits in WIDTHS}
     streams = {
@@ -105,13 +105,17 @@ def compare(
 ) -> dict[str, MeanEstimate]:
     """KL divergence to the source of every one of `mixes`, on the held-out windows."""
     model = subject.model
-    progress.phase("judging", len(model.layers), 0)
+    progress.phase("judging", len(model.layers), _all_bytes(model))
     model.read_order = model.plan_reading(0, passes=1)
     forward = Forward(
         model, subject.windows, mixes, subject.weigh, folder, progress, subject.threads
     )
     with torch.no_grad(), torch_threads(subject.threads), full_precision():
         return forward.run()
+
+
+def _all_bytes(model: LayeredModel) -> int:
+    return sum(layer_bytes(model, number) for number in range(len(model.layers)))
 
 
 def _of_width(choices: Sequence[Choice], bits: int) -> Choice | None:
