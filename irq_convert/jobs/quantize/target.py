@@ -23,6 +23,7 @@ from irq_convert.jobs.quantize.target_plan import (
     plan_target,
     scratch_folder,
     target_of,
+    whole_bytes,
 )
 from irq_convert.jobs.sizing.choices import Choice
 from irq_convert.jobs.sizing.measure import compare
@@ -160,7 +161,7 @@ def _fitted(target: Target, pick: Callable[[int], Mix | None]) -> Mix:
         if asked.size is None:
             return found
         plan = replan(target.plan, choice_specs(found.choices, target.options))
-        over = plan.bytes_at_most - asked.size
+        over = whole_bytes(plan, target.options) - asked.size
         if over <= 0:
             return found
         room = min(room, found.nbytes) - over

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Collection, Iterator, Mapping
@@ -114,7 +115,12 @@ def plan_target(
                 progress.note(f"sensitivities are kept in {file.path}, for other sizes")
     market = _market(plan, options, groups, quantized, found)
     taken = sum(tensor.nbytes for tensor in quantized.values())
-    return Target(plan, options, market, subject, plan.bytes_at_most - taken)
+    return Target(plan, options, market, subject, whole_bytes(plan, options) - taken)
+
+
+def whole_bytes(plan: QuantizePlan, options: QuantizeOptions) -> int:
+    """What the artifact takes at most; its manifest repeats the options, however long they are."""
+    return plan.bytes_at_most + len(json.dumps({"options": options.to_dict()}, indent=2))
 
 
 def _market(

@@ -124,6 +124,16 @@ def test_the_size_is_what_was_asked_for(
     assert report.bytes_out == folder_size(out)
 
 
+def test_long_rules_are_in_the_size(make: Make, text: Path, tmp_path: Path) -> None:
+    """The manifest repeats them, and none of it is beyond what was asked for."""
+    source, out, kept = make("Llama 2"), tmp_path / "out", tmp_path / "kept.safetensors"
+    rules = tuple((f"o_proj|{'x' * 2000}{number}", 3) for number in range(20))
+    sized(source, tmp_path / "any", text, bits=3.0, file=kept, codebook="int", at_least=rules)
+    size = folder_size(tmp_path / "any") + 20_000
+    sized(source, out, text, size=size, file=kept, codebook="int", at_least=rules)
+    assert folder_size(out) <= size
+
+
 def test_the_better_is_kept(
     make: Make, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
