@@ -12,10 +12,12 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from irq_convert.adapters.experts import IecLoraExperts
 from irq_convert.adapters.layer import IecLoraLinear
 from irq_convert.adapters.targets import prepare_targets
 from irq_convert.errors import IrqError, UsageError
 from irq_convert.hf.identity import forget_identity, model_identity
+from irq_convert.nn.experts import IrqExperts
 
 BETA = "lora_iec_beta"
 """What the betas of a layer are called in an adapter's file."""
@@ -25,7 +27,8 @@ class IecLoraModel(LoraModel):
     """The tuner of `IecLoraConfig`. Records which artifact the adapter belongs to."""
 
     def _prepare_model(self, peft_config: Any, model: Any) -> None:
-        peft_config._register_custom_module({nn.Linear: IecLoraLinear, Conv1D: IecLoraLinear})
+        own = {nn.Linear: IecLoraLinear, Conv1D: IecLoraLinear, IrqExperts: IecLoraExperts}
+        peft_config._register_custom_module(own)
         super()._prepare_model(peft_config, model)
         prepare_targets(model, peft_config)
         identity = model_identity(model)
@@ -41,7 +44,7 @@ class IecLoraModel(LoraModel):
     @staticmethod
     def _create_new_module(lora_config: Any, adapter_name: str, target: Any, **kwargs: Any) -> Any:
         module = LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
-        if isinstance(module, LoraLayer) and not isinstance(module, IecLoraLinear):
+        if isinstance(module, LoraLayer) and not isinstance(module, IecLoraLinear | IecLoraExperts):
             raise UsageError(
                 f"IEC-LoRA adapts linear layers, and target_modules names a {type(target).__name__}"
                 f" ({kwargs.get('target_name', 'unknown')}): leave it out, or use LoraConfig"
@@ -56,7 +59,7 @@ class IecLoraModel(LoraModel):
         )
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
-        layers = [m for m in self.modules() if isinstance(m, IecLoraLinear)]
+        layers = [m for m in self.modules() if isinstance(m, IecLoraLinear | IecLoraExperts)]
         changed = merge or any(layer.merged for layer in layers)
         model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         if changed:

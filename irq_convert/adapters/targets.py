@@ -13,8 +13,8 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
+from irq_convert.adapters.experts import stacks
 from irq_convert.errors import UsageError
 from irq_convert.nn.experts import IrqExperts
 from irq_convert.nn.linear import IrqLinear
@@ -54,12 +54,25 @@ def not_linear(model: nn.Module) -> str | None:
 _FORWARDS = (nn.Linear.forward, IrqLinear.forward)
 
 
-def _dense(model: nn.Module) -> list[str]:
-    return [
-        name
+def _packed(model: Any) -> set[str]:
+    """Modules whose statistics can be trained: packed linears but the head, and stacks."""
+    head = model.get_output_embeddings()
+    return {
+        name.removesuffix(".base_layer")  # of a layer that has an adapter already
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and not isinstance(module, IrqLinear)
-    ]
+        if (isinstance(module, IrqLinear) and module is not head)
+        or (isinstance(module, IrqExperts) and stacks(module))
+    }
+
+
+def _all_packed(model: nn.Module, config: LoraConfig) -> None:
+    """Make `config` target all that is packed: by its names, each number standing for any."""
+    names = _packed(model)
+    patterns = {f"(.*\\.)?{_any_number(name)}" for name in names}
+    target = re.compile("|".join(sorted(patterns)))
+    others = (name for name, _ in model.named_modules() if name not in names)
+    config.target_modules = target.pattern
+    config.exclude_modules = "|".join(re.escape(n) for n in others if target.fullmatch(n)) or None
 
 
 def _any_number(name: str) -> str:
@@ -69,13 +82,15 @@ def _any_number(name: str) -> str:
 def prepare_targets(model: nn.Module, config: LoraConfig) -> None:
     """Make `config`, an IEC-LoRA one, leave out of "all-linear" what `not_linear` says.
 
-    Of rank 0 it trains statistics alone, so dense layers are left out, too.
+    Of rank 0 it trains statistics alone: all that is packed is meant, experts too, and nothing
+    dense.
     """
-    if is_all_linear(config) and config.exclude_modules is None:
-        left_out = [not_linear(model)]
-        if config.r == 0:
-            left_out += [re.escape(name) for name in _dense(model)]
-        config.exclude_modules = "|".join(filter(None, left_out)) or None
+    if not is_all_linear(config) or config.exclude_modules is not None:
+        return
+    if config.r == 0:
+        _all_packed(model, config)
+    else:
+        config.exclude_modules = not_linear(model)
 
 
 def prepare_stock_targets(model: nn.Module, config: LoraConfig) -> None:

@@ -21,7 +21,11 @@ from irq_convert.artifact.adapter_config import (
     read_config,
 )
 from irq_convert.artifact.adapter_kinds import IEC_LORA, LORA
-from irq_convert.artifact.adapter_statistics import SUFFIXES, StoredStatistics, stored_statistics
+from irq_convert.artifact.adapter_statistics import (
+    StoredStatistics,
+    moved_weight,
+    stored_statistics,
+)
 from irq_convert.artifact.adapter_tokens import ROWS, StoredTokens, require_tokens, stored_tokens
 from irq_convert.checkpoint.files import sha256_file
 from irq_convert.checkpoint.float_dtypes import FLOATS
@@ -81,8 +85,8 @@ class StoredAdapter:
     `layers` by module name, and what PEFT saves beside them: `saved` are whole tensors, of
     `modules_to_save` or of embeddings, by their name in the model; `again` second copies of those;
     `bases` the tensors under adapted embeddings and heads. `tokens` are rows that were trained
-    alone, by module, `statistics` what moves scale and tau of packed layers. `sha256` is its
-    identity (`adapter_identity`).
+    alone, by module, `statistics` what moves scale and tau of packed weights, by key. `sha256` is
+    its identity (`adapter_identity`).
     """
 
     folder: Path
@@ -174,9 +178,9 @@ def _sort(
         suffix = next((end for end in ends if name.endswith(end)), None)
         if name == key:
             raise IrqError(f"{_where(info)}: does not begin with {PREFIX}: not a tensor of PEFT's")
-        moved = next((end for end in SUFFIXES if name.endswith(end)), None)
+        moved = moved_weight(name)
         if moved is not None and config.statistics is not None:
-            moves.setdefault(name.removesuffix(moved), {})[SUFFIXES[moved]] = info
+            moves.setdefault(moved[0], {})[moved[1]] = info
         elif suffix is not None:
             modules.setdefault(name.removesuffix(suffix), {})[suffix] = info
         elif name.endswith(ROWS) and is_embedding(f"{name.removesuffix(ROWS)}.weight"):
@@ -186,8 +190,8 @@ def _sort(
             raise IrqError(f"{_where(info)}: {_unknown(key)}: it cannot be merged")
     layers = {module: _layer(config, module, parts) for module, parts in sorted(modules.items())}
     statistics = {
-        module: stored_statistics(config.statistics, module, parts)
-        for module, parts in sorted(moves.items())
+        weight: stored_statistics(config.statistics, weight, parts)
+        for weight, parts in sorted(moves.items())
     }
     beside.check(config, {*layers, *tokens})
     require_tokens(config.raw, tokens)

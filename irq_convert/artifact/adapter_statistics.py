@@ -11,15 +11,26 @@ from irq_convert.checkpoint.header import TensorInfo
 from irq_convert.errors import IrqError
 
 SCALE, TAU = "lora_irq_scale", "lora_irq_tau"
-SUFFIXES = {f".{name}.weight": name for name in (SCALE, TAU)}
-"""How the names of f and o end in an adapter's file."""
+
+
+def moved_weight(name: str) -> tuple[str, str] | None:
+    """Of tensor `name` of an adapter's file the weight that it moves a statistic of, and which.
+
+    `<module>.<weight>` for `<module>.lora_irq_scale.<weight>`, where the weight is called "weight"
+    in a linear layer and otherwise in a stack of experts. None for another tensor.
+    """
+    module, part, weight = ("", "", *name.rsplit(".", 2))[-3:]
+    return (f"{module}.{weight}", part) if part in (SCALE, TAU) else None
 
 
 @dataclass(frozen=True)
 class StoredStatistics:
-    """What moves the statistics of one module: f `[rows, blocks]` of scale, o of tau, or both."""
+    """What moves the statistics of one weight: f `[rows, blocks]` of scale, o of tau, or both.
 
-    module: str
+    `weight` is its key in the model; the rows of a stack of experts are those of all of them.
+    """
+
+    weight: str
     scale: TensorInfo | None
     tau: TensorInfo | None
 
@@ -36,9 +47,9 @@ def asks(statistics: str | None, name: str) -> bool:
 
 
 def stored_statistics(
-    statistics: str | None, module: str, parts: Mapping[str, TensorInfo]
+    statistics: str | None, weight: str, parts: Mapping[str, TensorInfo]
 ) -> StoredStatistics:
-    """The moves of `module` from the tensors in the file, by `SCALE` and `TAU`.
+    """The moves of `weight` from the tensors in the file, by `SCALE` and `TAU`.
 
     Raises `IrqError` where they are not those that the settings have, or no matrices of
     floating-point numbers of one shape.
@@ -48,7 +59,7 @@ def stored_statistics(
         if asks(statistics, name) != (name in parts):
             what = "is missing" if name not in parts else "is there"
             raise IrqError(
-                f"{module}.{name}.weight {what}, and the settings have statistics {statistics!r}: "
+                f"{name} of {weight} {what}, and the settings have statistics {statistics!r}: "
                 f"{damaged}"
             )
     shapes = {info.shape for info in parts.values()}
@@ -58,4 +69,4 @@ def stored_statistics(
                 f"{info.shard.name}: {info.name} {info.dtype} {list(info.shape)}: must be a number "
                 f"for each block of the layer: {damaged}"
             )
-    return StoredStatistics(module, parts.get(SCALE), parts.get(TAU))
+    return StoredStatistics(weight, parts.get(SCALE), parts.get(TAU))

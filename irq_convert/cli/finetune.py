@@ -128,6 +128,10 @@ def finetune_command(
         float | None,
         _optimizer("Learning rate of statistics, of each block's scale.  \\[default: 3e-3]"),
     ] = None,
+    beta_rate: Annotated[
+        float | None,
+        _optimizer("Learning rate of IEC's betas.  \\[default: --learning-rate]"),
+    ] = None,
     schedule: Annotated[
         Schedule | None,
         _optimizer("Of the rate.  \\[default: constant; cosine for statistics alone]"),
@@ -185,6 +189,7 @@ def finetune_command(
         micro_batch=micro_batch,
         learning_rate=learning_rate,
         statistics_rate=statistics_rate,
+        beta_rate=beta_rate,
         schedule=schedule,
         warmup=warmup,
         weight_decay=weight_decay,

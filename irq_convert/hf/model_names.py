@@ -17,7 +17,9 @@ class ModelNames:
     """What the model class, built on meta, knows of names; nothing where it is unknown.
 
     `tensors`: state-dict key to the tensor of the files. `linears`: linear layers, those of experts
-    included where the files have one for each. `embeddings`: embedding layers. `kinds`: the class
+    included where the files have one for each. `stacks`: packed stacks of experts, by key.
+    `experts`: tensors of the files that hold experts, in any layout.
+    `embeddings`: embedding layers. `kinds`: the class
     of each module. `tied`: keys that share their memory with another, `groups` those that share it
     with each other, where a class could be asked, and `absent` the names that files would have for
     those that they lack. `says_tied`: whether the configuration says so at its top. `renamed`: keys
@@ -29,6 +31,8 @@ class ModelNames:
     tensors: Mapping[str, str] = field(default_factory=dict)
     kinds: Mapping[str, str] = field(default_factory=dict)
     linears: frozenset[str] = frozenset()
+    stacks: frozenset[str] = frozenset()
+    experts: frozenset[str] = frozenset()
     embeddings: frozenset[str] = frozenset()
     tied: frozenset[str] = frozenset()
     groups: tuple[frozenset[str], ...] = ()
@@ -115,7 +119,9 @@ def _by_class(model: Any, artifact: Artifact, asked: tuple[str, ...]) -> ModelNa
     tensors = {key: tensor for tensor, key in keys_in_model(model, sources).items()}
     modules = dict(model.named_modules())
     linears = {n for n, m in modules.items() if type(m) in (nn.Linear, Conv1D)}
-    for found in find_experts(model, sources).found.values():
+    experts = find_experts(model, sources).found
+    packed = {tensor.name for tensor in artifact.quantized}
+    for found in experts.values():
         for part in (part for expert in found.parts for part in expert):
             layer = f"{found.weight.module}.{part.child}"
             tensors[f"{layer}.weight"] = part.tensor
@@ -129,6 +135,8 @@ def _by_class(model: Any, artifact: Artifact, asked: tuple[str, ...]) -> ModelNa
         tensors=tensors,
         kinds={name: type(module).__name__ for name, module in modules.items()},
         linears=frozenset(n for n in linears if f"{n}.weight" in tensors),
+        experts=frozenset(name for found in experts.values() for name in found.tensors),
+        stacks=frozenset(key for key, found in experts.items() if found.whole in packed),
         embeddings=frozenset(n for n, m in modules.items() if isinstance(m, nn.Embedding)),
         tied=frozenset(tied),
         groups=tied_groups(model),

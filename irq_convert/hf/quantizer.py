@@ -96,8 +96,9 @@ class IrqQuantizer(HfQuantizer):
         """Replace packed layers by dense ones in `dtype`, one at a time."""
         from irq_convert.hf.resizing import allow_resizing
         from irq_convert.hf.tied import untie_parts
-        from irq_convert.nn.experts import IrqExperts, unpack_experts
+        from irq_convert.nn.experts import IrqExperts
         from irq_convert.nn.packed import PackedWeight
+        from irq_convert.nn.unpacked import unpack_experts
 
         wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.float32
         loaded = model.dtype if model.dtype.is_floating_point else model.config.dtype

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -19,13 +19,12 @@ import torch
 from torch import nn
 
 from irq_convert.artifact.config import ModuleFormat
-from irq_convert.core.dequantize import dequantize_rows
 from irq_convert.core.parts import SUFFIXES
 from irq_convert.core.quantized import QuantizedTensor
 from irq_convert.errors import IrqError
 from irq_convert.nn.function import packed_linear
 from irq_convert.nn.guard import guarded_parameter, unguarded
-from irq_convert.nn.linear import IrqLinear, autocast_input
+from irq_convert.nn.linear import autocast_input
 from irq_convert.nn.packed import exact_columns, keep_dtypes, named_parts
 from irq_convert.nn.parts import cut_rows, format_of, narrow_parts
 from irq_convert.nn.stacks import ExpertStack, Linear
@@ -61,12 +60,21 @@ class Separate:
         return (len(self.children), self.rows, self.cols)
 
 
+@dataclass(frozen=True)
+class Before:
+    """What a stack was before `IrqExperts.restate`: statistics and grids by suffix."""
+
+    layout: Stacked
+    parts: dict[str, nn.Parameter | None]
+
+
 class IrqExperts(nn.Module):
     """Mixed into a class of experts by `pack_experts`."""
 
     # transformers would fill the parameters of a module it takes for new with noise.
     _is_hf_initialized = True
     packed: dict[str, Stacked | Separate]
+    moved: dict[str, QuantizedTensor]
     labels: dict[str, str]
     dense_dtype: torch.dtype
 
@@ -84,7 +92,7 @@ class IrqExperts(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the class computes, in the input's dtype."""
-        return eager_forward(_dense_class(type(self)))(_View(self), *args, **kwargs)
+        return eager_forward(dense_class(type(self)))(_View(self), *args, **kwargs)
 
     def stack(self, name: str) -> ExpertStack:
         """What stands for parameter `name` in the forward."""
@@ -114,15 +122,18 @@ class IrqExperts(nn.Module):
         """The weight of one expert of a stack, `[rows, cols]`.
 
         Shares the parameters' memory where the expert's blocks begin with a group of 256; else its
-        statistics are decoded first.
+        statistics are decoded first. What `moved` has of the stack counts instead.
         """
         layout = self.packed[name]
         assert isinstance(layout, Stacked)
-        q = self._whole(name, layout)
+        q = self.moved.get(name) or self.whole(name)
         start, stop = number * layout.rows, (number + 1) * layout.rows
         return cut_rows(q, start, stop)
 
-    def _whole(self, name: str, layout: Stacked) -> QuantizedTensor:
+    def whole(self, name: str) -> QuantizedTensor:
+        """A stack as one weight `[experts * rows, cols]`, sharing the parameters' memory."""
+        layout = self.packed[name]
+        assert isinstance(layout, Stacked)
         grids = [getattr(self, f"{name}{suffix}", None) for suffix in ("_scale_grid", "_tau_grid")]
         rows = layout.experts * layout.rows
         codes, scale, tau = (
@@ -132,6 +143,32 @@ class IrqExperts(nn.Module):
         return QuantizedTensor(
             codes, scale, tau, grids[0], grids[1], layout.cols, fmt.codebook, fmt.block_size
         )
+
+    def restate(self, name: str, scale: torch.Tensor | None, tau: torch.Tensor | None) -> Before:
+        """Give a stack other statistics, `[experts * rows, blocks]`, stored in float32.
+
+        None leaves one as it is. Returns what `put_back` needs to undo it.
+        """
+        layout = self.packed[name]
+        assert isinstance(layout, Stacked)
+        before = Before(layout, {s: self._parameters.get(name + s) for s in SUFFIXES[1:]})
+        for what, values in (("scale", scale), ("tau", tau)):
+            if values is not None:
+                values = values.float().view(layout.experts, layout.rows, -1)
+                self.register_parameter(f"{name}_{what}", nn.Parameter(values, requires_grad=False))
+                self._parameters.pop(f"{name}_{what}_grid", None)
+                changed: dict[str, Any] = {f"{what}_dtype": "float32"}
+                layout = replace(layout, fmt=replace(layout.fmt, **changed))
+        self.packed[name] = layout
+        return before
+
+    def put_back(self, name: str, before: Before) -> None:
+        """Undo `restate`: the stack is what it was, bit for bit."""
+        self.packed[name] = before.layout
+        for suffix, part in before.parts.items():
+            self._parameters.pop(name + suffix, None)
+            if part is not None:
+                self.register_parameter(name + suffix, part)
 
     def packed_parts(self) -> dict[str, nn.Parameter]:
         """The packed parameters of this module itself: codes, statistics and grids."""
@@ -171,7 +208,7 @@ class IrqExperts(nn.Module):
         return format_of(layout.fmt, name, self.packed_parts(), self.part_dtypes())
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild, (_dense_class(type(self)),), self.__dict__
+        return _rebuild, (dense_class(type(self)),), self.__dict__
 
 
 class _View:
@@ -207,7 +244,7 @@ def pack_experts(
     cls: Any = type(module)
     module.__class__ = _packed_class(cls)
     assert isinstance(module, IrqExperts)
-    module.packed, module.labels = dict(layouts), dict(labels)
+    module.packed, module.moved, module.labels = dict(layouts), {}, dict(labels)
     module.dense_dtype = first.dtype
     for name, layout in layouts.items():
         del module._parameters[name]
@@ -225,47 +262,8 @@ def pack_experts(
         parent.add_module(last, child)
 
 
-def unpack_experts(module: IrqExperts, dtype: torch.dtype) -> None:
-    """Give `module` back its class and dense parameters in `dtype`, one expert at a time."""
-    dense: dict[str, torch.Tensor] = {}
-    for name, layout in module.packed.items():
-        device = next(module.parameters()).device
-        experts = layout.experts if isinstance(layout, Stacked) else len(layout.children)
-        weight = torch.empty(experts, layout.rows, layout.cols, dtype=dtype, device=device)
-        for number, rows in enumerate(weight):
-            if isinstance(layout, Stacked):
-                q = module.quantized(name, number)
-                dequantize_rows(q, 0, layout.rows, dtype, out=rows)
-            else:
-                parts = [_dense_rows(module, child, dtype) for child in layout.children[number]]
-                torch.cat(parts, out=rows)
-        flip = isinstance(layout, Stacked) and layout.transposed
-        dense[name] = weight.transpose(1, 2).contiguous() if flip else weight
-    for part in module.packed_parts():
-        del module._parameters[part]
-    for layout in module.packed.values():
-        if isinstance(layout, Separate):
-            for child in {child.split(".")[0] for names in layout.children for child in names}:
-                module._modules.pop(child, None)
-    cls: Any = _dense_class(type(module))
-    module.__class__ = cls
-    for left in ("packed", "labels", "dense_dtype"):
-        delattr(module, left)
-    for name, weight in dense.items():
-        module.register_parameter(name, nn.Parameter(weight))
-
-
 def _multiply(q: QuantizedTensor, x: torch.Tensor) -> torch.Tensor:
     return packed_linear(autocast_input(x), q)
-
-
-def _dense_rows(module: nn.Module, child: str, dtype: torch.dtype) -> torch.Tensor:
-    layer = module.get_submodule(child)
-    if isinstance(layer, IrqLinear):
-        return layer.dequantize(dtype)
-    weight = layer.weight
-    assert isinstance(weight, torch.Tensor)
-    return weight.detach().to(dtype)
 
 
 def stack_parts(name: str, layout: Stacked) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -279,7 +277,7 @@ def _packed_class(cls: Any) -> Any:
     return type(f"Irq{cls.__name__}", (IrqExperts, cls), {"__module__": cls.__module__})
 
 
-def _dense_class(cls: type[nn.Module]) -> type[nn.Module]:
+def dense_class(cls: type[nn.Module]) -> type[nn.Module]:
     """The class that was packed; torch may have derived from ours (parametrizations)."""
     own = next(c for c in cls.__mro__ if c.__bases__[:1] == (IrqExperts,))
     return own.__bases__[1]

@@ -107,8 +107,11 @@ class Bench:
         given: dict[str, Any] = {"dropout": asked.dropout, "learning_rate": asked.rate}
         if not asked.labels:
             given |= {"teacher": asked.model, "teacher_logits": self.logits}
+        given["init"] = "error" if "error" in more else "default"
         if "error" in more:
-            given |= {"init": "error", "source": asked.model}
+            given["source"] = asked.model
+        if lora in ("iec", "block") and connection != "none":
+            given["beta_rate"] = asked.beta_rate
         return FinetuneOptions(
             lora=lora, connection=connection or None, seed=seed, steps=asked.steps,
             statistics="both" if "statistics" in more else None, rank=asked.rank,
@@ -137,6 +140,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--rate", type=float, help="instead of the default of each kind")
+    parser.add_argument("--beta-rate", type=float, help="of IEC's betas")
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--labels", action="store_true", help="train on the text, not the source")
     parser.add_argument("--calibration-tokens", type=int, default=16384)

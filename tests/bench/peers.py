@@ -52,6 +52,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--iterations", type=int, default=200, help="of AutoRound")
+    parser.add_argument("--fast", action="store_true", help="GPTQModel without its error grid")
     return parser.parse_args()
 
 
@@ -59,8 +60,8 @@ def _gptqmodel(asked: argparse.Namespace, tokenizer: Any, windows: torch.Tensor)
     from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
 
     config = QuantizeConfig(
-        bits=asked.bits, group_size=64, mse=2.4, act_group_aware=True, desc_act=False, sym=False,
-        damp_percent=0.05,
+        bits=asked.bits, group_size=64, mse=0.0 if asked.fast else 2.4, act_group_aware=True,
+        desc_act=False, sym=False, damp_percent=0.05,
     )  # fmt: skip
     rows = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in windows]
     model = GPTQModel.load(asked.model, config, device="cpu")

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from irq_convert.hf.model_names import model_names
 from irq_convert.jobs.common.options import chosen
 from irq_convert.jobs.finetune.data import Data
 from irq_convert.jobs.finetune.model import linears_on_meta, predict_trainable
@@ -119,11 +120,21 @@ def estimate_finetune(
 def estimate_plan(plan: Preparation) -> FinetuneEstimate:
     """The same of a run that is prepared."""
     linears = linears_on_meta(plan.config)
-    trainable = predict_trainable(plan.recipe, linears, plan.artifact.config)
+    trainable = predict_trainable(plan.recipe, linears, plan.artifact.config, _expert_blocks(plan))
     size = 2 if plan.recipe.dtype == "bfloat16" else 4
     weights = plan.artifact.quantized_bytes + size * sum(t.numel for t in plan.artifact.copied)
     memory = Memory(weights, ADAPTER_BYTES * trainable, _activations(plan, linears, size))
     return FinetuneEstimate(plan, trainable, memory)
+
+
+def _expert_blocks(plan: Preparation) -> int:
+    """Blocks of quantized experts."""
+    experts = model_names(plan.artifact).experts
+    return sum(
+        tensor.shape.rows * tensor.shape.blocks_per_row
+        for tensor in plan.artifact.quantized
+        if tensor.name in experts
+    )
 
 
 def _activations(plan: Preparation, linears: dict[str, Any], size: int) -> int:

@@ -110,10 +110,17 @@ def linears_on_meta(config: Any) -> dict[str, nn.Linear]:
 
 
 def predict_trainable(
-    recipe: Recipe, linears: dict[str, nn.Linear], quantization: QuantizationConfig
+    recipe: Recipe,
+    linears: dict[str, nn.Linear],
+    quantization: QuantizationConfig,
+    expert_blocks: int = 0,
 ) -> int:
-    """Numbers that the adapter will train, from the shapes alone."""
-    total = 0
+    """Numbers that the adapter will train, from the shapes alone.
+
+    `expert_blocks` are those of packed experts, which `linears` does not have.
+    """
+    moved = 2 if recipe.statistics == "both" else 1
+    total = expert_blocks * moved if recipe.rank == 0 and recipe.target_modules is None else 0
     for name, module in linears.items():
         if not _targeted(name, recipe.target_modules):
             continue
@@ -123,7 +130,7 @@ def predict_trainable(
             inputs = blocks
         total += recipe.rank * (inputs + module.out_features)
         if recipe.statistics is not None and name not in quantization.dense_modules:
-            total += blocks * module.out_features * (2 if recipe.statistics == "both" else 1)
+            total += blocks * module.out_features * moved
         total += 2 if recipe.connection not in (None, "none") else 0
     return total
 

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from irq_convert.adapters.experts import IecLoraExperts
 from irq_convert.adapters.layer import IecLoraLinear
 from irq_convert.artifact.adapter_statistics import SCALE, TAU
 
 
 def moves_of(model: Any, *names: str) -> Iterator[nn.Parameter]:
-    """The trained moves of scale and tau, or those called `names`."""
+    """The trained moves of scale and tau, or the trained parts called `names`."""
     wanted = names or (SCALE, TAU)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and any(part in wanted for part in name.split(".")):
@@ -29,5 +30,5 @@ def lowest_scale(model: Any) -> float:
 def round_statistics(model: Any, stored: torch.dtype = torch.uint8) -> None:
     """Have every layer compute with moved statistics as they will be `stored`."""
     for module in model.modules():
-        if isinstance(module, IecLoraLinear):
+        if isinstance(module, IecLoraLinear | IecLoraExperts):
             module.rounded = stored

@@ -14,6 +14,7 @@ from irq_convert.artifact.adapter_kinds import AdapterKind, Connection, Statisti
 from irq_convert.errors import UsageError
 from irq_convert.jobs.common.options import fix_choices, option_name
 
+RATES = ("learning_rate", "statistics_rate", "beta_rate")
 MOST_LEARNING_RATE = 1e35  # Adam's first steps scale it by up to 10
 
 
@@ -71,6 +72,7 @@ class FinetuneOptions:
             4 that fits the batch.
         learning_rate: None for 2e-4 up to 13 B weights, 1e-4 above; of statistics alone theirs.
         statistics_rate: learning rate of statistics, in units of each block's scale; None for 3e-3.
+        beta_rate: learning rate of IEC's betas, two numbers a layer; None for that of the matrices.
         schedule: None for constant, and for cosine where statistics train alone.
         warmup: steps over which the learning rate rises from 0.
         weight_decay, max_grad_norm: of AdamW; gradients are clipped to this norm, 0 for never.
@@ -110,6 +112,7 @@ class FinetuneOptions:
     micro_batch: int | None = None
     learning_rate: float | None = None
     statistics_rate: float | None = None
+    beta_rate: float | None = None
     schedule: Schedule | None = None
     warmup: int = 0
     weight_decay: float = 0.0
@@ -144,9 +147,9 @@ class FinetuneOptions:
         _at_least("sequence_length", self.sequence_length, 2)
         _at_least("warmup", self.warmup, 0)
         _at_least("seed", self.seed, 0)
-        for name in ("alpha", "learning_rate", "statistics_rate", "epochs"):
+        for name in ("alpha", *RATES, "epochs"):
             _positive(name, getattr(self, name))
-        for name in ("learning_rate", "statistics_rate"):
+        for name in RATES:
             rate = getattr(self, name)
             if rate is not None and rate > MOST_LEARNING_RATE:
                 raise UsageError(
@@ -172,6 +175,10 @@ class FinetuneOptions:
             )
         if self.statistics_rate is not None and not self.trains_statistics:
             raise UsageError("--statistics-rate: no statistics are trained; add --statistics both")
+        if self.beta_rate is not None and self.connection == Connection.NONE:
+            raise UsageError("--beta-rate: --connection none has no betas; leave one of them out")
+        if self.beta_rate is not None and not self.lora.connected:
+            raise UsageError(f"--beta-rate: --lora {self.lora} has no betas; leave it out")
         if self.target_modules is not None and not all(self.target_modules):
             raise UsageError("--target-modules: an empty name; write q_proj,v_proj")
 

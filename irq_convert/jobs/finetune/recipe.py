@@ -67,6 +67,7 @@ class Recipe:
     processes: int
     learning_rate: float
     statistics_rate: float | None
+    beta_rate: float | None
     schedule: str
     rounded_steps: int
     warmup: int
@@ -207,6 +208,7 @@ def _rates(options: FinetuneOptions, small: bool, steps: int) -> dict[str, Any]:
     return {
         "learning_rate": rate if alone else matrices,
         "statistics_rate": rate if options.trains_statistics else None,
+        "beta_rate": options.beta_rate,
         "schedule": str(options.schedule or (Schedule.COSINE if alone else Schedule.CONSTANT)),
         "rounded_steps": ceil(steps / ROUNDED_PART) if kept else 0,
     }

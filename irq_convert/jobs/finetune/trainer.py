@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from irq_convert.adapters.model import BETA
+from irq_convert.artifact.adapter_statistics import SCALE, TAU
 from irq_convert.checkpoint.system import explain_os_error
 from irq_convert.errors import IrqError, one_line
 from irq_convert.jobs.finetune.encode import Collator, Example
@@ -91,15 +93,15 @@ class AdapterTrainer(Trainer):
             self.add_callback(_Rounding(recipe.steps - recipe.rounded_steps))
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer's; statistics are a group of their own, with their own rate."""
+        """As Trainer's; statistics, and betas with a rate, are groups of their own."""
         made: Any = super().create_optimizer(*args, **kwargs)
-        moves = list(moves_of(self.model))
-        if moves and self.recipe.rank:
-            of = {id(parameter) for parameter in moves}
-            for group in made.param_groups:
-                group["params"] = [p for p in group["params"] if id(p) not in of]
-            rate = self.recipe.statistics_rate
-            made.add_param_group({"params": moves, "lr": rate, "weight_decay": 0.0})
+        recipe = self.recipe
+        for names, rate in (
+            ((SCALE, TAU), recipe.statistics_rate if recipe.rank else None),
+            ((BETA,), recipe.beta_rate),
+        ):
+            if rate is not None:
+                _set_apart(made, list(moves_of(self.model, *names)), rate)
         return made
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -231,6 +233,14 @@ class _Rounding(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step >= self._start:
             round_statistics(kwargs["model"])
+
+
+def _set_apart(optimizer: Any, parameters: list[Any], rate: float) -> None:
+    """Make `parameters` of `optimizer` a group of their own, which learns at `rate`."""
+    apart = {id(parameter) for parameter in parameters}
+    for group in optimizer.param_groups:
+        group["params"] = [each for each in group["params"] if id(each) not in apart]
+    optimizer.add_param_group({"params": parameters, "lr": rate, "weight_decay": 0.0})
 
 
 def take_snapshot(model: Any, watch: Watch, step: int) -> None:

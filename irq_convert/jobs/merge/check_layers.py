@@ -173,11 +173,7 @@ def _merged_tiles(
     reader: TileReader, tensor: MergedTensor, merged: StoredTensor | TensorInfo
 ) -> Iterator[tuple[int, int, torch.Tensor, QuantizedTensor | None]]:
     """Rows `start .. stop` of what was written, in float64 and as stored."""
-    if (
-        isinstance(merged, TensorInfo)
-        and isinstance(tensor.base, StoredTensor)
-        and tensor.transposed
-    ):
+    if isinstance(merged, TensorInfo) and isinstance(tensor.base, StoredTensor):
         for start, data in source_tiles(reader, tensor.base, merged):
             yield start, start + data.shape[0], data.double(), None
         return
@@ -191,8 +187,6 @@ def _row_tiles(
     """Tiles that both the base and the result can be read in."""
     if isinstance(merged, StoredTensor):
         return tiles(merged.shape)
-    if isinstance(tensor.base, StoredTensor):
-        return tiles(tensor.base.shape)
     return _plain_tiles(*tensor.shape)
 
 

@@ -88,8 +88,8 @@ def match(artifact: Artifact, adapter: StoredAdapter) -> Match:
     of the wrong shape, two for one tensor, a layer of another kind, and a layer that the adapter's
     settings target and its file leaves out.
     """
-    modules = {*adapter.layers, *adapter.tokens, *adapter.statistics}
-    asked = [f"{module}.weight" for module in sorted(modules)]
+    modules = {*adapter.layers, *adapter.tokens}
+    asked = sorted({f"{module}.weight" for module in modules} | {*adapter.statistics})
     asked += [*adapter.saved, *adapter.bases]
     names = model_names(artifact, asked)
     quantized = {tensor.name: tensor for tensor in artifact.quantized}
@@ -170,12 +170,13 @@ def _settled(
 
 def _check_complete(adapter: StoredAdapter, names: ModelNames) -> None:
     """Refuse an adapter whose settings name what the model has and the file has not."""
-    layers = adapter.layers if adapter.config.rank else adapter.statistics
-    there = {names.module(module) for module in layers}
+    layers = [f"{module}.weight" for module in adapter.layers] or adapter.statistics
+    there = {names.key(weight) for weight in layers}
+    weights = {f"{module}.weight" for module in names.linears | names.embeddings}
     missing = [
         asked
-        for module in sorted((names.linears | names.embeddings) - there)
-        if adapter.config.targets(asked := names.as_asked(module))
+        for weight in sorted((weights | names.stacks) - there)
+        if adapter.config.targets(asked := names.as_asked(weight.rpartition(".")[0]))
     ]
     what = "target_modules"
     if not missing:

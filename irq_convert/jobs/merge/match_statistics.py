@@ -26,7 +26,7 @@ def match_statistics(
     """
     found: dict[str, StoredStatistics] = {}
     for moves in adapter.statistics.values():
-        tensor = find_tensor(adapter, f"{moves.module}.weight", names, files)
+        tensor = find_tensor(adapter, moves.weight, names, files)
         stored = files[tensor]
         shape = moves.parts[0].shape
         wanted = None
@@ -35,7 +35,7 @@ def match_statistics(
         if shape != wanted:
             has = "is not packed" if wanted is None else f"has statistics {list(wanted)}"
             raise IrqError(
-                f"{adapter.folder}: moves statistics {list(shape)} of {moves.module}, but {tensor} "
+                f"{adapter.folder}: moves statistics {list(shape)} of {moves.weight}, but {tensor} "
                 f"{has}: it belongs to another artifact"
             )
         if tensor in found:

@@ -97,7 +97,7 @@ def test_stopped_and_continued_it_is_the_same(
     assert resumed.after == report.after
 
 
-def test_beside_matrices_they_have_a_rate_of_their_own(
+def test_beside_matrices_they_and_betas_have_rates_of_their_own(
     int2: Path, tales: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     groups: list[Any] = []
@@ -109,13 +109,15 @@ def test_beside_matrices_they_have_a_rate_of_their_own(
         return optimizer
 
     monkeypatch.setattr(AdapterTrainer, "create_optimizer", seen)
-    options = taught(AdapterKind.IEC, teacher=None, statistics="both", steps=2)
+    options = taught(AdapterKind.IEC, teacher=None, statistics="both", beta_rate=5e-2, steps=2)
     report = finetune(int2, tales, tmp_path / "out", options)
     assert report.recipe.rounded_steps == 0  # a merge quantizes again, or makes it dense
     tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
     moves = [name for name in tensors if "lora_irq" in name]
-    assert groups[-1] == (3e-3, len(moves))
-    assert sum(count for rate, count in groups if rate == 1e-3) == len(tensors) - len(moves)
+    betas = [name for name in tensors if "lora_iec_beta" in name]
+    assert groups[-2:] == [(3e-3, len(moves)), (5e-2, len(betas))]
+    left = len(tensors) - len(moves) - len(betas)
+    assert sum(count for rate, count in groups if rate == 1e-3) == left
     assert all(bool(tensors[name].any()) for name in moves)
 
 
@@ -141,6 +143,8 @@ def test_a_scale_below_zero_ends_the_run(int2: Path, tales: Path, tmp_path: Path
         ({"lora": "plain", "statistics_rate": 1e-3}, "--statistics-rate: no statistics"),
         ({"lora": "plain", "statistics": "all"}, "statistics"),
         ({"lora": "statistics", "statistics_rate": -1.0}, "--statistics-rate -1"),
+        ({"lora": "plain", "beta_rate": 1e-2}, "--beta-rate: --lora plain has no betas"),
+        ({"connection": "none", "beta_rate": 1e-2}, "--connection none has no betas"),
     ],
 )
 def test_contradictions(options: dict[str, Any], says: str) -> None:
