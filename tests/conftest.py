@@ -7,6 +7,7 @@ asks for it, once a process, and compared at the end with what it was.
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,9 +17,17 @@ from hypothesis import settings
 from tests.cli.process import Commands
 from tests.folders import listing
 from tests.fresh import Forks
+from tests.warm import compile_others, compile_search
 
 settings.register_profile("irq", deadline=None, max_examples=60)
 settings.load_profile("irq")
+
+
+def pytest_sessionstart() -> None:
+    """Two processes compile what a fresh clone lacks between them."""
+    own = os.environ.get("PYTEST_XDIST_WORKER")
+    if own is not None:
+        (compile_search if own == "gw0" else compile_others)()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -13,13 +13,8 @@ from irq_convert.cli.console import quiet_libraries
 from irq_convert.cli.shared import RESUMING, AsJson, TrustRemoteCode
 from irq_convert.errors import IrqError
 from irq_convert.jobs.common.resume import Resume
-from irq_convert.jobs.finetune.options import (
-    FinetuneOptions,
-    Init,
-    Optimizer,
-    Schedule,
-    TrainDtype,
-)
+from irq_convert.jobs.finetune.options import FinetuneOptions as Options
+from irq_convert.jobs.finetune.options import Init, Optimizer, Schedule, TrainDtype
 
 if TYPE_CHECKING:
     from irq_convert.jobs.finetune.report import FinetuneReport
@@ -171,7 +166,7 @@ def finetune_command(
 
     Example: irq-convert finetune ./model-3bit --data alpaca.json --out ./adapter --lora iec
     """
-    options = FinetuneOptions(
+    options = Options(
         lora=lora,
         statistics=statistics,
         connection=connection,
@@ -250,7 +245,7 @@ def _speaks(error: IrqError) -> bool:
 def _dry_run(
     model: str,
     data: Path,
-    options: FinetuneOptions,
+    options: Options,
     files: dict[str, Any],
     as_json: bool,
 ) -> None:
@@ -268,7 +263,7 @@ def _train(
     model: str,
     data: Path,
     out: Path,
-    options: FinetuneOptions,
+    options: Options,
     files: dict[str, Any],
     resume: Resume,
     overwrite: bool,

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from irq_convert.core.solver.cholesky import factor_in_place, solve_factored
 from irq_convert.errors import IrqError
 
 WIDE = 8192
@@ -105,19 +106,16 @@ def factorize(moments: torch.Tensor, damping: float, name: str) -> Factor:
     if not bool(torch.isfinite(moments).all()):
         raise IrqError(f"{name}: the second moments of its inputs are NaN or infinite")
     order = moments.diagonal().argsort(descending=True, stable=True)
-    backwards = order.flip(0)
     wide = torch.float64 if len(order) < WIDE else torch.float32
     for _ in range(_TRIES):
-        flipped = moments.index_select(0, backwards).index_select(1, backwards)
-        _damp(flipped.diagonal(), damping)
-        lower, failed = torch.linalg.cholesky_ex(flipped.to(wide))
-        del flipped
-        if not bool(failed):
-            # H = (J L J) (J L J)^T with J the reversal: its factor is upper in the sweep's order.
-            lower /= lower.diagonal().clone()
-            turned = lower.T.flip(0, 1)
-            del lower
-            return Factor(order, turned.float().contiguous(), damping)
+        found = moments[order[:, None], order]
+        _damp(found.diagonal(), damping)
+        found = found.to(wide)
+        with full_precision():
+            exists = factor_in_place(found)
+        if exists:  # H = L^T L, so that V = L^T with columns divided by their diagonal
+            found /= found.diagonal().clone()[:, None]
+            return Factor(order, found.float(), damping)
         damping *= 2
     raise IrqError(f"{name}: the second moments of its inputs cannot be factored")
 
@@ -147,10 +145,11 @@ def corrections(
 ) -> list[torch.Tensor]:
     """`corrected` of several matrices that are given the same inputs; `pulls` as of `pulled`."""
     wide = torch.float64 if len(moments) < WIDE else torch.float32
-    lower, failed = torch.linalg.cholesky_ex(damped(moments, ridge).to(wide))
-    if bool(failed):
-        return list(weights)
-    return [
-        weight + part * torch.cholesky_solve(pull.T.to(wide), lower).T.float()
-        for weight, pull in zip(weights, pulls, strict=True)
-    ]
+    factor = damped(moments, ridge).to(wide)
+    with full_precision():
+        if not factor_in_place(factor):
+            return list(weights)
+        return [
+            weight.add(solve_factored(factor, pull.T.to(wide)).T.float(), alpha=part)
+            for weight, pull in zip(weights, pulls, strict=True)
+        ]

@@ -58,7 +58,7 @@ def estimate_calibration(
         tokens=tokens,
         layers=len(layers),
         seconds=work / _rate(model.device),
-        memory=4 * largest + 16 * widest**2 + ROOM + chunk,
+        memory=4 * largest + 8 * widest**2 + ROOM + chunk,
         disk=2 * states + 4 * tokens * inputs + sum(file.nbytes for file in layers),
     )
 

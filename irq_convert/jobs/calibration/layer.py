@@ -198,6 +198,7 @@ class LayerCalibrator:
             targets = corrections(
                 weights, pulls, whole, self.options.correction, self.options.ridge
             )
+            pulls.clear()
         shares = whole.diagonal().double().cpu().numpy()
         factor = factorize(whole, self.options.solver.damping, leader.key)
         for site, weight, target in zip(sites, weights, targets, strict=True):

@@ -16,7 +16,7 @@ from torch import nn
 
 from irq_convert.jobs.calibration.sites import Site
 
-ROOM = 512 << 20
+ROOM = 256 << 20
 """Bytes of outputs that are kept at most."""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from irq_convert.core.solver import cholesky
 from irq_convert.core.solver import moments as module
 from irq_convert.core.solver.moments import corrected, damped, factorize
 from irq_convert.errors import IrqError
@@ -22,11 +23,14 @@ def rebuilt(factor: module.Factor, moments: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("wide", [8192, 1])
+@pytest.mark.parametrize("panel", [256, 16])
 @pytest.mark.parametrize(("cols", "inputs"), [(1, 5), (40, 200), (90, 30)])
 def test_the_factor_rebuilds_h(
-    cols: int, inputs: int, wide: int, monkeypatch: pytest.MonkeyPatch
+    cols: int, inputs: int, panel: int, wide: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "WIDE", wide)
+    monkeypatch.setattr(cholesky, "PANEL", panel)
+    monkeypatch.setattr(cholesky, "WIDE_PANEL", 2 * panel)
     moments = problem(2, cols, cols, inputs).moments
     factor = factorize(moments, 0.01, "layer")
     assert factor.damping == 0.01
@@ -79,8 +83,10 @@ def test_columns_without_inputs_count_as_the_mean() -> None:
 
 
 @pytest.mark.parametrize("wide", [8192, 1])
-def test_corrected_is_the_formula(wide: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("panel", [256, 8])
+def test_corrected_is_the_formula(panel: int, wide: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "WIDE", wide)
+    monkeypatch.setattr(cholesky, "PANEL", panel)
     rng = torch.Generator().manual_seed(3)
     weight = torch.randn(9, 30, generator=rng)
     source = torch.randn(200, 30, generator=rng)
