@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from irq_convert.jobs.finetune.estimate import estimate_finetune
     from irq_convert.jobs.finetune.finetune import finetune
     from irq_convert.jobs.finetune.options import FinetuneOptions
+    from irq_convert.jobs.generate.generate import generate
+    from irq_convert.jobs.generate.options import GenerateOptions
     from irq_convert.jobs.inspect import inspect
     from irq_convert.jobs.measure.measure import estimate_measure, measure
     from irq_convert.jobs.measure.options import MeasureOptions
@@ -47,6 +49,7 @@ _HOMES = {
     "EvalOptions": "irq_convert.jobs.evaluate.options",
     "ExportOptions": "irq_convert.jobs.export.options",
     "FinetuneOptions": "irq_convert.jobs.finetune.options",
+    "GenerateOptions": "irq_convert.jobs.generate.options",
     "IecLoraConfig": "irq_convert.adapters.config",
     "IrqError": "irq_convert.errors",
     "MeasureOptions": "irq_convert.jobs.measure.options",
@@ -67,6 +70,7 @@ _HOMES = {
     "evaluate": "irq_convert.jobs.evaluate.evaluate",
     "export": "irq_convert.jobs.export.export",
     "finetune": "irq_convert.jobs.finetune.finetune",
+    "generate": "irq_convert.jobs.generate.generate",
     "inspect": "irq_convert.jobs.inspect",
     "load": "irq_convert.hf.loading",
     "measure": "irq_convert.jobs.measure.measure",
@@ -83,6 +87,7 @@ __all__ = [
     "EvalOptions",
     "ExportOptions",
     "FinetuneOptions",
+    "GenerateOptions",
     "IecLoraConfig",
     "IrqError",
     "MeasureOptions",
@@ -104,6 +109,7 @@ __all__ = [
     "evaluate",
     "export",
     "finetune",
+    "generate",
     "inspect",
     "load",
     "measure",

@@ -14,7 +14,7 @@ from irq_convert.cli.shared import TrustRemoteCode
 from irq_convert.jobs.evaluate.options import EvalDtype, EvalOptions
 
 if TYPE_CHECKING:
-    from irq_convert.jobs.evaluate.adapter import CheckedAdapter
+    from irq_convert.adapters.put_on import CheckedAdapter
     from irq_convert.jobs.evaluate.report import EvalReport
 
 
@@ -100,7 +100,7 @@ def _check_adapter(adapter: Path, model: str, any_base: bool) -> "CheckedAdapter
     """The adapter, found to belong to the model; a doubt is said on stderr."""
     import warnings
 
-    from irq_convert.jobs.evaluate.adapter import check_adapter
+    from irq_convert.adapters.put_on import check_adapter
 
     checked = check_adapter(adapter, model, any_base)
     if checked.doubt:
