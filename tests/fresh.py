@@ -2,7 +2,8 @@
 
 `Forks` has an interpreter that has imported torch and accelerate, and forks for each piece of
 code. Nothing of transformers, PEFT or this package is imported then (torch's entry points are not
-called): which of these comes first is for the code to say. What runs before torch is imported needs a real process.
+called): which of these comes first is for the code to say. What runs before torch is imported needs
+a real process.
 """
 
 from __future__ import annotations
