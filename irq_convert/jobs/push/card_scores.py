@@ -9,7 +9,7 @@ from irq_convert.jobs.push.card_table import table
 
 
 def scores_part(scores: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The scores of `irq_scores.json` as a table with standard errors; nothing where there are none.
+    """The scores of `irq_scores.json` as a table with standard errors; empty where there are none.
 
     Tasks of a group that has a score of its own are left to the file.
     """
