@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from irq_convert.hf.loading import load
     from irq_convert.jobs.evaluate.evaluate import evaluate
     from irq_convert.jobs.evaluate.options import EvalOptions
+    from irq_convert.jobs.evaluate.task_options import TaskOptions
+    from irq_convert.jobs.evaluate.tasks import evaluate_tasks
     from irq_convert.jobs.export.export import estimate_export, export
     from irq_convert.jobs.export.options import ExportOptions
     from irq_convert.jobs.finetune.estimate import estimate_finetune
@@ -59,6 +61,7 @@ _HOMES = {
     "QuantSpec": "irq_convert.core.spec",
     "QuantizeOptions": "irq_convert.jobs.quantize.options",
     "QuantizedTensor": "irq_convert.core.quantized",
+    "TaskOptions": "irq_convert.jobs.evaluate.task_options",
     "UsageError": "irq_convert.errors",
     "attach": "irq_convert.adapters.attach",
     "dequantize_tensor": "irq_convert.core.dequantize",
@@ -68,6 +71,7 @@ _HOMES = {
     "estimate_merge": "irq_convert.jobs.merge.estimate",
     "estimate_quantize": "irq_convert.jobs.quantize.estimate",
     "evaluate": "irq_convert.jobs.evaluate.evaluate",
+    "evaluate_tasks": "irq_convert.jobs.evaluate.tasks",
     "export": "irq_convert.jobs.export.export",
     "finetune": "irq_convert.jobs.finetune.finetune",
     "generate": "irq_convert.jobs.generate.generate",
@@ -97,6 +101,7 @@ __all__ = [
     "QuantSpec",
     "QuantizeOptions",
     "QuantizedTensor",
+    "TaskOptions",
     "UsageError",
     "__version__",
     "attach",
@@ -107,6 +112,7 @@ __all__ = [
     "estimate_merge",
     "estimate_quantize",
     "evaluate",
+    "evaluate_tasks",
     "export",
     "finetune",
     "generate",

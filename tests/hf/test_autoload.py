@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,31 @@ def test_stock_transformers_fails_loudly(python: Forks, tmp_path: Path) -> None:
     assert done.returncode != 0
     assert "Error" in done.stderr
     assert "IrqLinear" not in done.stdout
+
+
+NOT_OURS = """
+import sys
+{first}
+from transformers import AutoModelForCausalLM
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+print(type(model.model.layers[0].mlp.up_proj).__name__, "IEC_LORA" in PEFT_TYPE_TO_CONFIG_MAPPING)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", ["import peft", "import transformers.quantizers.auto"])
+def test_torch_registers_where_nothing_of_ours_is_imported(tmp_path: Path, first: str) -> None:
+    """Also where what shall know of us was on its way before it imported torch."""
+    names = [point.value for point in entry_points(group="torch.backends")]
+    assert "irq_convert.autoload:install" in names, "install the package again: pip install -e ."
+    write_artifact(tmp_path, tiny_model())
+    code = NOT_OURS.format(first=first)
+    args = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(args, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["IrqLinear", "True"]
+    assert "cannot load" not in done.stderr
 
 
 FINDER = """
