@@ -51,11 +51,11 @@ class _Late(ModuleType):
     """
 
     def __getattribute__(self, name: str) -> Any:
-        spec = super().__getattribute__("__spec__")
+        spec = ModuleType.__getattribute__(self, "__spec__")
         if not getattr(spec, "_initializing", False):
             self.__class__ = ModuleType
             _REGISTER[spec.name](self)
-        return super().__getattribute__(name)
+        return ModuleType.__getattribute__(self, name)  # no super(): it may be a _Late no more
 
 
 def _is_ours(finder: object) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import get_peft_model
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -35,7 +35,7 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 @pytest.fixture(scope="module")
 def writer() -> Writer:
-    return load_writers(DEMO, options=GenerateOptions())[0]
+    return load_writers(DEMO, options=GenerateOptions(dtype="float32"))[0]  # bfloat16 has ties
 
 
 def expected(model: Any, tokenizer: Any, tokens: int, **how: Any) -> str:
@@ -137,8 +137,9 @@ def make_adapter(artifact: Path, kind: AdapterKind, folder: Path) -> Path:
     torch.manual_seed(5)
     for name, parameter in adapted.named_parameters():
         if parameter.requires_grad and "lora_A" not in name:
+            size = 0.5 if "lora_" in name else 0.1 * parameter.detach().abs().mean()
             with torch.no_grad():
-                parameter.add_(0.2 * torch.randn_like(parameter) * (parameter.abs().mean() + 0.3))
+                parameter.add_(size * torch.randn_like(parameter))
     adapted.save_pretrained(str(folder))
     return folder
 
@@ -150,10 +151,11 @@ def test_adapters_of_every_kind(
     from peft import PeftModel
 
     folder = make_adapter(demo_nf3, kind, tmp_path / "adapter")
-    found = generate(demo_nf3, PROMPT, adapter=folder, max_tokens=12)
+    found = generate(demo_nf3, PROMPT, adapter=folder, max_tokens=8).generated.text
     adapted = PeftModel.from_pretrained(irq_convert.load(demo_nf3), str(folder))
-    assert found.generated.text == expected(adapted, tokenizer, 12)
-    assert found.generated.text != generate(demo_nf3, PROMPT, max_tokens=12).generated.text
+    assert found == expected(adapted, tokenizer, 8)
+    with adapted.disable_adapter():
+        assert found != expected(adapted, tokenizer, 8)
 
 
 def with_template(tokenizer: Any, folder: Path, template: str = TEMPLATE) -> Path:
@@ -216,6 +218,7 @@ def test_options_that_mean_nothing(settings: dict[str, Any], says: str) -> None:
     assert_one_line(str(caught.value), says)
 
 
+@settings(max_examples=30)
 @given(text=st.text(max_size=12), prompt=st.text(max_size=8))
 def test_pieces_are_the_whole_text(
     tokenizer: PreTrainedTokenizerBase, text: str, prompt: str
