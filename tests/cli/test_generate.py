@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from irq_convert.cli.main import app
 from irq_convert.errors import UsageError
 from irq_convert.jobs.generate.generate import generate
+from tests.folders import change_json
 from tests.jobs.generate.test_generate import PROMPT, TEMPLATE
 from tests.paths import DEMO, ROOT
 
@@ -83,15 +84,15 @@ def test_refusals(args: list[str], says: str) -> None:
 
 
 def test_an_interrupt_leaves_what_there_is(irq: Commands, tmp_path: Path) -> None:
-    """A sampled text that would not end soon, on one that never ends: its end tokens are gone."""
+    """Of a text that never ends: no file names an end token any more."""
     endless = tmp_path / "endless"
     endless.mkdir()
     for path in DEMO.iterdir():
         (endless / path.name).write_bytes(path.read_bytes())
-    config = json.loads((endless / "config.json").read_text())
-    config["max_position_embeddings"] = 1 << 20
-    (endless / "config.json").write_text(json.dumps(config | {"eos_token_id": None}))
+    more = {"max_position_embeddings": 1 << 20, "eos_token_id": None}
+    change_json(endless / "config.json", lambda raw: raw.update(more))
     (endless / "generation_config.json").unlink()
+    change_json(endless / "tokenizer_config.json", lambda raw: raw.pop("eos_token"))
     running = irq.start(
         "generate", endless, "--prompt", PROMPT, "--max-tokens", 100_000, "--temperature", 1.5
     )

@@ -6,6 +6,7 @@ that a loader of its YAML can be called, and where it draws bars. pyproject pins
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import chdir, contextmanager
 from difflib import get_close_matches
@@ -59,17 +60,20 @@ class Tasks:
         """Find `names`, which may be patterns (`mmlu_*`) or YAML files.
 
         Raises `UsageError` for one that there is not, naming those that are spelt alike, and for
-        a file of one's own that is no task.
+        a folder or a file of one's own that holds no task.
         """
         from lm_eval.tasks import TaskManager
 
-        paths = [str(path.resolve()) for path in options.task_paths]
-        self._paths = options.task_paths
-        # Reading the 14,000 files of lm-eval takes seconds: not where nothing of them is wanted.
-        self._manager = TaskManager(include_path=paths or None, include_defaults=not paths)
-        if paths and not all(map(self._has, names)):
-            self._manager = TaskManager(include_path=paths)
-        self.names = [known for name in names for known in self._known(name)]
+        self._paths = [path.resolve() for path in options.task_paths]
+        for path in self._paths:
+            _check_own_files(path)
+        self._manager = TaskManager(include_path=self._paths, include_defaults=False)
+        missing = [name for name in names if not self._has(name)]
+        stored = StoredTasks() if missing else None
+        if stored is not None:
+            folders = [*stored.folders_of(missing), *self._paths]
+            self._manager = TaskManager(include_path=folders, include_defaults=False)
+        self.names = [known for name in names for known in self._known(name, stored)]
         if not self.names:
             raise UsageError("--tasks: name at least one")
 
@@ -96,6 +100,11 @@ class Tasks:
     def _load(self, name: str) -> Mapping[str, Any]:
         try:
             found: Mapping[str, Any] = self._manager.load([name])
+        except KeyError:  # a group with tasks of other folders
+            from lm_eval.tasks import TaskManager
+
+            self._manager = TaskManager(include_path=self._paths)
+            found = self._manager.load([name])
         except FileNotFoundError:
             # Data are named from where the program runs, or from where the task's file lies.
             entry = self._manager.task_index.get(name)
@@ -109,30 +118,62 @@ class Tasks:
     def _has(self, name: str) -> bool:
         return bool(self._manager.match_tasks([name])) or _is_file(name)
 
-    def _known(self, name: str) -> list[str]:
+    def _known(self, name: str, stored: StoredTasks | None) -> list[str]:
         if _is_file(name):
             return [name]
         found: list[str] = self._manager.match_tasks([name])
         if found:
             return sorted(found)
-        self._check_own_files()
-        alike = get_close_matches(name, self._manager.all_tasks, n=4, cutoff=0.6)
+        every = {*self._manager.all_tasks, *(stored.names() if stored else ())}
+        alike = get_close_matches(name, sorted(every), n=4, cutoff=0.6)
         say = f"; there are {', '.join(alike)}" if alike else "; `lm-eval ls tasks` lists all"
         raise UsageError(f"--tasks {name}: there is no such task{say}")
 
-    def _check_own_files(self) -> None:
-        """lm-eval leaves out a file that it cannot read, and says so to nobody."""
-        from lm_eval.tasks._yaml_loader import load_yaml
 
-        for folder in self._paths:
-            files = sorted(folder.rglob("*.yaml"))
-            if not files:
-                raise UsageError(f"--task-path {folder}: holds no task file (*.yaml)")
-            for path in files:
-                try:
-                    load_yaml(path, resolve_func=False)
-                except Exception as error:
-                    raise UsageError(f"{path}: not a task file: {one_line(error)}") from error
+class StoredTasks:
+    """The task files that come with lm-eval, as text: parsing all 14,000 takes fifteen seconds."""
+
+    def __init__(self) -> None:
+        import lm_eval.tasks
+
+        self._root = Path(lm_eval.tasks.__file__).parent
+        files = sorted(self._root.rglob("*.yaml"))
+        self._texts = {path: path.read_text("utf-8", "replace") for path in files}
+
+    def folders_of(self, names: Sequence[str]) -> list[Path]:
+        """Folders below the root in which a file has one of `names`, or how a pattern begins.
+
+        Where two have a task of one name lm-eval takes the first, and of several folders the last:
+        so they are in reverse.
+        """
+        words = [re.split(r"[*?\[]", name)[0] for name in names]
+        found = {
+            self._root / path.relative_to(self._root).parts[0]
+            for path, text in self._texts.items()
+            if any(word in text for word in words)
+        }
+        return sorted((path for path in found if path.is_dir()), reverse=True)
+
+    def names(self) -> set[str]:
+        """Of tasks and groups."""
+        return {name for text in self._texts.values() for name in _NAMED.findall(text)}
+
+
+_NAMED = re.compile(r"^(?:task|group):[ \t]*[\"']?([\w.:-]+)", re.MULTILINE)
+
+
+def _check_own_files(folder: Path) -> None:
+    """lm-eval leaves out a file that it cannot read, and says so to nobody."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    files = sorted(folder.rglob("*.yaml"))
+    if not files:
+        raise UsageError(f"--task-path {folder}: holds no task file (*.yaml)")
+    for path in files:
+        try:
+            load_yaml(path, resolve_func=False)
+        except Exception as error:  # of YAML, and whatever a loader makes of it
+            raise UsageError(f"{path}: not a task file: {one_line(error)}") from error
 
 
 def _is_file(name: str) -> bool:
