@@ -7,8 +7,6 @@ import os
 import pty
 import select
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -21,9 +19,9 @@ from irq_convert.errors import UsageError
 from irq_convert.jobs.generate.generate import generate
 from tests.folders import change_json
 from tests.jobs.generate.test_generate import PROMPT, TEMPLATE
-from tests.paths import DEMO, ROOT
+from tests.paths import DEMO
 
-from .process import ENVIRONMENT, Commands
+from .process import Commands
 
 
 def run(*args: object, stdin: str | None = None) -> tuple[str, str]:
@@ -108,32 +106,22 @@ def test_an_interrupt_leaves_what_there_is(irq: Commands, tmp_path: Path) -> Non
     assert result.err.count("\n") == 1
 
 
-@pytest.mark.slow
-def test_a_conversation_at_a_terminal(demo_nf3: Path, tmp_path: Path) -> None:
+def test_a_conversation_at_a_terminal(irq: Commands, demo_nf3: Path, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(DEMO)
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(tmp_path / "talk")
     ours, theirs = pty.openpty()
-    more = ["--chat", "--tokenizer", str(tmp_path / "talk"), "--max-tokens", "6"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "irq_convert", "generate", str(demo_nf3), *more],
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
-        cwd=ROOT,
-        env={**os.environ, **ENVIRONMENT},
-        start_new_session=True,
-    )
-    os.close(theirs)
-    shown = until(ours, "> ")
-    assert "Ctrl-D ends" in shown
+    more = ("--chat", "--tokenizer", tmp_path / "talk", "--max-tokens", 6)
+    running = irq.start("generate", demo_nf3, *more, terminal=os.ttyname(theirs))
+    assert "Ctrl-D ends" in until(ours, "> ")
     os.write(ours, b"Hello.\n")
-    assert "tokens a second" in until(ours, "> ", after="tokens a second")
+    until(ours, "> ", after="tokens a second")
     os.write(ours, b"And then?\n")
-    assert "6 tokens" in until(ours, "> ", after="tokens a second")
+    until(ours, "> ", after="tokens a second")
     os.write(ours, b"\x04")
-    assert process.wait(60) == 0
+    assert running.wait().code == 0
     os.close(ours)
+    os.close(theirs)
 
 
 def until(terminal: int, end: str, after: str = "") -> str:

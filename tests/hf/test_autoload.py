@@ -81,26 +81,26 @@ def test_stock_transformers_fails_loudly(python: Forks, tmp_path: Path) -> None:
 
 NOT_OURS = """
 import sys
-{first}
+import transformers.quantizers.auto
 from transformers import AutoModelForCausalLM
-from peft import PEFT_TYPE_TO_CONFIG_MAPPING
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
-print(type(model.model.layers[0].mlp.up_proj).__name__, "IEC_LORA" in PEFT_TYPE_TO_CONFIG_MAPPING)
+print(type(model.model.layers[0].mlp.up_proj).__name__)
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("first", ["import peft", "import transformers.quantizers.auto"])
-def test_torch_registers_where_nothing_of_ours_is_imported(tmp_path: Path, first: str) -> None:
-    """Also where what shall know of us was on its way before it imported torch."""
+def test_torch_registers_where_nothing_of_ours_is_imported(tmp_path: Path) -> None:
+    """Though what is to know of us is on its way already when it imports torch.
+
+    tests/jobs/evaluate/test_tasks.py does the same with PEFT.
+    """
     names = [point.value for point in entry_points(group="torch.backends")]
     assert "irq_convert.autoload:install" in names, "install the package again: pip install -e ."
     write_artifact(tmp_path, tiny_model())
-    code = NOT_OURS.format(first=first)
-    args = [sys.executable, "-c", code, str(tmp_path)]
+    args = [sys.executable, "-c", NOT_OURS, str(tmp_path)]
     done = subprocess.run(args, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["IrqLinear", "True"]
+    assert done.stdout.strip() == "IrqLinear"
     assert "cannot load" not in done.stderr
 
 

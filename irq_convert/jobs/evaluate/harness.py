@@ -195,6 +195,40 @@ def _one_line_errors(name: str) -> Iterator[None]:
         raise IrqError(f"{name}: the task cannot be set up: {kind}: {line}") from error
 
 
+def answer(lm: Any, built: Sequence[Any], manager: Any, options: TaskOptions) -> dict[str, Any]:
+    """What `lm` answers to tasks that are loaded, and the scores of that.
+
+    As `lm_eval.simple_evaluate` with its seeds and its rules for examples, but for its report on
+    this machine, for which it runs programs that take longer than a small task.
+    """
+    import random
+
+    import numpy as np
+    import torch
+    from lm_eval import evaluate
+    from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+
+    random.seed(DEFAULT_RANDOM_SEED)
+    np.random.seed(DEFAULT_OTHER_SEED)
+    torch.manual_seed(DEFAULT_OTHER_SEED)
+    loaded = manager.load(list(built))
+    for task in loaded["tasks"].values():
+        own = task.get_config("num_fewshot")
+        if options.fewshot is not None and own != 0:
+            task.set_config(key="num_fewshot", value=options.fewshot)
+        elif own is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+    results: dict[str, Any] = evaluate(
+        lm=lm,
+        task_dict=loaded,
+        limit=options.limit,
+        apply_chat_template=options.chat,
+        fewshot_as_multiturn=options.chat,
+    )
+    return results
+
+
 @contextmanager
 def no_bars() -> Iterator[None]:
     """Without the bars of lm-eval and datasets; what goes on is told by progress of ours."""

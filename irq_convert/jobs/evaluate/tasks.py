@@ -21,7 +21,7 @@ from irq_convert.hf.causal_lm import (
     require_causal_lm,
 )
 from irq_convert.jobs.common.options import chosen
-from irq_convert.jobs.evaluate.harness import Tasks, harness_version, no_bars
+from irq_convert.jobs.evaluate.harness import Tasks, answer, harness_version, no_bars
 from irq_convert.jobs.evaluate.task_options import TaskOptions
 from irq_convert.jobs.evaluate.task_report import Found, TaskReport, compare, shown_scores
 from irq_convert.progress import Progress
@@ -95,8 +95,6 @@ def _run(
     progress: Progress,
 ) -> Found:
     """One model on all tasks; it leaves memory with this call."""
-    from lm_eval import simple_evaluate
-
     from irq_convert.jobs.evaluate.harness_model import HarnessModel
 
     progress.stage("loading")
@@ -106,15 +104,7 @@ def _run(
     encoder = load_tokenizer(tokenizer or source)
     try:
         lm = HarnessModel(loaded, encoder, options, progress)
-        results = simple_evaluate(
-            model=lm,
-            tasks=built,
-            num_fewshot=options.fewshot,
-            limit=options.limit,
-            batch_size=options.batch_size,
-            apply_chat_template=options.chat,
-            task_manager=known.manager,
-        )
+        return Found(answer(lm, built, known.manager, options))
     except IrqError:
         raise
     except torch.OutOfMemoryError as error:
@@ -125,8 +115,6 @@ def _run(
     finally:
         del loaded
         gc.collect()
-    assert results is not None
-    return Found(results)
 
 
 def _kept(
