@@ -53,7 +53,7 @@ class _Late(ModuleType):
     def __getattribute__(self, name: str) -> Any:
         spec = ModuleType.__getattribute__(self, "__spec__")
         if not getattr(spec, "_initializing", False):
-            self.__class__ = ModuleType
+            self.__class__ = ModuleType  # type: ignore[assignment]
             _REGISTER[spec.name](self)
         return ModuleType.__getattribute__(self, name)  # no super(): it may be a _Late no more
 

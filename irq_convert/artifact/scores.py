@@ -48,7 +48,7 @@ def read_scores(folder: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     found = read_json_object(path)
-    rows = found.get("scores")
+    rows: Any = found.get("scores")
     if found.get("format") != FORMAT or not _is_rows(rows):
         raise IrqError(f"{path}: holds no scores of eval --tasks: remove it")
     return list(rows) if found.get("sha256") == weights_identity(folder) else []

@@ -108,15 +108,29 @@ def eval_command(
     Example: irq-convert eval ./model-3bit --tasks piqa,arc_easy --fewshot 5 --against ./model
     """
     _check_kind(text, tasks, max_tokens, from_fraction, fewshot, limit, task_path, chat, keep)
-    shared = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
-    shared |= {"context": context, "batch_size": batch_size}
     asked: EvalOptions | TaskOptions
     if text is not None:
-        asked = EvalOptions(max_tokens=max_tokens, from_fraction=from_fraction, **shared)
+        asked = EvalOptions(
+            context=context,
+            batch_size=batch_size,
+            max_tokens=max_tokens,
+            from_fraction=from_fraction,
+            dtype=dtype,
+            device=device,
+            trust_remote_code=trust_remote_code,
+        )
     else:
-        paths = tuple(task_path or ())
         asked = TaskOptions(
-            fewshot=fewshot, limit=limit, task_paths=paths, chat=chat, keep=keep, **shared
+            fewshot=fewshot,
+            limit=limit,
+            task_paths=tuple(task_path or ()),
+            chat=chat,
+            context=context,
+            batch_size=batch_size,
+            keep=keep,
+            dtype=dtype,
+            device=device,
+            trust_remote_code=trust_remote_code,
         )
     quiet_libraries(threads)
     checked = None if adapter is None else _check_adapter(adapter, model, any_base)

@@ -96,8 +96,8 @@ def print_scores(
 def _print_models(
     console: Console, model: str, adapter: CheckedAdapter | None, against: str | None
 ) -> None:
-    rows = [("model", model), ("adapter", adapter and f"{adapter.folder} ({adapter.kind})")]
-    for label, value in (*rows, ("reference", against)):
+    on_it = None if adapter is None else f"{adapter.folder} ({adapter.kind})"
+    for label, value in (("model", model), ("adapter", on_it), ("reference", against)):
         if value is not None:
             console.print(f"{label:<10} {escape(value)}", soft_wrap=True, highlight=False)
 

@@ -236,7 +236,7 @@ def no_bars() -> Iterator[None]:
     import lm_eval.api.task as module
 
     bars, drawn = module.tqdm, datasets.is_progress_bar_enabled()
-    module.tqdm = partial(bars, disable=True)  # type: ignore[assignment]
+    module.tqdm = partial(bars, disable=True)
     datasets.disable_progress_bars()
     try:
         yield

@@ -13,7 +13,7 @@ from irq_convert.jobs.evaluate.task_options import TaskOptions
 from irq_convert.progress import Progress
 
 
-class HarnessModel(HFLM):  # type: ignore[misc]
+class HarnessModel(HFLM):
     """lm-eval's `hf` model around one that is loaded; scores are those of `lm_eval --model hf`.
 
     Tells `progress` each request that was answered, and notes requests that are longer than the

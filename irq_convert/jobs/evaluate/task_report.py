@@ -103,7 +103,7 @@ class Found:
             metric=metric,
             filter=kind,
             value=float(values[key]),
-            se=float(se) if _is_number(se) else None,
+            se=float(se) if se is not None and _is_number(se) else None,
             higher_is_better=self.results["higher_is_better"].get(name, {}).get(metric),
             documents=int(values.get("sample_len") or 0),
             fewshot=shots if isinstance(shots, int) else None,

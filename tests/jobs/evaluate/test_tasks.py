@@ -296,6 +296,7 @@ def test_lm_eval_alone_gives_the_same(report: TaskReport, artifact: Path, folder
     """Its `hf` model in a program that imports nothing of ours: torch's entry point does."""
     done = subprocess.run(
         [sys.executable, "-c", ALONE, str(artifact), str(folder)],
+        cwd=folder,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
