@@ -232,7 +232,7 @@ def answer(lm: Any, built: Sequence[Any], manager: Any, options: TaskOptions) ->
 @contextmanager
 def no_bars() -> Iterator[None]:
     """Without the bars of lm-eval and datasets; what goes on is told by progress of ours."""
-    import datasets
+    import datasets  # type: ignore[import-untyped]
     import lm_eval.api.task as module
 
     bars, drawn = module.tqdm, datasets.is_progress_bar_enabled()
