@@ -25,11 +25,15 @@ if TYPE_CHECKING:
     from irq_convert.hf.loading import load
     from irq_convert.jobs.evaluate.evaluate import evaluate
     from irq_convert.jobs.evaluate.options import EvalOptions
+    from irq_convert.jobs.evaluate.task_options import TaskOptions
+    from irq_convert.jobs.evaluate.tasks import evaluate_tasks
     from irq_convert.jobs.export.export import estimate_export, export
     from irq_convert.jobs.export.options import ExportOptions
     from irq_convert.jobs.finetune.estimate import estimate_finetune
     from irq_convert.jobs.finetune.finetune import finetune
     from irq_convert.jobs.finetune.options import FinetuneOptions
+    from irq_convert.jobs.generate.generate import generate
+    from irq_convert.jobs.generate.options import GenerateOptions
     from irq_convert.jobs.inspect import inspect
     from irq_convert.jobs.measure.measure import estimate_measure, measure
     from irq_convert.jobs.measure.options import MeasureOptions
@@ -47,6 +51,7 @@ _HOMES = {
     "EvalOptions": "irq_convert.jobs.evaluate.options",
     "ExportOptions": "irq_convert.jobs.export.options",
     "FinetuneOptions": "irq_convert.jobs.finetune.options",
+    "GenerateOptions": "irq_convert.jobs.generate.options",
     "IecLoraConfig": "irq_convert.adapters.config",
     "IrqError": "irq_convert.errors",
     "MeasureOptions": "irq_convert.jobs.measure.options",
@@ -56,6 +61,7 @@ _HOMES = {
     "QuantSpec": "irq_convert.core.spec",
     "QuantizeOptions": "irq_convert.jobs.quantize.options",
     "QuantizedTensor": "irq_convert.core.quantized",
+    "TaskOptions": "irq_convert.jobs.evaluate.task_options",
     "UsageError": "irq_convert.errors",
     "attach": "irq_convert.adapters.attach",
     "dequantize_tensor": "irq_convert.core.dequantize",
@@ -65,8 +71,10 @@ _HOMES = {
     "estimate_merge": "irq_convert.jobs.merge.estimate",
     "estimate_quantize": "irq_convert.jobs.quantize.estimate",
     "evaluate": "irq_convert.jobs.evaluate.evaluate",
+    "evaluate_tasks": "irq_convert.jobs.evaluate.tasks",
     "export": "irq_convert.jobs.export.export",
     "finetune": "irq_convert.jobs.finetune.finetune",
+    "generate": "irq_convert.jobs.generate.generate",
     "inspect": "irq_convert.jobs.inspect",
     "load": "irq_convert.hf.loading",
     "measure": "irq_convert.jobs.measure.measure",
@@ -83,6 +91,7 @@ __all__ = [
     "EvalOptions",
     "ExportOptions",
     "FinetuneOptions",
+    "GenerateOptions",
     "IecLoraConfig",
     "IrqError",
     "MeasureOptions",
@@ -92,6 +101,7 @@ __all__ = [
     "QuantSpec",
     "QuantizeOptions",
     "QuantizedTensor",
+    "TaskOptions",
     "UsageError",
     "__version__",
     "attach",
@@ -102,8 +112,10 @@ __all__ = [
     "estimate_merge",
     "estimate_quantize",
     "evaluate",
+    "evaluate_tasks",
     "export",
     "finetune",
+    "generate",
     "inspect",
     "load",
     "measure",

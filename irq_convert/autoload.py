@@ -1,9 +1,11 @@
 """Registering with transformers and PEFT at the moment they themselves are imported.
 
-Neither has a discovery of plugins. A finder on `sys.meta_path` lets the module that holds
-transformers' quantizers, and PEFT, load as usual and registers the quantization method "irq" and
-the adapter type "IEC_LORA" right after, so that no package has to be imported before the other and
-importing this one stays cheap.
+Neither has a discovery of plugins, but torch has: `install` is an entry point of the group
+`torch.backends`, which `import torch` calls, so that a program that knows nothing of this package
+loads artifacts (`TORCH_DEVICE_BACKEND_AUTOLOAD=0` turns that off). A finder on `sys.meta_path` lets
+the module that holds transformers' quantizers, and PEFT, load as usual and registers the
+quantization method "irq" and the adapter type "IEC_LORA" right after, so that no package has to be
+imported before the other and importing this one stays cheap.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 QUANT_METHOD = "irq"
 TARGET = "transformers.quantizers.auto"
@@ -39,6 +42,20 @@ class _Finder:
                 _register_after(spec, register_it)
                 return spec
         return None
+
+
+class _Late(ModuleType):
+    """A target that was already on its way when this came, as where it is what imports torch.
+
+    No loader can be wrapped any more, so the first look at the module after its import registers.
+    """
+
+    def __getattribute__(self, name: str) -> Any:
+        spec = ModuleType.__getattribute__(self, "__spec__")
+        if not getattr(spec, "_initializing", False):
+            self.__class__ = ModuleType  # type: ignore[assignment]
+            _REGISTER[spec.name](self)
+        return ModuleType.__getattribute__(self, name)  # no super(): it may be a _Late no more
 
 
 def _is_ours(finder: object) -> bool:
@@ -125,11 +142,13 @@ _REGISTER = {TARGET: register_quantizer, PEFT: register_peft} | dict.fromkeys(
 
 def install() -> None:
     """Register now with what is loaded, otherwise once it is; idempotent."""
-    module = sys.modules.get(TARGET)
-    if module is not None and hasattr(module, "AUTO_QUANTIZER_MAPPING"):
-        register_quantizer(module)
-    peft = sys.modules.get(PEFT)
-    if peft is not None and hasattr(peft, "get_peft_model"):
-        register_peft(peft)
+    for name in (TARGET, PEFT):
+        module = sys.modules.get(name)
+        if module is None:
+            continue
+        if not getattr(module.__spec__, "_initializing", False):
+            _REGISTER[name](module)
+        elif type(module) is ModuleType:
+            module.__class__ = _Late
     if not any(_is_ours(finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())

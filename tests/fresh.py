@@ -1,8 +1,9 @@
 """Python code as a process of its own, without the seconds that torch takes to be imported.
 
 `Forks` has an interpreter that has imported torch and accelerate, and forks for each piece of
-code. Nothing of transformers, PEFT or this package is imported then: which of these comes first is
-for the code to say. What runs before torch is imported needs a real process.
+code. Nothing of transformers, PEFT or this package is imported then (torch's entry points are not
+called): which of these comes first is for the code to say. What runs before torch is imported needs
+a real process.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class Forks:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
         )
 
     def close(self) -> None:

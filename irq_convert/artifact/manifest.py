@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from irq_convert.artifact.config import FORMAT_VERSION
 from irq_convert.checkpoint.header import TensorInfo
 from irq_convert.checkpoint.json_files import read_json_object
+from irq_convert.checkpoint.layout import SCORES_NAME
 from irq_convert.checkpoint.source import PLAIN, Checkpoint
 from irq_convert.errors import IrqError
 
@@ -28,7 +29,7 @@ CARD_NAME = "README.md"
 def is_listed(name: str) -> bool:
     """Whether the manifest lists a file of the folder (specification, section 7)."""
     hidden = any(part.startswith(".") for part in PurePosixPath(name).parts)
-    return not hidden and name not in (MANIFEST_NAME, CARD_NAME)
+    return not hidden and name not in (MANIFEST_NAME, CARD_NAME, SCORES_NAME)
 
 
 def fingerprint(tensors: Iterable[TensorInfo]) -> str:

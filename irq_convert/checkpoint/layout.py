@@ -26,12 +26,15 @@ WEIGHT_SUFFIXES = (
 )
 LOCK_NAME = ".output.lock"
 """In an output folder that is being written: the lock file of the run that writes it."""
+SCORES_NAME = "irq_scores.json"
+"""Beside a model or an adapter: what `eval --tasks` has measured. Of these weights alone, so it is
+no part of a checkpoint: neither carried over, nor listed, nor verified."""
 HEADERS_ONLY_NAME = ".headers-only.json"
 """In a folder made by `locate(headers_only=True)`: file name to true size of each cut shard."""
 
 _WEIGHT_INDEX = re.compile(r"\.(safetensors|bin|pth|h5|msgpack)\.index(\.[\w-]+)?\.json$")
 _HIDDEN_PARTS = {".git", ".cache", ".gitattributes", ".gitignore", ".gitmodules", ".DS_Store"}
-_HIDDEN_PARTS |= {"__pycache__", ".ipynb_checkpoints", HEADERS_ONLY_NAME, LOCK_NAME}
+_HIDDEN_PARTS |= {"__pycache__", ".ipynb_checkpoints", HEADERS_ONLY_NAME, LOCK_NAME, SCORES_NAME}
 _TEMPORARY = re.compile(r"^\..*\.tmp-\d+-\d+$")
 
 
@@ -44,7 +47,7 @@ class Selection:
 
 
 def is_hidden(path: str) -> bool:
-    """Tell version-control, cache and temporary files, which are no part of a checkpoint."""
+    """Tell version-control, cache and temporary files and scores, no part of a checkpoint."""
     parts = PurePosixPath(path).parts
     return any(part in _HIDDEN_PARTS for part in parts) or bool(_TEMPORARY.match(parts[-1]))
 

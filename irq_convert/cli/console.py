@@ -53,7 +53,7 @@ def quiet_libraries(threads: int | None = None) -> None:
         torch.set_num_threads(threads)
     libraries = r"(transformers|peft|accelerate|torch|bitsandbytes)\b"
     warnings.filterwarnings("ignore", module=libraries)
-    for name in ("bitsandbytes", "torch.distributed", "accelerate"):
+    for name in ("bitsandbytes", "torch.distributed", "accelerate", "lm_eval", "datasets"):
         logging.getLogger(name).setLevel(logging.ERROR)
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()

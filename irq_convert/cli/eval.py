@@ -1,9 +1,9 @@
-"""The `eval` command: perplexity of a model on a text file and, against another model, KL
-divergence and top-1 agreement."""
+"""The `eval` command: a model on a text file (perplexity and, against another model, divergence),
+or on the tasks of lm-evaluation-harness."""
+
+from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from math import floor, isfinite, log, log10
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,19 +11,29 @@ import typer
 
 from irq_convert.cli.console import quiet_libraries
 from irq_convert.cli.shared import TrustRemoteCode
+from irq_convert.errors import UsageError
 from irq_convert.jobs.evaluate.options import EvalDtype, EvalOptions
+from irq_convert.jobs.evaluate.task_options import TaskOptions
 
 if TYPE_CHECKING:
-    from irq_convert.jobs.evaluate.adapter import CheckedAdapter
+    from irq_convert.adapters.put_on import CheckedAdapter
     from irq_convert.jobs.evaluate.report import EvalReport
+
+_TEXT, _TASKS = "With --text", "With --tasks"
 
 
 def eval_command(
     model: Annotated[str, typer.Argument(help="Model folder or Hub id, dense or quantized.")],
-    text: Annotated[Path, typer.Option(help="UTF-8 text file to predict.", show_default=False)],
+    text: Annotated[
+        Path | None, typer.Option(help="UTF-8 text file to predict.", show_default=False)
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(metavar="NAME,NAME", help="Tasks of lm-eval instead: mmlu,piqa,arc_easy."),
+    ] = None,
     adapter: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", help="Adapter to put on MODEL: plain, IEC or block-pooled."),
+        typer.Option(metavar="FOLDER", help="Adapter to put on MODEL, of any kind."),
     ] = None,
     any_base: Annotated[
         bool, typer.Option("--any-base", help="Take an adapter that was trained on another model.")
@@ -35,14 +45,45 @@ def eval_command(
         int | None,
         typer.Option(help="Window length in tokens.  \\[default: the model's, at most 2048]"),
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Windows in one forward pass.")] = 1,
+    batch_size: Annotated[int, typer.Option(help="Windows or requests in one forward pass.")] = 1,
     max_tokens: Annotated[
-        int | None, typer.Option(help="Stop after this many tokens of the text.")
+        int | None,
+        typer.Option(help="Stop after this many tokens of the text.", rich_help_panel=_TEXT),
     ] = None,
     from_fraction: Annotated[
         float,
-        typer.Option(help="Skip this fraction of the text: 0.9 evaluates the last tenth."),
+        typer.Option(
+            help="Skip this fraction of the text: 0.9 evaluates the last tenth.",
+            rich_help_panel=_TEXT,
+        ),
     ] = 0.0,
+    fewshot: Annotated[
+        int | None,
+        typer.Option(
+            help="Solved examples before each question.  \\[default: the task's]",
+            rich_help_panel=_TASKS,
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(help="Only so many documents of each task.", rich_help_panel=_TASKS),
+    ] = None,
+    task_path: Annotated[
+        list[Path] | None,
+        typer.Option(help="Folder with task files of your own.", rich_help_panel=_TASKS),
+    ] = None,
+    chat: Annotated[
+        bool,
+        typer.Option("--chat", help="Ask in the model's chat template.", rich_help_panel=_TASKS),
+    ] = False,
+    keep: Annotated[
+        bool,
+        typer.Option(
+            "--keep/--no-keep",
+            help="Keep the scores beside the artifact or adapter, for its card.",
+            rich_help_panel=_TASKS,
+        ),
+    ] = True,
     dtype: Annotated[
         EvalDtype, typer.Option(help="Type to run the models in.")
     ] = EvalDtype.FLOAT32,
@@ -56,51 +97,156 @@ def eval_command(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Measure perplexity on a text file and, with --against, KL divergence and agreement.
+    """Measure perplexity on a text file and, with --against, KL divergence and agreement; or
+    accuracy on tasks, with --tasks.
 
-    Every figure comes with its standard error, counted by window. With --adapter the model carries
-    the adapter, the reference does not.
+    Every figure comes with its standard error. With --adapter the model carries the adapter, the
+    reference does not.
 
     Example: irq-convert eval ./model-3bit --text wiki.txt --against ./model
+
+    Example: irq-convert eval ./model-3bit --tasks piqa,arc_easy --fewshot 5 --against ./model
     """
-    options = EvalOptions(
-        context=context,
-        batch_size=batch_size,
-        max_tokens=max_tokens,
-        from_fraction=from_fraction,
-        dtype=dtype,
-        device=device,
-        trust_remote_code=trust_remote_code,
-    )
-
-    from irq_convert.cli.bar import ProgressBar
-    from irq_convert.jobs.evaluate.evaluate import evaluate
-
+    _check_kind(text, tasks, max_tokens, from_fraction, fewshot, limit, task_path, chat, keep)
+    asked: EvalOptions | TaskOptions
+    if text is not None:
+        asked = EvalOptions(
+            context=context,
+            batch_size=batch_size,
+            max_tokens=max_tokens,
+            from_fraction=from_fraction,
+            dtype=dtype,
+            device=device,
+            trust_remote_code=trust_remote_code,
+        )
+    else:
+        asked = TaskOptions(
+            fewshot=fewshot,
+            limit=limit,
+            task_paths=tuple(task_path or ()),
+            chat=chat,
+            context=context,
+            batch_size=batch_size,
+            keep=keep,
+            dtype=dtype,
+            device=device,
+            trust_remote_code=trust_remote_code,
+        )
     quiet_libraries(threads)
     checked = None if adapter is None else _check_adapter(adapter, model, any_base)
+    if isinstance(asked, EvalOptions):
+        assert text is not None
+        _on_text(model, text, checked, against, tokenizer, asked, as_json)
+    else:
+        assert tasks is not None
+        names = [name.strip() for name in tasks.split(",") if name.strip()]
+        _on_tasks(model, names, checked, against, tokenizer, asked, as_json)
+
+
+def _check_kind(
+    text: Path | None,
+    tasks: str | None,
+    max_tokens: int | None,
+    from_fraction: float,
+    fewshot: int | None,
+    limit: int | None,
+    task_path: list[Path] | None,
+    chat: bool,
+    keep: bool,
+) -> None:
+    """Refuse what says two things or nothing."""
+    if (text is None) == (tasks is None):
+        raise UsageError("eval: give either --text FILE or --tasks NAME,NAME")
+    of_text = {"--max-tokens": max_tokens is not None, "--from-fraction": from_fraction != 0}
+    of_tasks = {
+        "--fewshot": fewshot is not None,
+        "--limit": limit is not None,
+        "--task-path": bool(task_path),
+        "--chat": chat,
+        "--no-keep": not keep,
+    }
+    others, kind = (of_tasks, "--tasks") if tasks is None else (of_text, "--text")
+    wrong = next((name for name, given in others.items() if given), None)
+    if wrong is not None:
+        raise UsageError(f"{wrong}: belongs to {kind}, which is not given")
+
+
+def _on_text(
+    model: str,
+    text: Path,
+    adapter: CheckedAdapter | None,
+    against: str | None,
+    tokenizer: str | None,
+    options: EvalOptions,
+    as_json: bool,
+) -> None:
+    from irq_convert.cli.bar import ProgressBar
+    from irq_convert.cli.eval_show import print_report
+    from irq_convert.jobs.evaluate.evaluate import evaluate
+
     with ProgressBar("windows", speed=False) as bar:
         bar.stage("loading")
         result = evaluate(
             model,
             text,
-            adapter=checked,
+            adapter=adapter,
             against=against,
             tokenizer=tokenizer,
             options=options,
             progress=bar,
         )
     if as_json:
-        report = _report(model, text, checked, against, tokenizer, options, result)
+        report = _report(model, text, adapter, against, tokenizer, options, result)
         typer.echo(json.dumps(report, indent=2))
     else:
-        _print_table(model, checked, against, result)
+        print_report(model, adapter, against, result)
 
 
-def _check_adapter(adapter: Path, model: str, any_base: bool) -> "CheckedAdapter":
+def _on_tasks(
+    model: str,
+    names: list[str],
+    adapter: CheckedAdapter | None,
+    against: str | None,
+    tokenizer: str | None,
+    options: TaskOptions,
+    as_json: bool,
+) -> None:
+    from irq_convert.cli.bar import ProgressBar
+    from irq_convert.cli.eval_show import print_scores
+    from irq_convert.jobs.evaluate.tasks import evaluate_tasks
+
+    with ProgressBar("requests", speed=False) as bar:
+        result = evaluate_tasks(
+            model,
+            names,
+            adapter=adapter,
+            against=against,
+            tokenizer=tokenizer,
+            options=options,
+            progress=bar,
+        )
+    if as_json:
+        asked = {
+            "model": model,
+            "adapter": None if adapter is None else adapter.to_dict(),
+            "against": against,
+            "tasks": names,
+            "fewshot": options.fewshot,
+            "limit": options.limit,
+            "chat": options.chat,
+            "dtype": str(options.dtype),
+            "device": options.device,
+        }
+        typer.echo(json.dumps(asked | result.to_dict(), indent=2))
+    else:
+        print_scores(model, adapter, against, result)
+
+
+def _check_adapter(adapter: Path, model: str, any_base: bool) -> CheckedAdapter:
     """The adapter, found to belong to the model; a doubt is said on stderr."""
     import warnings
 
-    from irq_convert.jobs.evaluate.adapter import check_adapter
+    from irq_convert.adapters.put_on import check_adapter
 
     checked = check_adapter(adapter, model, any_base)
     if checked.doubt:
@@ -112,11 +258,11 @@ def _check_adapter(adapter: Path, model: str, any_base: bool) -> "CheckedAdapter
 def _report(
     model: str,
     text: Path,
-    adapter: "CheckedAdapter | None",
+    adapter: CheckedAdapter | None,
     against: str | None,
     tokenizer: str | None,
     options: EvalOptions,
-    result: "EvalReport",
+    result: EvalReport,
 ) -> dict[str, object]:
     """What was asked and what was found, for JSON."""
     asked: dict[str, object] = {
@@ -131,63 +277,3 @@ def _report(
         "device": options.device,
     }
     return {**asked, **result.to_dict()}
-
-
-def _print_table(
-    model: str, adapter: "CheckedAdapter | None", against: str | None, result: "EvalReport"
-) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table()
-    table.add_column("")
-    table.add_column("value", justify="right")
-    table.add_column("std. error", justify="right")
-    for name, value, se in _rows(result):
-        table.add_row(name, value, se)
-    console = Console()
-    console.print(f"model      {escape(model)}", soft_wrap=True, highlight=False)
-    if adapter is not None:
-        console.print(
-            f"adapter    {escape(adapter.folder)} ({adapter.kind})", soft_wrap=True, highlight=False
-        )
-    if against is not None:
-        console.print(f"reference  {escape(against)}", soft_wrap=True, highlight=False)
-    console.print(
-        f"scored     {result.tokens:,} tokens in {result.windows:,} "
-        f"window{'s' if result.windows > 1 else ''} of {result.context:,}",
-        highlight=False,
-    )
-    console.print(table)
-    if result.windows == 1:
-        console.print("One window only: no standard error. Give more text or a smaller context.")
-
-
-def _rows(result: "EvalReport") -> Iterator[tuple[str, str, str]]:
-    """Rows of the table: what, value, standard error."""
-    bits_se = None if result.nll_se is None else result.nll_se / log(2)
-    yield "perplexity", *_figures(result.perplexity, result.perplexity_se)
-    yield "NLL, nats a token", *_figures(result.nll, result.nll_se)
-    yield "bits a token", *_figures(result.bits_per_token, bits_se)
-    if result.compared:
-        yield (
-            "reference perplexity",
-            *_figures(result.reference_perplexity, result.reference_perplexity_se),
-        )
-        yield "NLL minus reference's", *_figures(result.nll_difference, result.nll_difference_se)
-        yield "KL(reference || model), nats", *_figures(result.kl, result.kl_se)
-        yield "same top token, %", *_figures(result.top1, result.top1_se, scale=100)
-
-
-def _figures(value: float | None, se: float | None, scale: float = 1.0) -> tuple[str, str]:
-    """Value and standard error, both to the second digit of the error (at least 2 decimals)."""
-    assert value is not None
-    value *= scale
-    if se is None:
-        return f"{value:.6g}", ""
-    se *= scale
-    if not isfinite(se) or se == 0:
-        return f"{value:.6g}", f"{se:g}"
-    digits = min(12, max(2, 1 - floor(log10(se))))
-    return f"{value:.{digits}f}", f"{se:.{digits}f}"

@@ -14,6 +14,7 @@ from irq_convert.cli.demo import demo_command
 from irq_convert.cli.eval import eval_command
 from irq_convert.cli.export import export_command
 from irq_convert.cli.finetune import finetune_command
+from irq_convert.cli.generate import generate_command
 from irq_convert.cli.inspect import inspect_command
 from irq_convert.cli.measure import measure_command
 from irq_convert.cli.merge import merge_command
@@ -36,6 +37,7 @@ app.command("measure")(measure_command)
 app.command("inspect")(inspect_command)
 app.command("verify")(verify_command)
 app.command("eval")(eval_command)
+app.command("generate")(generate_command)
 app.command("finetune")(finetune_command)
 app.command("merge")(merge_command)
 app.command("export")(export_command)

@@ -91,9 +91,13 @@ class Commands:
         cwd: Path | None = None,
         nobody: bool = False,
         ranks: int = 0,
+        terminal: str | None = None,
         **env: str,
     ) -> Running:
-        """Start a command; one that a failed test has left running is killed before."""
+        """Start a command; one that a failed test has left running is killed before.
+
+        `terminal` is the device that it is to be run at.
+        """
         if self._running and not self._running.finished:
             self._running.kill()
             self._running.wait()
@@ -107,6 +111,7 @@ class Commands:
             "env": env,
             "nobody": nobody,
             "ranks": ranks,
+            "terminal": terminal,
             "stdout": str(out),
             "stderr": str(err),
         }

@@ -16,7 +16,7 @@ from irq_convert.cli.main import app, main
 from .process import assert_fails, fresh
 
 COMMANDS = ["quantize", "measure", "inspect", "verify", "eval", "finetune", "merge", "export"]
-COMMANDS += ["push", "demo"]
+COMMANDS += ["generate", "push", "demo"]
 HEAVY = ("torch", "transformers", "numpy", "numba", "huggingface_hub", "matplotlib")
 
 

@@ -11,8 +11,8 @@ import pytest
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from irq_convert.adapters.put_on import check_adapter
 from irq_convert.cli.main import app
-from irq_convert.jobs.evaluate.adapter import check_adapter
 from tests.fresh import Forks
 from tests.jobs.finetune.base import write_tales
 from tests.paths import ROOT

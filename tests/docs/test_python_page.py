@@ -56,7 +56,8 @@ def test_every_block_runs(
 def test_the_page_shows_every_verb() -> None:
     page = PAGE.read_text()
     verbs = ("quantize", "inspect", "verify", "evaluate", "load", "attach", "finetune", "merge")
-    for verb in (*verbs, "export", "push", "measure", "estimate_quantize"):
+    verbs += ("export", "push", "measure", "estimate_quantize", "generate", "evaluate_tasks")
+    for verb in verbs:
         assert f"irq_convert.{verb}(" in page
 
 

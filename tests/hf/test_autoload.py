@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,31 @@ def test_stock_transformers_fails_loudly(python: Forks, tmp_path: Path) -> None:
     assert done.returncode != 0
     assert "Error" in done.stderr
     assert "IrqLinear" not in done.stdout
+
+
+NOT_OURS = """
+import sys
+import transformers.quantizers.auto
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+print(type(model.model.layers[0].mlp.up_proj).__name__)
+"""
+
+
+@pytest.mark.slow
+def test_torch_registers_where_nothing_of_ours_is_imported(tmp_path: Path) -> None:
+    """Though what is to know of us is on its way already when it imports torch.
+
+    tests/jobs/evaluate/test_tasks.py does the same with PEFT.
+    """
+    names = [point.value for point in entry_points(group="torch.backends")]
+    assert "irq_convert.autoload:install" in names, "install the package again: pip install -e ."
+    write_artifact(tmp_path, tiny_model())
+    args = [sys.executable, "-c", NOT_OURS, str(tmp_path)]
+    done = subprocess.run(args, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "IrqLinear"
+    assert "cannot load" not in done.stderr
 
 
 FINDER = """

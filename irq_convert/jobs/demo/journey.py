@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
+from irq_convert.adapters.put_on import check_adapter, put_on
 from irq_convert.artifact.adapter_kinds import AdapterKind
 from irq_convert.hf.causal_lm import load_causal_lm
 from irq_convert.jobs.demo.corpus import HELDOUT_SEED, corpus
-from irq_convert.jobs.evaluate.adapter import check_adapter, put_on
 from irq_convert.jobs.evaluate.options import EvalOptions
 from irq_convert.jobs.evaluate.windows import evaluate_windows
 from irq_convert.jobs.finetune.finetune import finetune

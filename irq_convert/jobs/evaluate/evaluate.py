@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from irq_convert.adapters.put_on import CheckedAdapter, check_adapter, put_on
 from irq_convert.errors import UsageError
 from irq_convert.hf.causal_lm import (
     check_device,
@@ -15,7 +16,6 @@ from irq_convert.hf.causal_lm import (
 )
 from irq_convert.jobs.common.options import chosen
 from irq_convert.jobs.common.text import cut_windows, encode_stream, read_text, split_text
-from irq_convert.jobs.evaluate.adapter import CheckedAdapter, check_adapter, put_on
 from irq_convert.jobs.evaluate.options import EvalOptions
 from irq_convert.jobs.evaluate.report import EvalReport
 from irq_convert.jobs.evaluate.windows import evaluate_windows

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from irq_convert.artifact.adapter_kinds import IEC_LORA
 from irq_convert.artifact.export_targets import TARGETS
 from irq_convert.checkpoint.system import format_bytes
+from irq_convert.jobs.push.card_scores import scores_part
+from irq_convert.jobs.push.card_table import table
 from irq_convert.jobs.push.command_again import command_again, option_flags
 from irq_convert.jobs.push.pushed_folder import FolderKind, PushedFolder
 
@@ -33,6 +35,7 @@ def card_body(
         parts += _losses(subject)
     if subject.kind == FolderKind.ADAPTER:
         parts += _training(subject)
+    parts += scores_part(subject.scores)
     parts += ["## Files", _files(subject, sums)]
     return "\n\n".join(part for part in parts if part)
 
@@ -231,11 +234,3 @@ def _files(subject: PushedFolder, sums: Mapping[str, str]) -> str:
 
 
 _COLUMNS = ("file", "bytes", "sha256")
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; bars in cells are escaped."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(
-        "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines
-    )

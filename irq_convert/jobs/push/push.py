@@ -17,6 +17,7 @@ from irq_convert.artifact.manifest import MANIFEST_NAME
 from irq_convert.artifact.results import EXPORT_NAME
 from irq_convert.checkpoint import hub_errors
 from irq_convert.checkpoint.files import git_sha1, sha256_file
+from irq_convert.checkpoint.layout import SCORES_NAME
 from irq_convert.errors import IrqError, UsageError
 from irq_convert.jobs.common.options import chosen
 from irq_convert.jobs.push.card import is_ours, make_card
@@ -186,7 +187,8 @@ def _plan(
 ) -> PushReport:
     """What has to change in the repository."""
     changed = [n for n in sums if not remote.same(n, subject.content(n), sums[n])]
-    ours = [name for name in remote.files if _WEIGHTS.fullmatch(name) or name in _RECORDS]
+    written = (*_RECORDS, SCORES_NAME)
+    ours = [name for name in remote.files if _WEIGHTS.fullmatch(name) or name in written]
     stale = [name for name in ours if name not in subject.files]
     lost = [*stale, *(n for n in changed if n in remote.files and _WEIGHTS.fullmatch(n))]
     if not any(record in remote.files for record in _RECORDS if record in subject.files):

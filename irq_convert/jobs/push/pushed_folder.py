@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
@@ -15,8 +15,9 @@ from irq_convert.artifact.adapter_kinds import AdapterKind, kind_of
 from irq_convert.artifact.checksums import list_files
 from irq_convert.artifact.manifest import MANIFEST_NAME, read_manifest
 from irq_convert.artifact.results import EXPORT_NAME, MERGE_NAME
+from irq_convert.artifact.scores import read_scores
 from irq_convert.checkpoint.json_files import read_json_object
-from irq_convert.checkpoint.layout import LOCK_NAME, PICKLE_SUFFIXES
+from irq_convert.checkpoint.layout import LOCK_NAME, PICKLE_SUFFIXES, SCORES_NAME
 from irq_convert.checkpoint.system import os_errors
 from irq_convert.core.codebook import CODEBOOKS
 from irq_convert.errors import UsageError
@@ -126,6 +127,11 @@ class PushedFolder:
         return found if isinstance(found, str) else None
 
     @cached_property
+    def scores(self) -> Sequence[Mapping[str, Any]]:
+        """What `eval --tasks` has measured of these weights, as it was kept beside them."""
+        return read_scores(self.folder)
+
+    @cached_property
     def paths(self) -> tuple[str, ...]:
         """Paths of this machine that the files of an adapter name as their base, each once."""
         found = [path for _, paths in self._without_paths.values() for path in paths]
@@ -178,6 +184,7 @@ def open_pushed_folder(folder: Path) -> PushedFolder:
             raise UsageError(f"{folder}: no such folder; give an artifact, an adapter or a model")
         _check_finished(folder)
         files = [name for name in list_files(folder) if name != CARD]
+        files += [SCORES_NAME] if read_scores(folder) else []
     if MANIFEST_NAME in files:
         manifest = read_manifest(folder)
         kind = FolderKind.MERGED if manifest["source"].get("adapters") else FolderKind.ARTIFACT

@@ -10,10 +10,10 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from irq_convert.adapters.put_on import check_adapter, put_on
 from irq_convert.artifact.identity import artifact_identity
 from irq_convert.errors import IrqError, UsageError
 from irq_convert.jobs.common.text import cut_windows, encode_stream
-from irq_convert.jobs.evaluate.adapter import check_adapter, put_on
 from irq_convert.jobs.evaluate.evaluate import evaluate
 from irq_convert.jobs.evaluate.options import EvalOptions
 from irq_convert.jobs.evaluate.windows import evaluate_windows

@@ -16,8 +16,8 @@ import transformers
 from peft import LoraConfig, PeftModel
 
 import irq_convert
+from irq_convert.adapters.put_on import check_adapter, put_on
 from irq_convert.errors import IrqError
-from irq_convert.jobs.evaluate.adapter import check_adapter, put_on
 from tests.folders import assert_one_line, change_tensors, read_json, read_tensors
 from tests.tiny import tiny_model
 

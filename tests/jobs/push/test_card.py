@@ -14,13 +14,13 @@ from typer.testing import CliRunner
 from irq_convert.cli.main import app
 from irq_convert.errors import IrqError
 from irq_convert.jobs.push.card import BEGIN, END, make_card
-from irq_convert.jobs.push.card_body import table
 from irq_convert.jobs.push.card_metadata import (
     inherited_metadata,
     merge_metadata,
     split_card,
     yaml_block,
 )
+from irq_convert.jobs.push.card_table import table
 from irq_convert.jobs.push.command_again import command_again
 from irq_convert.jobs.push.pushed_folder import FolderKind, PushedFolder, open_pushed_folder
 

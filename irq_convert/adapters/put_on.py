@@ -1,4 +1,4 @@
-"""An adapter on a model that is evaluated: does it belong there, and put it on, whole."""
+"""An adapter on a model that is run: does it belong there, and put it on, whole."""
 
 from __future__ import annotations
 

@@ -1,0 +1,135 @@
+"""`generate` as a user runs it: pipes, two columns, Ctrl-C, and a conversation at a terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import select
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+from typer.testing import CliRunner
+
+from irq_convert.cli.main import app
+from irq_convert.errors import UsageError
+from irq_convert.jobs.generate.generate import generate
+from tests.folders import change_json
+from tests.jobs.generate.test_generate import PROMPT, TEMPLATE
+from tests.paths import DEMO
+
+from .process import Commands
+
+
+def run(*args: object, stdin: str | None = None) -> tuple[str, str]:
+    """Standard output and standard error of a command that succeeds."""
+    words = ["generate", *map(str, args)]
+    result = CliRunner().invoke(app, words, input=stdin, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.stdout, result.stderr
+
+
+def test_the_text_alone_is_on_standard_output(demo_nf3: Path) -> None:
+    text = generate(demo_nf3, PROMPT, max_tokens=16).generated.text
+    out, err = run(demo_nf3, "--prompt", PROMPT, "--max-tokens", 16)
+    assert out == f"{text}\n"
+    assert err.startswith("16 tokens, ")
+    assert " tokens a second, the first after " in err
+    assert err.endswith("--max-tokens reached\n")
+    assert run(demo_nf3, "--prompt", "-", "--max-tokens", 16, stdin=PROMPT)[0] == out
+
+
+def test_json_of_two(demo_nf3: Path) -> None:
+    out, err = run(demo_nf3, "--prompt", PROMPT, "--max-tokens", 9, "--against", DEMO, "--json")
+    found = json.loads(out)
+    assert err == ""
+    assert (found["tokens"], found["ended"], found["prompt"]) == (9, "length", PROMPT)
+    assert found["reference"]["text"] == generate(DEMO, PROMPT, max_tokens=9).generated.text
+
+
+def test_two_columns_in_eighty(demo_nf3: Path) -> None:
+    out, err = run(demo_nf3, "--prompt", PROMPT, "--max-tokens", 40, "--against", DEMO)
+    lines = out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines[0].split() == ["demo-nf3", "model"]
+    assert all(line.startswith(PROMPT[:4], at) for line in lines[1:2] for at in (0, 40))
+    left = " ".join(line[:38].strip() for line in lines[1:])
+    assert (
+        left.split() == (PROMPT + generate(demo_nf3, PROMPT, max_tokens=40).generated.text).split()
+    )
+    assert err.count("tokens a second") == 2
+    assert "characters alike" in err or "the same text" in err
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        ([], "--prompt: give a text"),
+        (["--chat"], "there is none: give --prompt"),
+        (["--system", "x", "--prompt", "y"], "--chat makes of it"),
+        (["--chat", "--prompt", "Hi"], "has no chat template"),
+        (["--prompt", "x", "--adapter", "nothing"], "no such folder"),
+    ],
+)
+def test_refusals(args: list[str], says: str) -> None:
+    result = CliRunner().invoke(app, ["generate", str(DEMO), *args])
+    assert isinstance(result.exception, UsageError)
+    assert says in str(result.exception)
+    assert result.stdout == ""
+
+
+def test_an_interrupt_leaves_what_there_is(irq: Commands, tmp_path: Path) -> None:
+    """Of a text that never ends: no file names an end token any more."""
+    endless = tmp_path / "endless"
+    endless.mkdir()
+    for path in DEMO.iterdir():
+        (endless / path.name).write_bytes(path.read_bytes())
+    more = {"max_position_embeddings": 1 << 20, "eos_token_id": None}
+    change_json(endless / "config.json", lambda raw: raw.update(more))
+    (endless / "generation_config.json").unlink()
+    change_json(endless / "tokenizer_config.json", lambda raw: raw.pop("eos_token"))
+    running = irq.start(
+        "generate", endless, "--prompt", PROMPT, "--max-tokens", 100_000, "--temperature", 1.5
+    )
+    deadline = time.monotonic() + 60
+    while not (seen := running._out.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    running.kill(signal.SIGINT)
+    result = running.wait()
+    assert result.code == 130
+    assert result.out.startswith(seen)
+    assert result.out.endswith("\n")
+    assert result.err.endswith("; stopped\n")
+    assert result.err.count("\n") == 1
+
+
+def test_a_conversation_at_a_terminal(irq: Commands, demo_nf3: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(DEMO)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(tmp_path / "talk")
+    ours, theirs = pty.openpty()
+    more = ("--chat", "--tokenizer", tmp_path / "talk", "--max-tokens", 6)
+    running = irq.start("generate", demo_nf3, *more, terminal=os.ttyname(theirs))
+    assert "Ctrl-D ends" in until(ours, "> ")
+    os.write(ours, b"Hello.\n")
+    until(ours, "> ", after="tokens a second")
+    os.write(ours, b"And then?\n")
+    until(ours, "> ", after="tokens a second")
+    os.write(ours, b"\x04")
+    assert running.wait().code == 0
+    os.close(ours)
+    os.close(theirs)
+
+
+def until(terminal: int, end: str, after: str = "") -> str:
+    """What the terminal shows until `end` comes, once `after` was there."""
+    seen, deadline = "", time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if select.select([terminal], [], [], 1)[0]:
+            seen += os.read(terminal, 4096).decode(errors="replace")
+            if after in seen and end in seen[seen.index(after) :]:
+                return seen
+    raise AssertionError(f"no {end!r} in {seen!r}")
