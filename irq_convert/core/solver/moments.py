@@ -11,6 +11,7 @@ Qronos and their kind).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from irq_convert.errors import IrqError
 
 WIDE = 8192
 """From so many columns on factors are float32: three float64 matrices would not be bounded."""
+ROWS = 1024
+"""Rows that are corrected at a time."""
 _TRIES = 40
 
 
@@ -103,7 +106,7 @@ def factorize(moments: torch.Tensor, damping: float, name: str) -> Factor:
     `damping`, a part of the mean diagonal, is doubled until the factor exists. Raises `IrqError`
     naming the tensor for moments that are not finite.
     """
-    if not bool(torch.isfinite(moments).all()):
+    if not all(map(math.isfinite, moments.aminmax())):  # a test of each would take copies of H
         raise IrqError(f"{name}: the second moments of its inputs are NaN or infinite")
     order = moments.diagonal().argsort(descending=True, stable=True)
     wide = torch.float64 if len(order) < WIDE else torch.float32
@@ -149,7 +152,8 @@ def corrections(
     with full_precision():
         if not factor_in_place(factor):
             return list(weights)
-        return [
-            weight.add(solve_factored(factor, pull.T.to(wide)).T.float(), alpha=part)
-            for weight, pull in zip(weights, pulls, strict=True)
-        ]
+        found = [weight.clone() for weight in weights]
+        for target, pull in zip(found, pulls, strict=True):
+            for rows, right in zip(target.split(ROWS), pull.split(ROWS), strict=True):
+                rows.add_(solve_factored(factor, right.T.to(wide)).T.float(), alpha=part)
+        return found
