@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from irq_convert.core import product
 from irq_convert.core.quantized import QuantizedTensor
 from irq_convert.nn import function
 from irq_convert.nn.function import packed_linear
@@ -73,11 +74,12 @@ def test_vector_input() -> None:
 
 def small_tiles(monkeypatch: pytest.MonkeyPatch, tile_bytes: int) -> list[int]:
     """Let tiles hold `tile_bytes`; what is returned collects the weights of every tile."""
-    monkeypatch.setattr(function, "SMALL_TILE", tile_bytes)
-    monkeypatch.setattr(function, "LARGE_TILE", tile_bytes)
+    monkeypatch.setattr(product, "SMALL_TILE", tile_bytes)
+    monkeypatch.setattr(product, "LARGE_TILE", tile_bytes)
     sizes: list[int] = []
-    for name in ("dequantize_rows", "dequantize_tensor"):
-        real = getattr(function, name)
+    both = ((product, "dequantize_rows"), (product, "dequantize_tensor"))
+    for module, name in (*both, (function, "dequantize_tensor")):
+        real = getattr(module, name)
 
         def counted(*args: Any, real: Any = real, **options: Any) -> torch.Tensor:
             dense = real(*args, **options)
@@ -85,7 +87,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch, tile_bytes: int) -> list[int]:
             sizes.append(dense.numel() * dense.element_size())
             return dense
 
-        monkeypatch.setattr(function, name, counted)
+        monkeypatch.setattr(module, name, counted)
     return sizes
 
 
