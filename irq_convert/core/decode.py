@@ -1,15 +1,30 @@
 """`y = x W^T + b` of a quantized matrix, for whoever runs a model: no gradient is kept.
 
-One function for any number of tokens.
+One function for any number of tokens. A few are multiplied with the packed weight itself: what a
+step of decoding costs is then the reading of codes and statistics. More are multiplied with tiles
+of dense rows (`product.py`), which cost as much whatever their number.
 """
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
+from irq_convert.core import decode_cpu
+from irq_convert.core.blocks import BlockShape
+from irq_convert.core.codebook import get_codebook
+from irq_convert.core.parts import part_shapes
 from irq_convert.core.product import tiled_product
 from irq_convert.core.quantized import QuantizedTensor
+from irq_convert.core.scales import check_statistic
+from irq_convert.core.triton.support import why_not
 from irq_convert.errors import UsageError
+
+MOST_TOKENS = 8
+"""More tokens than this are multiplied with dense tiles: where that is faster on a CPU, by
+tests/bench/decode.py."""
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def packed_product(
@@ -18,7 +33,9 @@ def packed_product(
     """`x @ W^T + bias`, with `W` `[rows, cols]` the matrix that `q` stands for; without a gradient.
 
     `x` floating `[..., cols]` of any dtype that `dequantize_tensor` knows, `bias` `[rows]` of the
-    same dtype, all on the device of `q`. Returns `[..., rows]` in the dtype of `x`. Raises
+    same dtype, all on the device of `q`. Returns `[..., rows]` in the dtype of `x`: where `decodes`
+    says so summed in float32 and rounded once, at least as near to the exact product as with a
+    dense `W` in that dtype, and in bits that depend neither on other tokens nor on threads. Raises
     `UsageError` where `x` or `bias` has another shape, dtype or device, `IrqError` when the parts
     of `q` do not fit together.
     """
@@ -30,5 +47,60 @@ def packed_product(
         )
     if bias is not None and (bias.shape != (rows,) or bias.dtype != x.dtype):
         raise UsageError(f"bias is {bias.dtype} {list(bias.shape)}: it must be {x.dtype} {[rows]}")
-    with torch.no_grad():
-        return tiled_product(x, q, bias)
+    if not decodes(x, q):
+        with torch.no_grad():
+            return tiled_product(x, q, bias)
+    _check_parts(q)
+    tokens = x.detach().reshape(-1, q.cols)
+    if x.device.type == "cpu":
+        y = decode_cpu.decode_rows(tokens, q)
+    else:
+        from irq_convert.core.triton.decode import decode_rows_triton
+
+        y = decode_rows_triton(tokens, q)
+    if bias is not None:
+        y += bias.detach()
+    return y.to(x.dtype).view(*x.shape[:-1], rows)
+
+
+def decodes(x: torch.Tensor, q: QuantizedTensor) -> bool:
+    """Whether a product with `x` `[..., cols]` reads packed weights, and writes no dense ones.
+
+    It does for up to `MOST_TOKENS` tokens in float32, bfloat16 and float16, on a CPU with AVX2 and
+    on a GPU that Triton serves.
+    """
+    if not 0 < x.numel() <= MOST_TOKENS * q.cols or x.dtype not in DTYPES:
+        return False
+    if x.device.type == "cpu":
+        return decode_cpu.usable()
+    return x.device.type == "cuda" and _triton_runs(x.device)
+
+
+@functools.cache
+def _triton_runs(device: torch.device) -> bool:
+    return why_not(device) is None
+
+
+def _check_parts(q: QuantizedTensor) -> None:
+    """`q.check()` and the dtypes of the statistics; quick where all is well."""
+    parts = (q.codes, q.scale, q.tau, q.scale_grid, q.tau_grid)
+    found = [None if part is None else tuple(part.shape) for part in parts]
+    wanted = _wanted(len(q.codes), q.cols, q.codebook, q.block_size, q.scale.dtype, q.tau.dtype)
+    if found != wanted:
+        q.check()
+    check_statistic(q.scale, q.scale_grid)
+    check_statistic(q.tau, q.tau_grid)
+
+
+@functools.lru_cache(1024)
+def _wanted(
+    rows: int, cols: int, codebook: str, block_size: int, scale: torch.dtype, tau: torch.dtype
+) -> list[tuple[int, ...] | None]:
+    """The shapes of codes, scale, tau and their grids."""
+    shape = BlockShape(rows, cols, block_size, get_codebook(codebook).bits)
+    sizes = part_shapes(shape, (rows,))
+    grids = [
+        sizes[f"_{name}_grid"] if dtype == torch.uint8 else None
+        for name, dtype in (("scale", scale), ("tau", tau))
+    ]
+    return [sizes[""], sizes["_scale"], sizes["_tau"], *grids]
