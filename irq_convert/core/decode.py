@@ -82,25 +82,22 @@ def _triton_runs(device: torch.device) -> bool:
 
 
 def _check_parts(q: QuantizedTensor) -> None:
-    """`q.check()` and the dtypes of the statistics; quick where all is well."""
+    """`q.check()`, dtypes of statistics and devices; quick where all is well."""
+    wanted = _shapes(len(q.codes), q.cols, q.codebook, q.block_size)
     parts = (q.codes, q.scale, q.tau, q.scale_grid, q.tau_grid)
-    found = [None if part is None else tuple(part.shape) for part in parts]
-    wanted = _wanted(len(q.codes), q.cols, q.codebook, q.block_size, q.scale.dtype, q.tau.dtype)
-    if found != wanted:
+    shapes = tuple(
+        known if part is None else part.shape for part, known in zip(parts, wanted, strict=True)
+    )
+    if shapes != wanted:
         q.check()
-    check_statistic(q.scale, q.scale_grid)
-    check_statistic(q.tau, q.tau_grid)
+    for stored, grid in ((q.scale, q.scale_grid), (q.tau, q.tau_grid)):
+        check_statistic(stored, grid)
+        if stored.device != q.codes.device or (grid is not None and grid.device != stored.device):
+            raise UsageError("codes and statistics of a quantized matrix lie on several devices")
 
 
 @functools.lru_cache(1024)
-def _wanted(
-    rows: int, cols: int, codebook: str, block_size: int, scale: torch.dtype, tau: torch.dtype
-) -> list[tuple[int, ...] | None]:
+def _shapes(rows: int, cols: int, codebook: str, block_size: int) -> tuple[tuple[int, ...], ...]:
     """The shapes of codes, scale, tau and their grids."""
     shape = BlockShape(rows, cols, block_size, get_codebook(codebook).bits)
-    sizes = part_shapes(shape, (rows,))
-    grids = [
-        sizes[f"_{name}_grid"] if dtype == torch.uint8 else None
-        for name, dtype in (("scale", scale), ("tau", tau))
-    ]
-    return [sizes[""], sizes["_scale"], sizes["_tau"], *grids]
+    return tuple(part_shapes(shape, (rows,)).values())

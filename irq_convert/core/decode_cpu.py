@@ -65,7 +65,7 @@ def decode_rows(x: torch.Tensor, q: QuantizedTensor) -> torch.Tensor:
     rows, words, bits = q.codes.shape[0], x.dtype == torch.bfloat16, get_codebook(q.codebook).bits
     x, parts = (x.float() if x.dtype == torch.float16 else x).contiguous(), _parts(q)
     runs, blocks = -(-cols // inputs.RUN), -(-cols // q.block_size)
-    pieces = max(blocks, -(-cols // min(q.block_size, inputs.RUN)))
+    pieces = -(-cols // min(q.block_size, inputs.RUN))
     sizes = (runs * inputs.RUN * (2 if words else 4), -(-pieces // 8) * 32, -(-blocks // 8) * 32)
     made = torch.empty(tokens * sum(sizes), dtype=torch.uint8, device="cpu")
     at = made.data_ptr()

@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
-import os
 import statistics
 import subprocess
 import sys
@@ -205,8 +204,6 @@ def main() -> None:
             models(options)
         else:
             layers(options, bnb)
-    sys.stdout.flush()
-    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -18,8 +18,11 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from numba.extending import overload
 
 from irq_convert.core.kernels.avx2 import (
+    BYTES,
+    WORDS,
     byte_at,
     bytes32,
     float_at,
@@ -47,6 +50,7 @@ from irq_convert.core.kernels.simd import fadd, fmul, iadd
 
 F32 = np.float32
 GROUP_SHIFT = 8  # log2 of blocks.GROUP_SIZE
+INLINED = {"error_model": "numpy", "forceinline": True}
 
 
 @kernel
@@ -87,56 +91,59 @@ def _factors(scales, inputs, block_size, pieces, out):
         write(out + 4 * piece, scale * float_at(inputs + 4 * piece))
 
 
-@kernel
-def _weighted(low, high, block_size, factors, run, total):
-    """`total` and the sums of a run, each times the factor of its piece.
-
-    Halves of the registers are the first and the last thirty-two codes, `low` the first sixteen of
-    each and `high` the last.
-    """
-    if block_size >= RUN:
-        return multiply_add(fadd(low, high), splat8(float_at(factors + 4 * run)), total)
-    if block_size == 32:
-        at = factors + 8 * run
-        return multiply_add(fadd(low, high), pair(float_at(at), float_at(at + 4)), total)
-    at = factors + 16 * run
-    total = multiply_add(low, pair(float_at(at), float_at(at + 8)), total)
-    return multiply_add(high, pair(float_at(at + 4), float_at(at + 12)), total)
+def levels_at(bits, at, tables):
+    """The levels of 64 codes: four registers of words, or eight of floats, as `tables` are."""
+    raise NotImplementedError("only inside kernels")
 
 
-@kernel
-def _words(bits, at, tables):
-    """The levels of 64 codes as four registers of words."""
-    if bits == 4:
-        one, two = indices_4(at)
-    elif bits == 3:
-        one, two = indices_3(at)
-    else:
-        one, two = indices_2(at)
-    a, b = look_up_words(one, tables[0], tables[1])
-    c, d = look_up_words(two, tables[2], tables[3])
-    return a, b, c, d
+@overload(levels_at, jit_options=INLINED)
+def _levels_at(bits, at, tables):
+    def words(bits, at, tables):
+        if bits == 4:
+            one, two = indices_4(at)
+        elif bits == 3:
+            one, two = indices_3(at)
+        else:
+            one, two = indices_2(at)
+        a, b = look_up_words(one, tables[0], tables[1])
+        c, d = look_up_words(two, tables[2], tables[3])
+        return a, b, c, d
+
+    def floats(bits, at, tables):
+        if bits == 4:
+            return look_up_floats_4(at, tables[0], tables[1])
+        if bits == 3:
+            return look_up_floats_3(at, tables[0], tables[1])
+        return look_up_floats_2(at, tables[0], tables[1])
+
+    return words if tables.dtype == BYTES else floats
 
 
-@kernel
-def _run_of_words(levels, x, block_size, factors, run, total):
+def add_run(levels, x, block_size, factors, run, total):
+    """`total` and the products of a run's levels and inputs, times the factors of its pieces."""
+    raise NotImplementedError("only inside kernels")
+
+
+@overload(add_run, jit_options=INLINED)
+def _add_run(levels, x, block_size, factors, run, total):
+    return _add_words if levels.dtype == WORDS else _add_floats
+
+
+def _add_words(levels, x, block_size, factors, run, total):
+    """Halves of registers are the first and the last thirty-two codes, `low` the first of each."""
     a, b, c, d = levels
     low = iadd(multiply_words(a, words16(x)), multiply_words(c, words16(x + 64)))
     high = iadd(multiply_words(b, words16(x + 32)), multiply_words(d, words16(x + 96)))
     if block_size >= RUN:
         both = to_floats(iadd(low, high))
         return multiply_add(both, splat8(float_at(factors + 4 * run)), total)
-    return _weighted(to_floats(low), to_floats(high), block_size, factors, run, total)
-
-
-@kernel
-def _floats(bits, at, tables):
-    """The levels of 64 codes as eight registers of floats."""
-    if bits == 4:
-        return look_up_floats_4(at, tables[0], tables[1])
-    if bits == 3:
-        return look_up_floats_3(at, tables[0], tables[1])
-    return look_up_floats_2(at, tables[0], tables[1])
+    if block_size == 32:
+        at = factors + 8 * run
+        both = to_floats(iadd(low, high))
+        return multiply_add(both, pair(float_at(at), float_at(at + 4)), total)
+    at = factors + 16 * run
+    total = multiply_add(to_floats(low), pair(float_at(at), float_at(at + 8)), total)
+    return multiply_add(to_floats(high), pair(float_at(at + 4), float_at(at + 12)), total)
 
 
 @kernel
@@ -144,8 +151,7 @@ def _sixteen(one, two, x):
     return multiply_add(two, floats8(x + 32), fmul(one, floats8(x)))
 
 
-@kernel
-def _run_of_floats(levels, x, block_size, factors, run, total):
+def _add_floats(levels, x, block_size, factors, run, total):
     a, b, c, d, e, f, g, h = levels
     one, two = _sixteen(a, b, x), _sixteen(c, d, x + 64)
     three, four = _sixteen(e, f, x + 128), _sixteen(g, h, x + 192)
@@ -164,25 +170,17 @@ def _run_of_floats(levels, x, block_size, factors, run, total):
 
 
 @kernel
-def _tables(words, tables):
-    """Four registers from `tables`: bytes, or the eight floats of one half each."""
-    if words:
-        return bytes32(tables), bytes32(tables + 32), bytes32(tables + 64), bytes32(tables + 96)
-    return floats8(tables), floats8(tables + 32)
-
-
-@kernel
-def _run(words, bits, at, tables, x, block_size, factors, run, total):
-    if words:
-        levels = _words(bits, at, tables)
-        return _run_of_words(levels, x, block_size, factors, run, total)
-    return _run_of_floats(_floats(bits, at, tables), x, block_size, factors, run, total)
-
-
-@kernel
 def _copy(source, size, target):
     for i in range(size):
         write(target + i, byte_at(source + i))
+
+
+@kernel
+def _dot(one, two, count, total):
+    """`total` and the products of two rows of floats, eight at a time."""
+    for i in range(0, count, 8):
+        total = multiply_add(floats8(one + 4 * i), floats8(two + 4 * i), total)
+    return total
 
 
 def _make(words: bool, bits: int) -> Callable[[str], Callable[..., None]]:
@@ -190,8 +188,8 @@ def _make(words: bool, bits: int) -> Callable[[str], Callable[..., None]]:
 
     Writes `y[token, row]`, float32, for the rows `begin .. end`. All but sizes are addresses:
     `codes`, rows of `row_bytes`; `scale` and `tau` of one byte a block with a grid, or of four;
-    `x`, `units`, `sums` as `decode_input.py` leaves them; `tables` as `core/decode.py` makes them.
-    That it mentions `digest` makes its cache on disk follow the source of every kernel.
+    `x`, `units`, `sums` as `decode_input.py` leaves them; `tables` as `core/decode_cpu.py` makes
+    them. That it mentions `digest` makes its cache on disk follow the source of every kernel.
     """
 
     def make(digest):
@@ -200,72 +198,59 @@ def _make(words: bool, bits: int) -> Callable[[str], Callable[..., None]]:
             scale_size, tau_size, x, units, sums, tables, y,
         ):  # fmt: skip
             assert digest
-            runs, whole = -(-cols // RUN), cols // RUN
-            blocks = -(-cols // block_size)
-            pieces = max(blocks, -(-cols // min(block_size, RUN)))
-            row_bytes, run_bytes = -(-cols * bits // 8), RUN * bits // 8
+            runs, whole = (cols + RUN - 1) // RUN, cols // RUN
+            blocks = (cols + block_size - 1) // block_size
+            piece = min(block_size, RUN)
+            pieces = (cols + piece - 1) // piece
+            row_bytes, run_bytes = (cols * bits + 7) // 8, RUN * bits // 8
             x_bytes = RUN * (2 if words else 4)
+            wide, wider = padded(blocks), padded(pieces)
             ends = np.zeros(RUN, np.uint8)
-            scratch = np.zeros(
-                2 * padded(blocks) + tokens * padded(pieces) + 8 * tokens, np.float32
-            )
+            scratch = np.zeros(2 * wide + tokens * (wider + 8), np.float32)
             end_at, scales = ends.ctypes.data, scratch.ctypes.data
-            taus = scales + 4 * padded(blocks)
-            factors = taus + 4 * padded(blocks)
-            totals = factors + 4 * tokens * padded(pieces)
-            levels = _tables(words, tables)
+            taus = scales + 4 * wide
+            factors = taus + 4 * wide
+            totals = factors + 4 * tokens * wider
+            if words:
+                levels = (
+                    bytes32(tables), bytes32(tables + 32), bytes32(tables + 64),
+                    bytes32(tables + 96),
+                )  # fmt: skip
+            else:
+                levels = (floats8(tables), floats8(tables + 32))
             for row in range(begin, end):
                 source = codes + row * row_bytes
                 _statistics(scale, scale_size, scale_grid, row, blocks, scales)
                 _statistics(tau, tau_size, tau_grid, row, blocks, taus)
-                if whole < runs:
-                    _copy(source + whole * run_bytes, row_bytes - whole * run_bytes, end_at)
+                _copy(source + whole * run_bytes, row_bytes - whole * run_bytes, end_at)
                 if tokens == 1:
                     _factors(scales, units, block_size, pieces, factors)
                     total = splat8(F32(0.0))
                     for run in range(whole):
-                        total = _run(
-                            words, bits, source + run * run_bytes, levels, x + run * x_bytes,
-                            block_size, factors, run, total,
-                        )  # fmt: skip
+                        found = levels_at(bits, source + run * run_bytes, levels)
+                        total = add_run(found, x + run * x_bytes, block_size, factors, run, total)
                     if whole < runs:
-                        total = _run(
-                            words, bits, end_at, levels, x + whole * x_bytes, block_size, factors,
-                            whole, total,
-                        )  # fmt: skip
-                    for block in range(0, blocks, 8):
-                        total = multiply_add(
-                            floats8(taus + 4 * block), floats8(sums + 4 * block), total
-                        )
+                        found = levels_at(bits, end_at, levels)
+                        where = x + whole * x_bytes
+                        total = add_run(found, where, block_size, factors, whole, total)
+                    total = _dot(taus, sums, blocks, total)
                     write(y + 4 * row, lanes_total(total))
                     continue
                 for token in range(tokens):
-                    _factors(
-                        scales, units + 4 * token * padded(pieces), block_size, pieces,
-                        factors + 4 * token * padded(pieces),
-                    )  # fmt: skip
+                    own = factors + 4 * token * wider
+                    _factors(scales, units + 4 * token * wider, block_size, pieces, own)
                     write(totals + 32 * token, splat8(F32(0.0)))
                 for run in range(runs):
                     at = source + run * run_bytes if run < whole else end_at
-                    found = _words(bits, at, levels) if words else _floats(bits, at, levels)
+                    found = levels_at(bits, at, levels)
                     for token in range(tokens):
-                        where = totals + 32 * token
-                        inputs = x + (token * runs + run) * x_bytes
-                        own = factors + 4 * token * padded(pieces)
-                        if words:
-                            total = _run_of_words(
-                                found, inputs, block_size, own, run, floats8(where)
-                            )
-                        else:
-                            total = _run_of_floats(
-                                found, inputs, block_size, own, run, floats8(where)
-                            )
-                        write(where, total)
+                        where = x + (token * runs + run) * x_bytes
+                        own, kept = factors + 4 * token * wider, totals + 32 * token
+                        total = add_run(found, where, block_size, own, run, floats8(kept))
+                        write(kept, total)
                 for token in range(tokens):
                     total = floats8(totals + 32 * token)
-                    for block in range(0, blocks, 8):
-                        at = sums + 4 * (token * padded(blocks) + block)
-                        total = multiply_add(floats8(taus + 4 * block), floats8(at), total)
+                    total = _dot(taus, sums + 4 * token * wide, blocks, total)
                     write(y + 4 * (token * rows + row), lanes_total(total))
 
         return multiply_rows
@@ -273,9 +258,9 @@ def _make(words: bool, bits: int) -> Callable[[str], Callable[..., None]]:
     return make
 
 
-WORDS, FLOATS = True, False
 MULTIPLY: dict[tuple[bool, int], Any] = {
     (words, bits): entry_point(_make(words, bits), parallel=False)
-    for words in (WORDS, FLOATS)
+    for words in (True, False)
     for bits in (2, 3, 4)
 }
+"""`multiply_rows` by whether it multiplies words and by the bits of a code."""

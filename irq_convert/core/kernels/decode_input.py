@@ -76,8 +76,9 @@ def _make_words(digest: str) -> Callable[..., None]:
 
     def runs_of_words(x, size, tokens, cols, block_size, bits, out, units, sums):
         assert digest
-        runs, blocks, piece = -(-cols // RUN), -(-cols // block_size), min(block_size, RUN)
-        pieces = max(blocks, -(-cols // piece))
+        runs, blocks = (cols + RUN - 1) // RUN, (cols + block_size - 1) // block_size
+        piece = min(block_size, RUN)
+        pieces = (cols + piece - 1) // piece
         values, totals = np.empty(RUN, F32), np.empty(blocks, np.float64)
         order = np.empty(RUN, np.int64)
         for position in range(RUN):
@@ -115,8 +116,9 @@ def _make_floats(digest: str) -> Callable[..., None]:
 
     def runs_of_floats(x, size, tokens, cols, block_size, bits, out, units, sums):
         assert digest
-        runs, blocks = -(-cols // RUN), -(-cols // block_size)
-        pieces = max(blocks, -(-cols // min(block_size, RUN)))
+        runs, blocks = (cols + RUN - 1) // RUN, (cols + block_size - 1) // block_size
+        piece = min(block_size, RUN)
+        pieces = (cols + piece - 1) // piece
         values, totals = np.empty(RUN, F32), np.empty(blocks, np.float64)
         for token in range(tokens):
             totals[:] = 0.0
