@@ -20,9 +20,6 @@ from irq_convert.core.codebook import get_codebook
 from irq_convert.core.dequantize import thread_pool
 from irq_convert.core.quantized import QuantizedTensor
 
-WORD_LEVEL = 8190
-"""What a level of 1 is as a word: eight products with the largest input fit int32, and all integer
-codebooks become exact."""
 PIECE_WEIGHTS = 1 << 20
 """Weights, times inputs, that are handed to a thread at once."""
 SHARED_PIECES = 4
@@ -40,6 +37,8 @@ def usable() -> bool:
 @functools.cache
 def _tables(codebook: str, words: bool) -> np.ndarray:
     """What the kernels look levels up in: registers of bytes, or of floats."""
+    from irq_convert.core.kernels.decode_input import WORD_LEVEL
+
     book = get_codebook(codebook)
     if not words:
         return np.resize(book.level_array(), 16)

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from irq_convert.core import decode_cpu, product
 from irq_convert.core.codebook import CODEBOOKS
 from irq_convert.core.decode import MOST_TOKENS, decodes, packed_product
+from irq_convert.core.kernels.decode_input import WORD_LEVEL
 from irq_convert.core.product import tiled_product
 from irq_convert.core.quantized import QuantizedTensor
 from irq_convert.core.scales import expand_statistic
@@ -55,7 +56,7 @@ def allowed(x: torch.Tensor, sample: Sample, found: torch.Tensor) -> torch.Tenso
     if x.dtype == torch.bfloat16:
         runs = torch.nn.functional.pad(size, (0, -x.shape[1] % 64)).view(len(x), -1, 64)
         unit = (runs.amax(2, keepdim=True) / 32767).expand_as(runs).flatten(1)[:, : x.shape[1]]
-        lost += size @ (scale / 2 / decode_cpu.WORD_LEVEL).T + (unit / 2) @ scale.T
+        lost += size @ (scale / 2 / WORD_LEVEL).T + (unit / 2) @ scale.T
     tiny = 2.0**-25 if x.dtype == torch.float16 else 0.0
     return 1.01 * (lost + UNIT[x.dtype] * (found.double().abs() + lost) + tiny)
 

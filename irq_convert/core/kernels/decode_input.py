@@ -18,6 +18,9 @@ F32 = np.float32
 RUN = 64
 """Codes that are looked up at once: a whole number of bytes and registers at every width."""
 LARGEST_WORD = 32767
+WORD_LEVEL = 8190
+"""What a level of 1 is as a word: eight products with the largest input fit int32, and all integer
+codebooks are exact."""
 INFINITE = np.int32(0x7F800000)
 
 
@@ -70,8 +73,8 @@ def _add_up(values, run, block_size, sums, at):
 def _make_words(digest: str) -> Callable[..., None]:
     """`runs_of_words(...)`: `tokens` rows of `cols` at `x` to words at `out`, by runs.
 
-    Writes the unit of every piece to `units` and the sum of every block to `sums`, float32 rows of
-    a multiple of eight. A run with a number that is not finite has the unit NaN.
+    Writes the unit of every piece, what a product of one and one is, to `units` and the sum of
+    every block to `sums`, float32 rows of a multiple of eight. A run with a number that is not finite has the unit NaN.
     """
 
     def runs_of_words(x, size, tokens, cols, block_size, bits, out, units, sums):
@@ -103,7 +106,7 @@ def _make_words(digest: str) -> Callable[..., None]:
                 for position in range(RUN):
                     word = np.rint(values[order[position]] * inverse)
                     write(at + 2 * position, np.int16(word))
-                unit = F32(largest / LARGEST_WORD)
+                unit = F32(largest / LARGEST_WORD / WORD_LEVEL)
                 for i in range(run * (RUN // piece), min(pieces, (run + 1) * (RUN // piece))):
                     write(own_units + 4 * i, unit)
                 _add_up(values, run, block_size, totals, own_sums)
