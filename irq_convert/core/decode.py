@@ -39,28 +39,37 @@ def packed_product(
     `UsageError` where `x` or `bias` has another shape, dtype or device, `IrqError` when the parts
     of `q` do not fit together.
     """
+    _check(x, q, bias)
+    if not decodes(x, q):
+        with torch.no_grad():
+            return tiled_product(x, q, bias)
+    _check_parts(q)
+    if not x.is_cpu:
+        from irq_convert.core.triton.decode import decode_rows_triton
+
+        y = decode_rows_triton(x.detach().reshape(-1, q.cols), q)
+        y = y if bias is None else y + bias.detach()
+        return y.to(x.dtype).view(*x.shape[:-1], len(q.codes))
+    if x.dtype == torch.float16:
+        wide = None if bias is None else bias.detach().float()
+        return decode_cpu.decode_rows(x.detach().float(), q, wide).half()
+    return decode_cpu.decode_rows(x, q, bias)
+
+
+def _check(x: torch.Tensor, q: QuantizedTensor, bias: torch.Tensor | None) -> None:
     rows = q.codes.shape[0]
     if not x.is_floating_point() or x.shape[-1:] != (q.cols,) or x.device != q.codes.device:
         raise UsageError(
             f"an input of {x.dtype} {list(x.shape)} on {x.device} does not go with a matrix "
             f"{[rows, q.cols]} on {q.codes.device}: it must be floating [..., {q.cols}] there"
         )
-    if bias is not None and (bias.shape != (rows,) or bias.dtype != x.dtype):
-        raise UsageError(f"bias is {bias.dtype} {list(bias.shape)}: it must be {x.dtype} {[rows]}")
-    if not decodes(x, q):
-        with torch.no_grad():
-            return tiled_product(x, q, bias)
-    _check_parts(q)
-    tokens = x.detach().reshape(-1, q.cols)
-    if x.device.type == "cpu":
-        y = decode_cpu.decode_rows(tokens, q)
-    else:
-        from irq_convert.core.triton.decode import decode_rows_triton
-
-        y = decode_rows_triton(tokens, q)
-    if bias is not None:
-        y += bias.detach()
-    return y.to(x.dtype).view(*x.shape[:-1], rows)
+    if bias is None:
+        return
+    if bias.shape != (rows,) or bias.dtype != x.dtype or bias.device != x.device:
+        raise UsageError(
+            f"bias is {bias.dtype} {list(bias.shape)} on {bias.device}: it must be {x.dtype} "
+            f"{[rows]} on {x.device}"
+        )
 
 
 def decodes(x: torch.Tensor, q: QuantizedTensor) -> bool:
@@ -71,9 +80,9 @@ def decodes(x: torch.Tensor, q: QuantizedTensor) -> bool:
     """
     if not 0 < x.numel() <= MOST_TOKENS * q.cols or x.dtype not in DTYPES:
         return False
-    if x.device.type == "cpu":
+    if x.is_cpu:
         return decode_cpu.usable()
-    return x.device.type == "cuda" and _triton_runs(x.device)
+    return x.is_cuda and _triton_runs(x.device)
 
 
 @functools.cache
@@ -83,16 +92,18 @@ def _triton_runs(device: torch.device) -> bool:
 
 def _check_parts(q: QuantizedTensor) -> None:
     """`q.check()`, dtypes of statistics and devices; quick where all is well."""
-    wanted = _shapes(len(q.codes), q.cols, q.codebook, q.block_size)
-    parts = (q.codes, q.scale, q.tau, q.scale_grid, q.tau_grid)
-    shapes = tuple(
-        known if part is None else part.shape for part, known in zip(parts, wanted, strict=True)
-    )
-    if shapes != wanted:
+    codes, scale, tau = q.codes, q.scale, q.tau
+    wanted = _shapes(len(codes), q.cols, q.codebook, q.block_size)
+    if (codes.shape, scale.shape, tau.shape) != wanted[:3] or codes.dtype != torch.uint8:
         q.check()
-    for stored, grid in ((q.scale, q.scale_grid), (q.tau, q.tau_grid)):
-        check_statistic(stored, grid)
-        if stored.device != q.codes.device or (grid is not None and grid.device != stored.device):
+    for stored, grid in ((scale, q.scale_grid), (tau, q.tau_grid)):
+        if (stored.dtype == torch.uint8) != (grid is not None) or not (
+            grid is None or grid.dtype == torch.float32
+        ):
+            check_statistic(stored, grid)
+        if grid is not None and grid.shape != wanted[3]:
+            q.check()
+        if stored.device != codes.device or (grid is not None and grid.device != codes.device):
             raise UsageError("codes and statistics of a quantized matrix lie on several devices")
 
 

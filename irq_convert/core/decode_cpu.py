@@ -52,52 +52,73 @@ def _tables(codebook: str, words: bool) -> np.ndarray:
     return np.concatenate(halves)
 
 
-def decode_rows(x: torch.Tensor, q: QuantizedTensor) -> torch.Tensor:
-    """`x @ W^T`, float32 `[tokens, rows]`: `x` `[tokens, cols]` in one of `DTYPES`, on the CPU.
+class _Plan:
+    """What the products with matrices of one layout have in common, but for the tokens."""
 
-    The parts of `q` fit together.
+    def __init__(self, cols: int, codebook: str, block_size: int, words: bool) -> None:
+        from irq_convert.core.kernels import decode, decode_input
+
+        self.bits, run = get_codebook(codebook).bits, decode_input.RUN
+        self.prepare = decode_input.runs_of_words if words else decode_input.runs_of_floats
+        self.multiply = decode.MULTIPLY[words, self.bits]
+        self.tables = _tables(codebook, words).ctypes.data
+        pieces, blocks = -(-cols // min(block_size, run)), -(-cols // block_size)
+        self.inputs = -(-cols // run) * run * (2 if words else 4)
+        self.units, self.sums = -(-pieces // 8) * 32, -(-blocks // 8) * 32
+        self.scratch = self.inputs + self.units + self.sums
+        """Bytes of a prepared token: its numbers, units and sums."""
+
+
+_plan = functools.lru_cache(1024)(_Plan)
+
+
+def decode_rows(
+    x: torch.Tensor, q: QuantizedTensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`x @ W^T + bias`, `[..., rows]` in the dtype of `x`, which is bfloat16 or float32.
+
+    `x` `[..., cols]` and `bias` `[rows]` are on the CPU, and the parts of `q` fit together.
     """
-    from irq_convert.core.kernels import decode as kernels
-    from irq_convert.core.kernels import decode_input as inputs
-
-    tokens, cols = x.shape
-    rows, words, bits = q.codes.shape[0], x.dtype == torch.bfloat16, get_codebook(q.codebook).bits
-    x, parts = (x.float() if x.dtype == torch.float16 else x).contiguous(), _parts(q)
-    runs, blocks = -(-cols // inputs.RUN), -(-cols // q.block_size)
-    pieces = -(-cols // min(q.block_size, inputs.RUN))
-    sizes = (runs * inputs.RUN * (2 if words else 4), -(-pieces // 8) * 32, -(-blocks // 8) * 32)
-    made = torch.empty(tokens * sum(sizes), dtype=torch.uint8, device="cpu")
-    at = made.data_ptr()
-    places = (at, at + tokens * sizes[0], at + tokens * (sizes[0] + sizes[1]))
-    prepare = inputs.runs_of_words if words else inputs.runs_of_floats
-    prepare(x.data_ptr(), x.itemsize, tokens, cols, q.block_size, bits, *places)
-    tables = _tables(q.codebook, words)
-    given = (rows, cols, q.block_size, tokens, *(part.data_ptr() for part in parts))
-    settings = (*given, parts[1].itemsize, parts[2].itemsize, *places, tables.ctypes.data)
-    y = torch.empty(tokens, rows, dtype=torch.float32, device="cpu")
-    kernel = kernels.MULTIPLY[words, bits]
+    codes, cols, dtype = q.codes, q.cols, x.dtype
+    rows, tokens = len(codes), x.numel() // cols
+    plan = _plan(cols, q.codebook, q.block_size, dtype == torch.bfloat16)
+    held = [_rows(x), _rows(codes), _statistic(q.scale), _statistic(q.tau)]
+    at = [part.data_ptr() for part in held]
+    grids = [0 if grid is None else _rows(grid).data_ptr() for grid in (q.scale_grid, q.tau_grid)]
+    scratch = torch.empty(tokens * plan.scratch, dtype=torch.uint8, device="cpu")
+    inputs = scratch.data_ptr()
+    units = inputs + tokens * plan.inputs
+    sums = units + tokens * plan.units
+    plan.prepare(
+        at[0], x.itemsize, tokens, cols, q.block_size, plan.bits, inputs, units, sums
+    )  # fmt: skip
+    if bias is not None:
+        held.append(_rows(bias))
+    settings = (
+        rows, cols, q.block_size, tokens, *at[1:], *grids, held[2].itemsize, held[3].itemsize,
+        inputs, units, sums, plan.tables, 0 if bias is None else held[4].data_ptr(),
+    )  # fmt: skip
+    y = torch.empty((*x.shape[:-1], rows), dtype=dtype, device="cpu")
+    weights = rows * cols * tokens
+    if weights < SHARED_PIECES * PIECE_WEIGHTS or torch.get_num_threads() < 2:
+        plan.multiply(0, rows, *settings, y.data_ptr())
+        return y
 
     def multiply(begin: int, end: int, out: torch.Tensor) -> None:
-        kernel(begin, end, *settings, out.data_ptr())
+        plan.multiply(begin, end, *settings, out.data_ptr())
 
-    threads = min(torch.get_num_threads(), rows)
-    many = rows * cols * tokens // PIECE_WEIGHTS
-    if threads < 2 or many < SHARED_PIECES:
-        multiply(0, rows, y)
-    else:
-        share(multiply, y, many, threads, (made, *parts))
+    many, threads = min(rows, weights // PIECE_WEIGHTS), torch.get_num_threads()
+    held += [scratch, *(grid for grid in (q.scale_grid, q.tau_grid) if grid is not None)]
+    share(multiply, y.view(tokens, rows), many, threads, tuple(held))
     return y
 
 
-def _parts(q: QuantizedTensor) -> list[torch.Tensor]:
-    """Codes, statistics and grids as the kernels read them."""
-    none = q.codes
-    found = [q.codes, q.scale, q.tau, q.scale_grid, q.tau_grid]
-    parts = [none if part is None else part for part in found]
-    for i in (1, 2):
-        if parts[i].dtype == torch.float16:
-            parts[i] = parts[i].float()
-    return [part if part.is_contiguous() else part.contiguous() for part in parts]
+def _rows(part: torch.Tensor) -> torch.Tensor:
+    return part if part.is_contiguous() else part.contiguous()
+
+
+def _statistic(part: torch.Tensor) -> torch.Tensor:
+    return _rows(part.float() if part.dtype == torch.float16 else part)
 
 
 @dataclass

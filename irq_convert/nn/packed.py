@@ -128,18 +128,10 @@ class PackedWeight(nn.Module):
 
     def quantized(self) -> QuantizedTensor:
         """The weight as a `QuantizedTensor` that shares the parameters' memory."""
-        codes = self._parameters["weight"]
-        assert codes is not None
-        return QuantizedTensor(
-            codes,
-            self.weight_scale,
-            self.weight_tau,
-            self.weight_scale_grid,
-            self.weight_tau_grid,
-            self.matrix_shape[1],
-            self.fmt.codebook,
-            self.fmt.block_size,
-        )
+        held, fmt = self._parameters, self.fmt  # asked once a token, and attributes are slow
+        parts: tuple[Any, ...] = tuple(map(held.__getitem__, PARTS))
+        assert parts[0] is not None
+        return QuantizedTensor(*parts, self.matrix_shape[1], fmt.codebook, fmt.block_size)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The dense weight, `matrix_shape` in `dtype`."""

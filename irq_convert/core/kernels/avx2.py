@@ -97,6 +97,21 @@ def write(typingctx, address, value):
 
 
 @intrinsic
+def prefetch(typingctx, address):
+    """Ask for the cache line at `address`, which may be anywhere."""
+
+    def codegen(context, builder, sig, args):
+        pointer = builder.inttoptr(args[0], _I8.as_pointer())
+        read, keep, data = (ir.Constant(_I32, number) for number in (0, 3, 1))
+        signature = ir.FunctionType(ir.VoidType(), [pointer.type, _I32, _I32, _I32])
+        call = cgutils.get_or_insert_function(builder.module, signature, "llvm.prefetch.p0")
+        builder.call(call, [pointer, read, keep, data])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
+
+
+@intrinsic
 def splat8(typingctx, value):
     """A float in all eight lanes."""
     return FLOATS(types.float32), lambda c, builder, s, args: _splat(builder, args[0])

@@ -39,17 +39,20 @@ from irq_convert.core.kernels.avx2 import (
     multiply_add,
     multiply_words,
     pair,
+    prefetch,
     splat8,
     to_floats,
+    word_at,
     words16,
     write,
 )
 from irq_convert.core.kernels.decode_input import RUN, padded
 from irq_convert.core.kernels.jit import entry_point, kernel
-from irq_convert.core.kernels.simd import fadd, fmul, iadd
+from irq_convert.core.kernels.simd import bits_float, fadd, float_bits, fmul, iadd
 
 F32 = np.float32
 GROUP_SHIFT = 8  # log2 of blocks.GROUP_SIZE
+AHEAD = 2048  # bytes; what a core reads on its own ends with each page
 INLINED = {"error_model": "numpy", "forceinline": True}
 
 
@@ -183,10 +186,27 @@ def _dot(one, two, count, total):
     return total
 
 
+@kernel
+def _finish(words, total, bias, row, y, at):
+    """Add the bias, round once and store number `at` of `y`."""
+    if not words:
+        if bias:
+            total += float_at(bias + 4 * row)
+        write(y + 4 * at, total)
+        return
+    if bias:
+        total += bits_float(np.int32(np.uint32(word_at(bias + 2 * row)) << 16))
+    bits = float_bits(total)
+    if total == total:
+        bits = np.int32(bits + 0x7FFF + ((bits >> 16) & 1))
+    write(y + 2 * at, np.int16(bits >> 16))
+
+
 def _make(words: bool, bits: int) -> Callable[[str], Callable[..., None]]:
     """`multiply_rows(...)` for codes of `bits`, with words or with floats.
 
-    Writes `y[token, row]`, float32, for the rows `begin .. end`. All but sizes are addresses:
+    Writes `y[token, row]`, bfloat16 where it multiplies words and else float32, for the rows
+    `begin .. end`. All but sizes are addresses: `bias` `[rows]` of the dtype of `y`, or 0;
     `codes`, rows of `row_bytes`; `scale` and `tau` of one byte a block with a grid, or of four;
     `x`, `units`, `sums` as `decode_input.py` leaves them; `tables` as `core/decode_cpu.py` makes
     them. That it mentions `digest` makes its cache on disk follow the source of every kernel.
@@ -195,7 +215,7 @@ def _make(words: bool, bits: int) -> Callable[[str], Callable[..., None]]:
     def make(digest):
         def multiply_rows(
             begin, end, rows, cols, block_size, tokens, codes, scale, tau, scale_grid, tau_grid,
-            scale_size, tau_size, x, units, sums, tables, y,
+            scale_size, tau_size, x, units, sums, tables, bias, y,
         ):  # fmt: skip
             assert digest
             runs, whole = (cols + RUN - 1) // RUN, cols // RUN
@@ -227,6 +247,7 @@ def _make(words: bool, bits: int) -> Callable[[str], Callable[..., None]]:
                     _factors(scales, units, block_size, pieces, factors)
                     total = splat8(F32(0.0))
                     for run in range(whole):
+                        prefetch(source + run * run_bytes + AHEAD)
                         found = levels_at(bits, source + run * run_bytes, levels)
                         total = add_run(found, x + run * x_bytes, block_size, factors, run, total)
                     if whole < runs:
@@ -234,7 +255,7 @@ def _make(words: bool, bits: int) -> Callable[[str], Callable[..., None]]:
                         where = x + whole * x_bytes
                         total = add_run(found, where, block_size, factors, whole, total)
                     total = _dot(taus, sums, blocks, total)
-                    write(y + 4 * row, lanes_total(total))
+                    _finish(words, lanes_total(total), bias, row, y, row)
                     continue
                 for token in range(tokens):
                     own = factors + 4 * token * wider
@@ -242,6 +263,7 @@ def _make(words: bool, bits: int) -> Callable[[str], Callable[..., None]]:
                     write(totals + 32 * token, splat8(F32(0.0)))
                 for run in range(runs):
                     at = source + run * run_bytes if run < whole else end_at
+                    prefetch(at + AHEAD)
                     found = levels_at(bits, at, levels)
                     for token in range(tokens):
                         where = x + (token * runs + run) * x_bytes
@@ -251,7 +273,7 @@ def _make(words: bool, bits: int) -> Callable[[str], Callable[..., None]]:
                 for token in range(tokens):
                     total = floats8(totals + 32 * token)
                     total = _dot(taus, sums + 4 * token * wide, blocks, total)
-                    write(y + 4 * (token * rows + row), lanes_total(total))
+                    _finish(words, lanes_total(total), bias, row, y, token * rows + row)
 
         return multiply_rows
 

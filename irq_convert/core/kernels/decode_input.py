@@ -74,7 +74,8 @@ def _make_words(digest: str) -> Callable[..., None]:
     """`runs_of_words(...)`: `tokens` rows of `cols` at `x` to words at `out`, by runs.
 
     Writes the unit of every piece, what a product of one and one is, to `units` and the sum of
-    every block to `sums`, float32 rows of a multiple of eight. A run with a number that is not finite has the unit NaN.
+    every block to `sums`, float32 rows of a multiple of eight. A run with a number that is not
+    finite has the unit NaN.
     """
 
     def runs_of_words(x, size, tokens, cols, block_size, bits, out, units, sums):
