@@ -85,7 +85,7 @@ def decode_rows(
     held = [_rows(x), _rows(codes), _statistic(q.scale), _statistic(q.tau)]
     at = [part.data_ptr() for part in held]
     grids = [0 if grid is None else _rows(grid).data_ptr() for grid in (q.scale_grid, q.tau_grid)]
-    scratch = torch.empty(tokens * plan.scratch, dtype=torch.uint8, device="cpu")
+    scratch = x.new_empty(tokens * plan.scratch // 2)
     inputs = scratch.data_ptr()
     units = inputs + tokens * plan.inputs
     sums = units + tokens * plan.units
@@ -98,7 +98,7 @@ def decode_rows(
         rows, cols, q.block_size, tokens, *at[1:], *grids, held[2].itemsize, held[3].itemsize,
         inputs, units, sums, plan.tables, 0 if bias is None else held[4].data_ptr(),
     )  # fmt: skip
-    y = torch.empty((*x.shape[:-1], rows), dtype=dtype, device="cpu")
+    y = x.new_empty(*x.shape[:-1], rows)
     weights = rows * cols * tokens
     if weights < SHARED_PIECES * PIECE_WEIGHTS or torch.get_num_threads() < 2:
         plan.multiply(0, rows, *settings, y.data_ptr())

@@ -28,7 +28,7 @@ from .oracle import Sample, random_sample
 SHORT = [torch.bfloat16, torch.float16]
 DTYPES = [torch.float32, *SHORT]
 STORED = ["uint8", "float16", "float32"]
-UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}
+UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 """Half the distance of a number of a dtype to the next, at most, relative to it."""
 
 needs_kernels = pytest.mark.skipif(not decode_cpu.usable(), reason="the machine has no AVX2")
