@@ -143,19 +143,19 @@ def share(
     rows = y.shape[1]
     edges = [rows * i // many for i in range(many + 1)]
     other, done, meeting = torch.empty_like(y), [False] * many, _Meeting()
-    alive = [part.detach() for part in kept]
+    alive = [part.detach() for part in kept]  # a parameter may be given other memory
     turns = iter(range(many - 1, -1, -1))
 
-    def help_out(turns: Iterator[int]) -> None:
+    def help_out(turns: Iterator[int], alive: list[torch.Tensor]) -> None:
         for i in turns:
-            if i <= meeting.front or not alive:
+            if i <= meeting.front:
                 return
             multiply(edges[i], edges[i + 1], other)
             done[i] = True
 
     helpers = min(threads - 1, many // 2)
     pool = thread_pool(os.getpid(), threads - 1)
-    jobs = [pool.submit(help_out, turns) for _ in range(helpers)]
+    jobs = [pool.submit(help_out, turns, alive) for _ in range(helpers)]
     for i in range(many):
         meeting.front = i
         begin, end = edges[i], edges[i + 1]

@@ -1,6 +1,6 @@
 """`y = x W^T + b` for a packed `W`: the dense weight exists only while a product is computed.
 
-Where gradients are off, a few inputs are multiplied with the packed weight itself
+In a model that is not trained, a few inputs are multiplied with the packed weight itself
 (`core/decode.py`). Otherwise the autograd function saves nothing but the packed parts, which the
 module owns anyway, and the input where statistics are trained, and dequantizes again for the
 gradient of the input. The products walk over tiles of the weight, of rows forward and of columns
@@ -26,21 +26,21 @@ from irq_convert.nn.statistics_grad import statistics_grad
 
 
 def packed_linear(
-    x: torch.Tensor, q: QuantizedTensor, bias: torch.Tensor | None = None
+    x: torch.Tensor, q: QuantizedTensor, bias: torch.Tensor | None = None, *, training: bool = True
 ) -> torch.Tensor:
     """`x @ W^T + bias` with `W` the dense values of `q` in the dtype of `x`.
 
     `x` floating `[..., cols]`, `bias` `[rows]` of the same dtype; returns `[..., rows]`.
     Differentiable in `x` and `bias`, and in floating statistics that require gradients. Where
-    gradients are off it is `packed_product`: for a few inputs nearer to the exact product than with
-    dense values in a short dtype, and not the same bits as while training.
+    neither `training` nor gradients are on it is `packed_product`: for a few inputs at least as
+    near to the exact product, and not the same bits. (Training runs without gradients, too, where a
+    checkpoint is computed again later, and has to find the same bits then.)
     """
-    plain, training = _is_plain(x), torch.is_grad_enabled()
-    if plain and not training:
-        return packed_product(x, q, bias)
     parts = (q.codes, q.scale, q.tau, q.scale_grid, q.tau_grid, q.cols, q.codebook, q.block_size)
-    if training:
+    if training or torch.is_grad_enabled():
         return _PackedLinear.apply(x, bias, *parts)
+    if _is_plain(x):
+        return packed_product(x, q, bias)
     product: torch.Tensor = torch.ops.irq.product(x, bias, *parts)
     return product
 

@@ -66,11 +66,11 @@ def test_gradient_checkpointing(reentrant: bool) -> None:
     assert torch.equal(grads[0], grads[1])
 
 
-def test_without_gradients_a_few_inputs_meet_packed_weights(
+def test_a_few_inputs_of_a_model_that_is_not_trained_meet_packed_weights(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Compiled or not: the bits of `packed_product`; with gradients on, those of dense tiles."""
-    model, x = two_layers(), torch.randn(3, 100)
+    """Compiled or not: the bits of `packed_product`; where it is trained those of dense tiles."""
+    model, x = two_layers().eval(), torch.randn(3, 100)
     with torch.no_grad():
         wanted = model(x)
     trained = model(x)
@@ -89,7 +89,8 @@ def test_without_gradients_a_few_inputs_meet_packed_weights(
     assert len(sizes) == 2
     with torch.no_grad():
         model(torch.randn(MOST_TOKENS + 1, 100))
-    assert len(sizes) == 4
+        assert len(sizes) == 4
+        assert torch.equal(model.train()(x), trained)
 
 
 def test_vector_input() -> None:
