@@ -9,8 +9,10 @@ can be imported. Every contestant walks over copies of its layer that no cache h
 the layers of a model do, and is timed once a round, round after round, so that changes of the
 machine meet all; medians of the rounds. `floor` is how long the bytes of the packed weight take at
 the bandwidth that was measured beside them, on as many threads. The second generates text greedily
-with a dense model and with artifacts of it, and prints tokens a second. `--busy` runs another
-process that computes without a pause on as many cores as given.
+with a dense model and with artifacts of it (made on the way, or `--artifacts DIR,DIR`), once as it
+is and once with `packed_product` dequantizing (`before`), and prints tokens a second. With one
+thread all seconds are seconds of the processor, so that a busy machine counts less; with more they
+pass on the wall. `--busy` runs other processes that compute without a pause.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +35,8 @@ import torch
 from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from irq_convert.core.decode import packed_product
+from irq_convert.core import decode
+from irq_convert.core.decode import MOST_TOKENS, packed_product
 from irq_convert.core.product import tiled_product
 from irq_convert.core.quantized import QuantizedTensor
 from tests.core.oracle import random_sample
@@ -52,10 +56,15 @@ def bandwidth(threads: int) -> float:
     return numbers.numel() * 4 / best
 
 
+def now() -> float:
+    """Seconds: of the processor where one thread computes, else as they pass."""
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
 def _seconds(run: Callable[[], object]) -> float:
-    begin = time.perf_counter()
+    begin = now()
     run()
-    return time.perf_counter() - begin
+    return now() - begin
 
 
 class Layers:
@@ -68,8 +77,8 @@ class Layers:
 
     def seconds(self, x: torch.Tensor, least: float = 0.05) -> float:
         """Of one product: the mean of as many as fill `least` seconds."""
-        begin, done = time.perf_counter(), 0
-        while (passed := time.perf_counter() - begin) < least or done < 3:
+        begin, done = now(), 0
+        while (passed := now() - begin) < least or done < 3:
             self.multiply(x, next(self.turns))
             done += 1
         return passed / done
@@ -129,6 +138,18 @@ def layers(options: argparse.Namespace, bnb: Any) -> None:
             print(f"{mid['dense'] / mid['ours']:12.2f}{mid['ours'] / floor:11.2f}", flush=True)
 
 
+def artifacts(options: argparse.Namespace, scratch: Path) -> Iterator[Path]:
+    """Those that were named, or made of the model."""
+    import irq_convert
+
+    yield from map(Path, options.artifacts.split(",") if options.artifacts else ())
+    for codebook in () if options.artifacts else options.codebooks:
+        out = scratch / codebook
+        more = options.embeddings
+        irq_convert.quantize(options.model, out, codebook=codebook, include_embeddings=more)
+        yield out
+
+
 def models(options: argparse.Namespace) -> None:
     """Greedy text, dense and packed, in turns."""
     from transformers import AutoModelForCausalLM
@@ -138,33 +159,28 @@ def models(options: argparse.Namespace) -> None:
 
     logging.disable_progress_bar()
     dtype = getattr(torch, options.dtype)
-    who = {"dense": AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype).eval()}
+    dense = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype).eval()
+    who = {"dense": (dense, MOST_TOKENS)}
     with tempfile.TemporaryDirectory() as scratch:
-        for codebook in options.codebooks:
-            for more in ("", " + embeddings") if options.embeddings else ("",):
-                out = Path(scratch) / f"{codebook}{more}"
-                irq_convert.quantize(
-                    options.model, out, codebook=codebook, include_embeddings=bool(more)
-                )
-                who[out.name] = irq_convert.load(out, dtype=dtype).eval()
-        ids = torch.arange(100, 116)[None]
-        settings = {"do_sample": False, "min_new_tokens": options.new_tokens, "pad_token_id": 0}
-
-        def generate(model: Any) -> None:
-            model.generate(ids, max_new_tokens=options.new_tokens, **settings)
-
-        speeds: dict[str, list[float]] = {name: [] for name in who}
-        for turn in range(options.rounds + 1):
-            for name, model in who.items():
-                seconds = _seconds(lambda: generate(model))  # noqa: B023
-                if turn:  # the first one warms up
-                    speeds[name].append(options.new_tokens / seconds)
+        for out in artifacts(options, Path(scratch)):
+            model = irq_convert.load(out, dtype=dtype).eval()
+            who |= {f"{out.name} before": (model, 0), out.name: (model, MOST_TOKENS)}
+    ids = torch.arange(100, 116)[None]
+    settings = {"do_sample": False, "min_new_tokens": options.new_tokens, "pad_token_id": 0}
+    speeds: dict[str, list[float]] = {name: [] for name in who}
+    for turn in range(options.rounds + 1):
+        for name, (model, decode.MOST_TOKENS) in who.items():
+            many = options.new_tokens if turn else 2  # the first one warms up
+            run = partial(model.generate, ids, **settings | {"min_new_tokens": many})
+            seconds = _seconds(partial(run, max_new_tokens=many))
+            if turn:
+                speeds[name].append(many / seconds)
     print(f"{torch.get_num_threads()} threads, {options.busy} busy processes, {options.dtype}")
     print(f"{'model':20}{'tokens/s':>10}{'/ dense':>9}")
     base = statistics.median(speeds["dense"])
     for name, found in speeds.items():
         middle = statistics.median(found)
-        print(f"{name:20}{middle:10.1f}{middle / base:9.2f}")
+        print(f"{name:20}{middle:10.1f}{middle / base:9.2f}", flush=True)
 
 
 @contextmanager
@@ -182,6 +198,7 @@ def busy(processes: int) -> Iterator[None]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model")
+    parser.add_argument("--artifacts", default="", metavar="DIRS")
     parser.add_argument("--codebooks", default="nf4,nf3,nf2,int4,int3,int2")
     parser.add_argument("--sizes", default=",".join(SIZES), help="outputs x inputs")
     parser.add_argument("--dtype", default="bfloat16")
