@@ -12,18 +12,17 @@ import functools
 import torch
 
 from irq_convert.core import decode_cpu
-from irq_convert.core.blocks import BlockShape
-from irq_convert.core.codebook import get_codebook
-from irq_convert.core.parts import part_shapes
 from irq_convert.core.product import tiled_product
 from irq_convert.core.quantized import QuantizedTensor
 from irq_convert.core.scales import check_statistic
 from irq_convert.core.triton.support import why_not
-from irq_convert.errors import UsageError
+from irq_convert.errors import IrqError, UsageError
 
 MOST_TOKENS = 8
 """More tokens than this are multiplied with dense tiles: where that is faster on a CPU, by
 tests/bench/decode.py."""
+CHECKED = "_checked_at"
+"""Where the parts of a `QuantizedTensor` lay when they were found to fit together."""
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -91,24 +90,16 @@ def _triton_runs(device: torch.device) -> bool:
 
 
 def _check_parts(q: QuantizedTensor) -> None:
-    """`q.check()`, dtypes of statistics and devices; quick where all is well."""
-    codes, scale, tau = q.codes, q.scale, q.tau
-    wanted = _shapes(len(codes), q.cols, q.codebook, q.block_size)
-    if (codes.shape, scale.shape, tau.shape) != wanted[:3] or codes.dtype != torch.uint8:
-        q.check()
-    for stored, grid in ((scale, q.scale_grid), (tau, q.tau_grid)):
-        if (stored.dtype == torch.uint8) != (grid is not None) or not (
-            grid is None or grid.dtype == torch.float32
-        ):
-            check_statistic(stored, grid)
-        if grid is not None and grid.shape != wanted[3]:
-            q.check()
-        if stored.device != codes.device or (grid is not None and grid.device != codes.device):
-            raise UsageError("codes and statistics of a quantized matrix lie on several devices")
-
-
-@functools.lru_cache(1024)
-def _shapes(rows: int, cols: int, codebook: str, block_size: int) -> tuple[tuple[int, ...], ...]:
-    """The shapes of codes, scale, tau and their grids."""
-    shape = BlockShape(rows, cols, block_size, get_codebook(codebook).bits)
-    return tuple(part_shapes(shape, (rows,)).values())
+    """`q.check()`, dtypes of statistics and devices; once for a `q` whose parts do not move."""
+    parts = (q.codes, q.scale, q.tau, q.scale_grid, q.tau_grid)
+    places = [None if part is None else part.data_ptr() for part in parts]
+    if q.__dict__.get(CHECKED) == places:
+        return
+    q.check()
+    for stored, grid in ((q.scale, q.scale_grid), (q.tau, q.tau_grid)):
+        check_statistic(stored, grid)
+    if any(part is not None and part.device != q.codes.device for part in parts):
+        raise UsageError("codes and statistics of a quantized matrix lie on several devices")
+    if q.codes.dtype != torch.uint8:
+        raise IrqError(f"packed codes are uint8, not {q.codes.dtype}")
+    q.__dict__[CHECKED] = places

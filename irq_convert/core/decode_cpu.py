@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -79,24 +79,23 @@ def decode_rows(
 
     `x` `[..., cols]` and `bias` `[rows]` are on the CPU, and the parts of `q` fit together.
     """
-    codes, cols, dtype = q.codes, q.cols, x.dtype
-    rows, tokens = len(codes), x.numel() // cols
-    plan = _plan(cols, q.codebook, q.block_size, dtype == torch.bfloat16)
-    held = [_rows(x), _rows(codes), _statistic(q.scale), _statistic(q.tau)]
-    at = [part.data_ptr() for part in held]
-    grids = [0 if grid is None else _rows(grid).data_ptr() for grid in (q.scale_grid, q.tau_grid)]
+    cols, block_size, words = q.cols, q.block_size, x.dtype is torch.bfloat16
+    plan = _plan(cols, q.codebook, block_size, words)
+    x = x if x.is_contiguous() else x.contiguous()
+    tokens = x.numel() // cols
     scratch = x.new_empty(tokens * plan.scratch // 2)
     inputs = scratch.data_ptr()
     units = inputs + tokens * plan.inputs
     sums = units + tokens * plan.units
-    plan.prepare(
-        at[0], x.itemsize, tokens, cols, q.block_size, plan.bits, inputs, units, sums
-    )  # fmt: skip
+    size = 2 if words else 4
+    plan.prepare(x.data_ptr(), size, tokens, cols, block_size, plan.bits, inputs, units, sums)
+    held, places = _places(q)
     if bias is not None:
-        held.append(_rows(bias))
+        bias = bias if bias.is_contiguous() else bias.contiguous()
+    rows = held[0].shape[0]
     settings = (
-        rows, cols, q.block_size, tokens, *at[1:], *grids, held[2].itemsize, held[3].itemsize,
-        inputs, units, sums, plan.tables, 0 if bias is None else held[4].data_ptr(),
+        rows, cols, block_size, tokens, *places, inputs, units, sums, plan.tables,
+        0 if bias is None else bias.data_ptr(),
     )  # fmt: skip
     y = x.new_empty(*x.shape[:-1], rows)
     weights = rows * cols * tokens
@@ -108,17 +107,23 @@ def decode_rows(
         plan.multiply(begin, end, *settings, out.data_ptr())
 
     many, threads = min(rows, weights // PIECE_WEIGHTS), torch.get_num_threads()
-    held += [scratch, *(grid for grid in (q.scale_grid, q.tau_grid) if grid is not None)]
-    share(multiply, y.view(tokens, rows), many, threads, tuple(held))
+    share(multiply, y.view(tokens, rows), many, threads, (scratch, *held, bias))
     return y
 
 
-def _rows(part: torch.Tensor) -> torch.Tensor:
-    return part if part.is_contiguous() else part.contiguous()
+def _places(q: QuantizedTensor) -> tuple[list[torch.Tensor], tuple[int, ...]]:
+    """The parts of `q` as kernels read them, where they lie, and the bytes of a statistic."""
+    none = q.codes
+    held = [none if part is None else part for part in _parts(q)]
+    for i in (1, 2):
+        if held[i].dtype is torch.float16:
+            held[i] = held[i].float()
+    held = [part if part.is_contiguous() else part.contiguous() for part in held]
+    return held, (*(part.data_ptr() for part in held), held[1].itemsize, held[2].itemsize)
 
 
-def _statistic(part: torch.Tensor) -> torch.Tensor:
-    return _rows(part.float() if part.dtype == torch.float16 else part)
+def _parts(q: QuantizedTensor) -> tuple[torch.Tensor | None, ...]:
+    return q.codes, q.scale, q.tau, q.scale_grid, q.tau_grid
 
 
 @dataclass
@@ -133,7 +138,7 @@ def share(
     y: torch.Tensor,
     many: int,
     threads: int,
-    kept: tuple[torch.Tensor, ...],
+    kept: Sequence[torch.Tensor | None],
 ) -> None:
     """Fill `y` in `many` pieces of its rows together with other threads; waits for none of them.
 
@@ -143,7 +148,9 @@ def share(
     rows = y.shape[1]
     edges = [rows * i // many for i in range(many + 1)]
     other, done, meeting = torch.empty_like(y), [False] * many, _Meeting()
-    alive = [part.detach() for part in kept]  # a parameter may be given other memory
+    alive = [
+        part.detach() for part in kept if part is not None
+    ]  # a parameter may be given other memory
     turns = iter(range(many - 1, -1, -1))
 
     def help_out(turns: Iterator[int], alive: list[torch.Tensor]) -> None:
