@@ -165,16 +165,19 @@ def models(options: argparse.Namespace) -> None:
         for out in artifacts(options, Path(scratch)):
             model = irq_convert.load(out, dtype=dtype).eval()
             who |= {f"{out.name} before": (model, 0), out.name: (model, MOST_TOKENS)}
-    ids = torch.arange(100, 116)[None]
-    settings = {"do_sample": False, "min_new_tokens": options.new_tokens, "pad_token_id": 0}
+    ids = torch.arange(100, 104)[None]
+
+    def generate(model: Any, many: int) -> None:
+        settings = {"do_sample": False, "min_new_tokens": many, "pad_token_id": 0}
+        model.generate(ids, max_new_tokens=many, **settings)
+
     speeds: dict[str, list[float]] = {name: [] for name in who}
     for turn in range(options.rounds + 1):
         for name, (model, decode.MOST_TOKENS) in who.items():
-            many = options.new_tokens if turn else 2  # the first one warms up
-            run = partial(model.generate, ids, **settings | {"min_new_tokens": many})
-            seconds = _seconds(partial(run, max_new_tokens=many))
-            if turn:
-                speeds[name].append(many / seconds)
+            first = _seconds(partial(generate, model, 1))  # the prompt, which is not counted
+            if turn:  # the one before warms up
+                seconds = _seconds(partial(generate, model, 1 + options.new_tokens)) - first
+                speeds[name].append(options.new_tokens / seconds)
     print(f"{torch.get_num_threads()} threads, {options.busy} busy processes, {options.dtype}")
     print(f"{'model':20}{'tokens/s':>10}{'/ dense':>9}")
     base = statistics.median(speeds["dense"])
