@@ -192,11 +192,11 @@ def _indices_2(builder: Any, at: Any) -> list[Any]:
 def _indices_3(builder: Any, at: Any) -> list[Any]:
     """Codes 0 to 7 and 16 to 23 of each half, then the others; the table has to repeat."""
     sixteen = ir.VectorType(_I8, 16)
-    halves = [_at(builder, at, offset, sixteen) for offset in (0, 8)]
-    codes = _shuffle(builder, *halves, list(range(32)))
+    first, last = (_at(builder, at, offset, sixteen) for offset in (0, 8))
+    codes = _shuffle(builder, first, last, list(range(32)))
     found = []
-    for first in (0, 4):
-        pairs = [first + i if i < 4 else first + i + 4 for i in range(8)]
+    for start in (0, 4):
+        pairs = [start + i if i < 4 else start + i + 4 for i in range(8)]
         # Each word gets the two bytes that hold a pair of codes, which then go to its top.
         sources = [half + 6 * k // 8 + i for half in (0, 4) for k in pairs for i in (0, 1)]
         order = _constant(_I8, [byte if byte < 16 else 128 for byte in sources])

@@ -53,7 +53,7 @@ from irq_convert.core.kernels.simd import bits_float, fadd, float_bits, fmul, ia
 F32 = np.float32
 GROUP_SHIFT = 8  # log2 of blocks.GROUP_SIZE
 AHEAD = 2048  # bytes; what a core reads on its own ends with each page
-INLINED = {"error_model": "numpy", "forceinline": True}
+INLINED: Any = {"error_model": "numpy", "forceinline": True}
 
 
 @kernel
