@@ -18,12 +18,16 @@ from irq_convert.core.scales import check_statistic
 from irq_convert.core.triton.support import why_not
 from irq_convert.errors import IrqError, UsageError
 
-MOST_TOKENS = 8
-"""More tokens than this are multiplied with dense tiles: where that is faster on a CPU, by
-tests/bench/decode.py."""
+MOST_TOKENS = {torch.bfloat16: 16, torch.float16: 8, torch.float32: 8}
+"""More tokens than this, of a dtype, are multiplied with dense tiles on a CPU.
+
+By tests/bench/decode.py. In bfloat16 sixteen cost what making the tiles costs alone, so whatever
+multiplies with them; on a machine without instructions for bfloat16 many more would pay.
+"""
+MOST_TOKENS_ON_GPU = 4
+"""The same on a GPU: a guess, not yet measured on one."""
 CHECKED = "_checked_at"
 """Where the parts of a `QuantizedTensor` lay when they were found to fit together."""
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def packed_product(
@@ -74,14 +78,14 @@ def _check(x: torch.Tensor, q: QuantizedTensor, bias: torch.Tensor | None) -> No
 def decodes(x: torch.Tensor, q: QuantizedTensor) -> bool:
     """Whether a product with `x` `[..., cols]` reads packed weights, and writes no dense ones.
 
-    It does for up to `MOST_TOKENS` tokens in float32, bfloat16 and float16, on a CPU with AVX2 and
-    on a GPU that Triton serves.
+    It does for up to `MOST_TOKENS` of its dtype on a CPU with AVX2, and for up to
+    `MOST_TOKENS_ON_GPU` on a GPU that Triton serves.
     """
-    if not 0 < x.numel() <= MOST_TOKENS * q.cols or x.dtype not in DTYPES:
-        return False
+    most = MOST_TOKENS.get(x.dtype, 0)
     if x.is_cpu:
-        return decode_cpu.usable()
-    return x.is_cuda and _triton_runs(x.device)
+        return 0 < x.numel() <= most * q.cols and decode_cpu.usable()
+    most = min(most, MOST_TOKENS_ON_GPU)
+    return x.is_cuda and 0 < x.numel() <= most * q.cols and _triton_runs(x.device)
 
 
 @functools.cache

@@ -164,7 +164,7 @@ def models(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         for out in artifacts(options, Path(scratch)):
             model = irq_convert.load(out, dtype=dtype).eval()
-            who |= {f"{out.name} before": (model, 0), out.name: (model, MOST_TOKENS)}
+            who |= {f"{out.name} before": (model, {}), out.name: (model, MOST_TOKENS)}
     ids = torch.arange(100, 104)[None]
 
     def generate(model: Any, many: int) -> None:

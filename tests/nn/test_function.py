@@ -88,7 +88,7 @@ def test_a_few_inputs_of_a_model_that_is_not_trained_meet_packed_weights(
     assert torch.equal(model(x), trained)
     assert len(sizes) == 2
     with torch.no_grad():
-        model(torch.randn(MOST_TOKENS + 1, 100))
+        model(torch.randn(MOST_TOKENS[x.dtype] + 1, 100))
         assert len(sizes) == 4
         assert torch.equal(model.train()(x), trained)
 
