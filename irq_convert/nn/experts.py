@@ -111,7 +111,7 @@ class IrqExperts(nn.Module):
     def _expert(self, name: str, layout: Stacked | Separate, number: int) -> list[Linear]:
         if isinstance(layout, Separate):
             return [self.get_submodule(child) for child in layout.children[number]]
-        return [functools.partial(_multiply, self.quantized(name, number))]
+        return [functools.partial(_multiply, self.quantized(name, number), self.training)]
 
     def _part(self, name: str, suffix: str) -> torch.Tensor:
         found = self._parameters[name + suffix]
@@ -262,8 +262,8 @@ def pack_experts(
         parent.add_module(last, child)
 
 
-def _multiply(q: QuantizedTensor, x: torch.Tensor) -> torch.Tensor:
-    return packed_linear(autocast_input(x), q)
+def _multiply(q: QuantizedTensor, training: bool, x: torch.Tensor) -> torch.Tensor:
+    return packed_linear(autocast_input(x), q, training=training)
 
 
 def stack_parts(name: str, layout: Stacked) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

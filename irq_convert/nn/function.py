@@ -1,49 +1,48 @@
 """`y = x W^T + b` for a packed `W`: the dense weight exists only while a product is computed.
 
-The autograd function saves nothing but the packed parts, which the module owns anyway, and the
-input where statistics are trained, and dequantizes again for the gradient of the input. The
-products walk over tiles of the weight, of rows forward and of columns backward, so that the dense
-weight is never whole. Three operators, `irq::linear`, `irq::linear_grad` and
-`irq::statistics_grad`, keep compilers from looking inside, so a compiled model computes the same
-bits.
+In a model that is not trained, a few inputs are multiplied with the packed weight itself
+(`core/decode.py`). Otherwise the autograd function saves nothing but the packed parts, which the
+module owns anyway, and the input where statistics are trained, and dequantizes again for the
+gradient of the input. The products walk over tiles of the weight, of rows forward and of columns
+backward, so that the dense weight is never whole. Four operators, `irq::product`, `irq::linear`,
+`irq::linear_grad` and `irq::statistics_grad`, keep compilers from looking inside, so a compiled
+model computes the same bits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch.nn import functional
 
-from irq_convert.core.dequantize import dequantize_rows, dequantize_tensor
+from irq_convert.core import product
+from irq_convert.core.decode import packed_product
+from irq_convert.core.dequantize import dequantize_tensor
+from irq_convert.core.product import tiled_product
 from irq_convert.core.quantized import QuantizedTensor
 from irq_convert.core.scales import expand_statistic
 from irq_convert.nn.statistics_grad import statistics_grad
 
-FEW_ROWS = 16
-"""On a CPU inputs of at most this many rows use small tiles, which stay in its cache."""
-SMALL_TILE = 1 << 21
-LARGE_TILE = 1 << 24
-"""Bytes of dense weights at a time.
-
-On a CPU fresh memory costs more than filling it: below 32 MiB the allocator keeps what it had. On a
-GPU a tile of this size stays in the second-level cache until it is multiplied.
-"""
-
 
 def packed_linear(
-    x: torch.Tensor, q: QuantizedTensor, bias: torch.Tensor | None = None
+    x: torch.Tensor, q: QuantizedTensor, bias: torch.Tensor | None = None, *, training: bool = True
 ) -> torch.Tensor:
     """`x @ W^T + bias` with `W` the dense values of `q` in the dtype of `x`.
 
     `x` floating `[..., cols]`, `bias` `[rows]` of the same dtype; returns `[..., rows]`.
-    Differentiable in `x` and `bias`, and in floating statistics that require gradients.
+    Differentiable in `x` and `bias`, and in floating statistics that require gradients. Where
+    neither `training` nor gradients are on it is `packed_product`: for a few inputs at least as
+    near to the exact product, and not the same bits. (Training runs without gradients, too, where a
+    checkpoint is computed again later, and has to find the same bits then.)
     """
-    return _PackedLinear.apply(
-        x, bias, q.codes, q.scale, q.tau, q.scale_grid, q.tau_grid, q.cols, q.codebook, q.block_size
-    )
+    parts = (q.codes, q.scale, q.tau, q.scale_grid, q.tau_grid, q.cols, q.codebook, q.block_size)
+    if training or torch.is_grad_enabled():
+        return _PackedLinear.apply(x, bias, *parts)
+    if _is_plain(x):
+        return packed_product(x, q, bias)
+    product: torch.Tensor = torch.ops.irq.product(x, bias, *parts)
+    return product
 
 
 class _PackedLinear(torch.autograd.Function):
@@ -53,7 +52,7 @@ class _PackedLinear(torch.autograd.Function):
         ctx.save_for_backward(kept, *parts[:5])
         ctx.layout = parts[5:]
         if _is_plain(x):
-            return _linear(x, QuantizedTensor(*parts), bias)
+            return tiled_product(x, QuantizedTensor(*parts), bias)
         return torch.ops.irq.linear(x, bias, *parts)
 
     @staticmethod
@@ -98,23 +97,10 @@ def _is_plain(tensor: torch.Tensor) -> bool:
     return type(tensor) is torch.Tensor and not torch.compiler.is_compiling()
 
 
-def _linear(x: torch.Tensor, q: QuantizedTensor, bias: torch.Tensor | None) -> torch.Tensor:
-    few = x.device.type == "cpu" and x.numel() <= FEW_ROWS * q.cols
-    tile_bytes = SMALL_TILE if few else LARGE_TILE
-    tiles = _tiles(x, q, tile_bytes)
-    if tiles is None:
-        return functional.linear(x, dequantize_tensor(q, x.dtype), bias)
-    y = x.new_empty(*x.shape[:-1], q.codes.shape[0])
-    for begin, end, weight in tiles:
-        part = None if bias is None else bias[begin:end]
-        y[..., begin:end] = functional.linear(x, weight, part)
-    return y
-
-
 def _linear_grad(grad: torch.Tensor, q: QuantizedTensor) -> torch.Tensor:
     """`grad @ W` over tiles of columns: no sum is split, so one rounding, as without tiles."""
     rows, blocks = q.codes.shape[0], q.shape.blocks_per_row
-    step = max(1, LARGE_TILE // max(1, rows * q.block_size * grad.element_size()))
+    step = max(1, product.LARGE_TILE // max(1, rows * q.block_size * grad.element_size()))
     if blocks <= step:
         return grad @ dequantize_tensor(q, grad.dtype)
     wide = replace(
@@ -152,22 +138,21 @@ def _columns(q: QuantizedTensor, first: int, last: int) -> QuantizedTensor:
     )
 
 
-def _tiles(
-    like: torch.Tensor, q: QuantizedTensor, tile_bytes: int
-) -> Iterator[tuple[int, int, torch.Tensor]] | None:
-    """Dense rows `begin .. end` of `q` in the dtype of `like`, all in one buffer; None for one."""
-    rows = q.codes.shape[0]
-    step = max(1, tile_bytes // max(1, q.cols * like.element_size()))
-    if rows <= step:
-        return None
-    buffer = like.new_empty(step, q.cols)
-
-    def walk() -> Iterator[tuple[int, int, torch.Tensor]]:
-        for begin in range(0, rows, step):
-            end = min(begin + step, rows)
-            yield begin, end, dequantize_rows(q, begin, end, like.dtype, out=buffer[: end - begin])
-
-    return walk()
+@torch.library.custom_op("irq::product", mutates_args=())
+def _product_op(
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    tau: torch.Tensor,
+    scale_grid: torch.Tensor | None,
+    tau_grid: torch.Tensor | None,
+    cols: int,
+    codebook: str,
+    block_size: int,
+) -> torch.Tensor:
+    q = QuantizedTensor(codes, scale, tau, scale_grid, tau_grid, cols, codebook, block_size)
+    return packed_product(x, q, bias)
 
 
 @torch.library.custom_op("irq::linear", mutates_args=())
@@ -184,9 +169,10 @@ def _linear_op(
     block_size: int,
 ) -> torch.Tensor:
     q = QuantizedTensor(codes, scale, tau, scale_grid, tau_grid, cols, codebook, block_size)
-    return _linear(x, q, bias)
+    return tiled_product(x, q, bias)
 
 
+@_product_op.register_fake
 @_linear_op.register_fake
 def _linear_fake(
     x: torch.Tensor, bias: torch.Tensor | None, codes: torch.Tensor, *parts: Any
