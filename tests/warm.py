@@ -15,6 +15,7 @@ def compile_search() -> None:
     from irq_convert.core.spec import QuantSpec
 
     quantize_tensor(torch.randn(4, 64), QuantSpec("nf4", 64), threads=1)
+    _compile_products(torch.bfloat16)
 
 
 def compile_others() -> None:
@@ -35,3 +36,12 @@ def compile_others() -> None:
     descend_rows(rows, eye, np.ones(size, single), *book, 1, grids, zeros, ones, ones, codes)
     dequantize_tensor(random_sample(0, 4, 64, "nf4", 64).q)
     icq_search(torch.randn(2, 64), "nf4")
+    _compile_products(torch.float32)
+
+
+def _compile_products(dtype: torch.dtype) -> None:
+    from irq_convert.core.decode import packed_product
+    from tests.core.oracle import random_sample
+
+    for codebook in ("nf2", "nf3", "nf4"):
+        packed_product(torch.ones(1, 64, dtype=dtype), random_sample(0, 4, 64, codebook, 64).q)

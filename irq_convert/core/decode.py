@@ -106,4 +106,4 @@ def _check_parts(q: QuantizedTensor) -> None:
         raise UsageError("codes and statistics of a quantized matrix lie on several devices")
     if q.codes.dtype != torch.uint8:
         raise IrqError(f"packed codes are uint8, not {q.codes.dtype}")
-    q.__dict__[CHECKED] = places
+    q.__dict__.setdefault(CHECKED, [])[:] = places

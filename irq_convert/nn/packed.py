@@ -8,7 +8,6 @@ computing nonsense (`guard.py`).
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, Self
@@ -18,6 +17,7 @@ from torch import nn
 
 from irq_convert.artifact.config import ModuleFormat
 from irq_convert.core.blocks import BlockShape
+from irq_convert.core.decode import CHECKED
 from irq_convert.core.dequantize import dequantize_tensor
 from irq_convert.core.parts import SUFFIXES, stored_parts
 from irq_convert.core.quantized import QuantizedTensor
@@ -129,21 +129,13 @@ class PackedWeight(nn.Module):
 
     def quantized(self) -> QuantizedTensor:
         """The weight as a `QuantizedTensor` that shares the parameters' memory."""
-        # Asked once a token: the same object as long as the parameters are.
         parts = tuple(map(self._parameters.__getitem__, PARTS))
-        known: QuantizedTensor | None = self.__dict__.get("_quantized")
-        if known is not None and all(map(operator.is_, parts, _parts(known))):
-            return known
         assert parts[0] is not None
-        fmt, cols = self.fmt, self.matrix_shape[1]
-        given: Any = (*parts, cols, fmt.codebook, fmt.block_size)
+        given: Any = (*parts, self.matrix_shape[1], self.fmt.codebook, self.fmt.block_size)
         found = QuantizedTensor(*given)
-        self.__dict__["_quantized"] = found
+        # That they fit together is checked once. Nothing else is kept: offloading moves parts away.
+        found.__dict__[CHECKED] = self.__dict__.setdefault("_checked_at", [])
         return found
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What is copied and pickled: parameters once, not again in what was made of them."""
-        return {name: value for name, value in self.__dict__.items() if name != "_quantized"}
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The dense weight, `matrix_shape` in `dtype`."""
@@ -169,10 +161,6 @@ class PackedWeight(nn.Module):
         """Stored bits of a weight, statistics and grids included."""
         stored = sum(part.numel() * part.element_size() for part in self.packed_parts().values())
         return 8 * stored / max(1, math.prod(self.matrix_shape))
-
-
-def _parts(q: QuantizedTensor) -> tuple[torch.Tensor | None, ...]:
-    return q.codes, q.scale, q.tau, q.scale_grid, q.tau_grid
 
 
 def format_of_tensor(q: QuantizedTensor) -> ModuleFormat:
