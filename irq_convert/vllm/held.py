@@ -154,13 +154,10 @@ class HeldWeights(nn.Module):
     def _register(self, number: int, parts: list[torch.Tensor | None]) -> None:
         tensors = parts + [None] * (PARTS - len(parts))
         for name, part in zip(_names(1, number), tensors, strict=True):
-            # Own memory: what vLLM hands over may be a map of the file.
-            own = (
-                torch.empty(0)
-                if part is None
-                else part.clone(memory_format=torch.contiguous_format)
-            )
-            self.register_parameter(name, nn.Parameter(own.to(self.device), requires_grad=False))
+            own = torch.empty(0, device=self.device)
+            if part is not None:  # what vLLM hands over may be a map of the file
+                own = torch.empty(part.shape, dtype=part.dtype, device=self.device).copy_(part)
+            self.register_parameter(name, nn.Parameter(own, requires_grad=False))
         self._done.add(number)
 
     def _zeros(self, piece: Piece) -> list[torch.Tensor | None]:

@@ -34,6 +34,7 @@ class IrqLinearMethod(LinearMethodBase):
         super().__init__()
         self.names = names
         self.formats = formats
+        self.empty = False
 
     def create_weights(
         self,
@@ -54,11 +55,12 @@ class IrqLinearMethod(LinearMethodBase):
             Piece(name, input_size, shard, fmt)
             for name, shard, fmt in zip(self.names, shards, self.formats, strict=True)
         )
+        self.empty = is_dummy()
         hold(layer, HeldWeights(pieces, params_dtype))
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Raises `IrqError` naming a tensor that the files lack."""
-        layer.irq.finish(empty=is_dummy())
+        layer.irq.finish(self.empty)
 
     def apply(
         self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
@@ -108,7 +110,7 @@ def _stored_dtype(held: HeldWeights, suffix: str) -> torch.dtype:
 def _take(
     held: HeldWeights, suffix: str, parameter: Any, tensor: torch.Tensor, shard_id: Any = None
 ) -> None:
-    """What vLLM calls as a parameter's `weight_loader`; `shard_id` tells parts of a merged layer."""
+    """A parameter's `weight_loader`; `shard_id` tells the parts of a merged layer apart."""
     if len(held.pieces) == 1:  # also a tensor that the files have merged
         held.take(0, suffix, tensor)
         return
@@ -144,9 +146,8 @@ def _shards(layer: Any, names: tuple[str, ...], own_columns: int, columns: int) 
             starts[number] += offset
         rows = tuple((start, start + size) for start, size in zip(starts, sizes, strict=True))
         return [Shard(joined(rows), span)]
-    return [
-        Shard(((start, start + size),), span) for start, size in zip(starts, sizes, strict=True)
-    ]
+    found = zip(starts, sizes, strict=True)
+    return [Shard(((start, start + size),), span) for start, size in found]
 
 
 def _rank(layer: Any, number: int) -> int:

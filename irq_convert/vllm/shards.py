@@ -1,4 +1,4 @@
-"""What one rank of tensor parallelism holds of a stored matrix: spans of rows, whole blocks of them.
+"""What one rank of tensor parallelism holds of a stored matrix: rows, and whole blocks of them.
 
 Eight-bit statistics keep their grids where a rank's part begins with a group and is whole in its
 columns; elsewhere groups would be cut, and the part holds the float32 numbers that they stand for.

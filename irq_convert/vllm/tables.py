@@ -25,6 +25,7 @@ class IrqTableMethod(QuantizeMethodBase):
         super().__init__()
         self.name = name
         self.fmt = fmt
+        self.empty = False
 
     def create_weights(
         self,
@@ -40,11 +41,12 @@ class IrqTableMethod(QuantizeMethodBase):
         own: Any = layer.shard_indices
         rows = (own.org_vocab_start_index, own.org_vocab_end_index)
         shard = Shard((rows,) if rows[0] < rows[1] else ())
+        self.empty = is_dummy()
         hold(layer, HeldWeights((Piece(self.name, input_size, shard, self.fmt),), params_dtype))
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Raises `IrqError` naming a tensor that the files lack."""
-        layer.irq.finish(empty=is_dummy())
+        layer.irq.finish(self.empty)
 
     def embedding(self, layer: torch.nn.Module, input_: torch.Tensor) -> torch.Tensor:
         """Rows of integers `[...]`, `[..., inputs]` in the dtype of the model."""
