@@ -58,7 +58,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Case:
-    """What is served, with a plain LoRA on top; what is loaded to compare, an artifact or `dense`."""
+    """What is served, with a plain LoRA on top, and what is loaded to compare with it."""
 
     name: str
     served: Path
