@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import torch
 
 import irq_convert
 
@@ -25,6 +29,8 @@ class Artifacts:
     def __init__(self, model: Path, text: Path, work: Path) -> None:
         self.model, self.text, self.work = model, text, work
         work.mkdir(parents=True, exist_ok=True)
+        heads = json.loads((model / "config.json").read_text())["num_key_value_heads"]
+        self.ranks = next(ranks for ranks in (2, 3, heads) if heads % ranks == 0)
 
     def quantized(self, name: str, **settings: Any) -> Path:
         """The artifact called `name`, quantized by `settings`."""
@@ -54,6 +60,35 @@ class Artifacts:
         return self._made(
             f"{base.name}-packed",
             lambda out: irq_convert.export(base, out, to="compressed-tensors", **settings),
+        )
+
+    def mixture(self) -> Path:
+        """A random mixture of experts with the tokenizer of the model, in 3 bits."""
+
+        def make(out: Path) -> None:
+            from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+            torch.manual_seed(0)
+            shape = {"hidden_size": 256, "head_dim": 64, "num_attention_heads": 4}
+            config = Qwen3MoeConfig(
+                **shape,
+                vocab_size=json.loads((self.model / "config.json").read_text())["vocab_size"],
+                num_hidden_layers=2,
+                num_key_value_heads=2,
+                num_experts=8,
+                num_experts_per_tok=2,
+                moe_intermediate_size=128,
+                intermediate_size=256,
+                max_position_embeddings=512,
+                initializer_range=0.2,
+            )
+            Qwen3MoeForCausalLM(config).save_pretrained(out)
+            for name in ("tokenizer.json", "tokenizer_config.json"):
+                shutil.copy(self.model / name, out / name)
+
+        dense = self._made("mixture", make)
+        return self._made(
+            "mixture-nf3", lambda out: irq_convert.quantize(dense, out, bits=3, block_size=32)
         )
 
     def _made(self, name: str, make: Callable[[Path], Any]) -> Path:

@@ -65,6 +65,7 @@ class Case:
     adapter: Path | None = None
     reference: Path | None = None
     dense: Path | None = None
+    ranks: int = 1
 
 
 def cases(made: Artifacts, only: list[str]) -> list[Case]:
@@ -84,7 +85,12 @@ def cases(made: Artifacts, only: list[str]) -> list[Case]:
     if wanted("kept"):
         keep = ("v_proj", r"layers\.0\.")
         found.append(Case("kept", made.quantized("nf3-kept", bits=3, keep=keep)))
-    if any(map(wanted, ("merged", "merged-float16", "lora"))):
+    if wanted("experts"):
+        found.append(Case("experts", made.mixture()))
+    if wanted("ranks"):
+        small = made.quantized("nf3-16", bits=3, block_size=16)
+        found.append(Case("ranks", small, ranks=made.ranks))
+    if any(map(wanted, ("merged", "lora"))):
         base = made.codebook(BASE)
         adapter = made.adapter(base, "block")
         if wanted("merged"):
@@ -101,9 +107,13 @@ def compare(case: Case, args: argparse.Namespace, prompts: list[list[int]]) -> R
     more: dict[str, Any] = {}
     if case.adapter is not None:
         more = {"enable_lora": True, "max_lora_rank": 8}
+    cores = args.cores
+    if case.ranks > 1:
+        more = {"tensor_parallel_size": case.ranks}
+        cores = "|".join([cores] * case.ranks)
     log = args.work / f"{case.name}.log"
     settings = {"dtype": args.dtype, "enforce_eager": args.eager, **more}
-    with Engine(args.environment, case.served, log, args.cores, **settings) as engine:
+    with Engine(args.environment, case.served, log, cores, **settings) as engine:
         found = {"error": engine.error}
         if engine.error is None:
             found = engine.generate(prompts, args.tokens, case.adapter)
