@@ -54,8 +54,10 @@ class IrqVllmConfig(QuantizationConfig):
 
         headers = get_safetensors_params_metadata(model_name, revision=revision)
         if headers:
-            dtypes = {name: str(info["dtype"]) for name, info in headers.items()}
-            self.modules = self.modules.with_tensors(dtypes)
+            tensors = {name: info for name, info in headers.items() if "dtype" in info}
+            self.modules = self.modules.with_tensors(
+                {name: str(info["dtype"]) for name, info in tensors.items()}
+            )
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Take the names that a model's class has for the modules of the files."""

@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from irq_convert.hf.causal_lm import load_tokenizer
 from tests.bench.serve_artifacts import Artifacts
 from tests.bench.serve_check import PROMPTS, Case, compare
+from tests.bench.serving import Engine
 
 ZERO: dict[str, Any] = {"codebook": "int", "zero_point": "integer"}
 
@@ -94,6 +95,7 @@ def main() -> None:
     tokenizer = load_tokenizer(args.model)
     prompts = [list(tokenizer(each)["input_ids"]) for each in PROMPTS]
     only = [each for each in args.only.split(",") if each]
+    engine = Engine(args.environment, args.work / "packed.log", args.cores, alone=True)
     print(f"{'export':<18} {'tokens':>6} {'greedy':>6} {'log-prob.':>9}")
     for each in exports():
         if only and each.name not in only:
@@ -104,9 +106,10 @@ def main() -> None:
             print(f"{each.name:<18} not exported: {error}", flush=True)
             continue
         case = Case(each.name, packed, reference=artifact)
-        row = compare(case, args, prompts)
+        row = compare(engine, case, args, prompts)
         figures = f"{row.tokens:>6} {row.greedy:>6} {row.difference:>9.1e}"
         print(f"{each.name:<18} {row.error or figures}", flush=True)
+    engine.close()
 
 
 if __name__ == "__main__":

@@ -59,10 +59,10 @@ def main() -> None:
         engines = {}
         for name, folder in models(made, args.names.split(",")).items():
             log = args.work / f"serve-{name}.log"
-            engine = Engine(args.environment, folder, log, args.cores, dtype=args.dtype)
-            engines[name] = stack.enter_context(engine)
-            if engine.error:
-                raise SystemExit(f"{name}: {engine.error}")
+            engines[name] = stack.enter_context(Engine(args.environment, log, args.cores))
+            found = engines[name].load(folder, dtype=args.dtype)
+            if found.get("error"):
+                raise SystemExit(f"{name}: {found['error']}")
         for batch in batches:
             for number in range(args.rounds + 1):  # the first warms up
                 for name, engine in engines.items():

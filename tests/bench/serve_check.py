@@ -102,23 +102,18 @@ def cases(made: Artifacts, only: list[str]) -> list[Case]:
     return found
 
 
-def compare(case: Case, args: argparse.Namespace, prompts: list[list[int]]) -> Row:
+def compare(engine: Engine, case: Case, args: argparse.Namespace, prompts: list[list[int]]) -> Row:
     """Generate with vLLM and go over the same tokens with our loader."""
-    more: dict[str, Any] = {}
+    settings: dict[str, Any] = {"dtype": args.dtype, "enforce_eager": args.eager}
     if case.adapter is not None:
-        more = {"enable_lora": True, "max_lora_rank": 8}
-    cores = args.cores
+        settings |= {"enable_lora": True, "max_lora_rank": 8}
     if case.ranks > 1:
-        more = {"tensor_parallel_size": case.ranks}
-        cores = "|".join([cores] * case.ranks)
-    log = args.work / f"{case.name}.log"
-    settings = {"dtype": args.dtype, "enforce_eager": args.eager, **more}
-    with Engine(args.environment, case.served, log, cores, **settings) as engine:
-        found = {"error": engine.error}
-        if engine.error is None:
-            found = engine.generate(prompts, args.tokens, case.adapter)
+        settings |= {"tensor_parallel_size": case.ranks}
+    found = loaded = engine.load(case.served, **settings)
+    if not loaded.get("error"):
+        found = engine.generate(prompts, args.tokens, case.adapter)
     if found.get("error"):
-        return Row(case.name, 0, 0, float("nan"), 0.0, engine.seconds, found["error"])
+        return Row(case.name, 0, 0, float("nan"), 0.0, 0.0, found["error"])
     model = ours(case, getattr(torch, args.dtype))
     greedy, tokens, worst, rest = 0, 0, 0.0, 0.0
     for prompt, answer in zip(prompts, found["answers"], strict=True):
@@ -133,7 +128,7 @@ def compare(case: Case, args: argparse.Namespace, prompts: list[list[int]]) -> R
         tokens += len(ids)
     del model
     gc.collect()
-    return Row(case.name, tokens, greedy, worst, rest, engine.seconds)
+    return Row(case.name, tokens, greedy, worst, rest, loaded["seconds"])
 
 
 def ours(case: Case, dtype: torch.dtype) -> Any:
@@ -171,9 +166,15 @@ def main() -> int:
     tokenizer = load_tokenizer(args.model)
     prompts = [list(tokenizer(each)["input_ids"]) for each in PROMPTS]
     rows = []
+    alone = Engine(args.environment, args.work / "check.log", args.cores, alone=True)
     print(f"{'case':<14} {'tokens':>6} {'greedy':>6} {'largest difference':>18} {'load':>7}")
     for case in cases(made, [each for each in args.only.split(",") if each]):
-        row = compare(case, args, prompts)
+        if case.ranks == 1:
+            row = compare(alone, case, args, prompts)
+        else:
+            cores = "|".join([args.cores] * case.ranks)
+            with Engine(args.environment, args.work / "ranks.log", cores) as several:
+                row = compare(several, case, args, prompts)
         rows.append(row)
         if row.error:
             print(f"{row.case:<14} {row.error}", flush=True)
@@ -183,6 +184,7 @@ def main() -> int:
             f"{row.seconds:>5.0f} s",
             flush=True,
         )
+    alone.close()
     if args.json:
         args.json.write_text(json.dumps([asdict(row) for row in rows], indent=2))
     if args.server:

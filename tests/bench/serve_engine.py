@@ -2,13 +2,15 @@
 
     ENV/bin/python tests/bench/serve_engine.py
 
-The first line on standard input has the arguments of `vllm.LLM`, every further one a job: `prompts`
-(lists of token ids), `tokens` to generate greedily, `adapter` (a folder, or null). Each is answered
-by one line on standard output that begins with `@`: token ids, their log-probabilities, seconds.
+A line on standard input has the arguments of `vllm.LLM`, which takes the place of the engine before,
+or is a job for it: `prompts` (lists of token ids), `tokens` to generate greedily, `adapter` (a
+folder, or null). Each is answered by one line on standard output that begins with `@`: seconds,
+token ids and their log-probabilities, or an error.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import time
@@ -42,19 +44,34 @@ def generate(engine: Any, job: dict[str, Any]) -> None:
     answer(answers=answers, seconds=seconds)
 
 
-def main() -> None:
+def load(arguments: dict[str, Any]) -> Any:
+    """An engine, or None where the model cannot be loaded; answers either way."""
     from vllm import LLM
 
-    arguments = json.loads(sys.stdin.readline())
     begun = time.perf_counter()
     try:
         engine = LLM(**arguments)
     except Exception as error:  # whatever a model that cannot be loaded ends in
-        answer(error=f"{type(error).__name__}: {error}".partition("\n")[0])
-        return
+        answer(error=" ".join(f"{type(error).__name__}: {error}".split()))
+        return None
     answer(seconds=time.perf_counter() - begun)
+    return engine
+
+
+def main() -> None:
+    engine: Any = None
     for line in sys.stdin:
-        generate(engine, json.loads(line))
+        job = json.loads(line)
+        if "prompts" in job:
+            generate(engine, job)
+            continue
+        if engine is not None:
+            from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+            engine = None
+            gc.collect()
+            cleanup_dist_env_and_memory()
+        engine = load(job)
 
 
 if __name__ == "__main__":

@@ -15,18 +15,18 @@ SPACE_GB = 1
 
 
 class Engine:
-    """A process with one model in vLLM. `seconds` to load, or the `error` it ended with.
+    """A process that has one model at a time in vLLM. `log` takes what vLLM prints.
 
-    `log` takes what vLLM prints. `threads` are numbers of cores, such as "0" or "0-1".
+    `cores` are their numbers, such as "0" or "0-1", with a bar between those of ranks. `alone`: all
+    in one process, which vLLM does on CPUs for one rank only; otherwise as it serves.
     """
 
-    def __init__(
-        self, environment: Path, model: Path, log: Path, cores: str = "0", **settings: Any
-    ) -> None:
+    def __init__(self, environment: Path, log: Path, cores: str = "0", alone: bool = False) -> None:
         self.log = log
         own = {
             "VLLM_CPU_KVCACHE_SPACE": str(SPACE_GB),
             "VLLM_CPU_OMP_THREADS_BIND": cores,
+            "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(not alone)),
             "VLLM_NO_USAGE_STATS": "1",
             "HF_HUB_OFFLINE": "1",
             "OMP_NUM_THREADS": "1",
@@ -38,17 +38,17 @@ class Engine:
                 stdout=subprocess.PIPE,
                 stderr=out,
                 text=True,
-                env={**own, **os.environ, **own},
+                env={**os.environ, **own},
             )
-        arguments = {"model": str(model), "max_model_len": 256, **settings}
-        found = self._ask(arguments)
-        self.seconds: float = found.get("seconds", 0.0)
-        self.error: str | None = found.get("error")
+
+    def load(self, model: Path, **settings: Any) -> dict[str, Any]:
+        """Load `model`, in place of the one before: the `seconds` it took, or the `error`."""
+        return self._ask({"model": str(model), "max_model_len": 256, **settings})
 
     def generate(
         self, prompts: list[list[int]], tokens: int, adapter: Path | None = None
     ) -> dict[str, Any]:
-        """Greedy text: for each prompt `ids` and `logprobs`, and the `seconds` of all."""
+        """Greedy text: `answers` with `ids` and `logprobs` for each prompt, and the `seconds`."""
         given = None if adapter is None else str(adapter)
         return self._ask({"prompts": prompts, "tokens": tokens, "adapter": given})
 
