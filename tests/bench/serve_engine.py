@@ -2,7 +2,7 @@
 
     ENV/bin/python tests/bench/serve_engine.py
 
-A line on standard input has the arguments of `vllm.LLM`, which takes the place of the engine before,
+A line on standard input has the arguments of `vllm.LLM`, in place of the engine that was there,
 or is a job for it: `prompts` (lists of token ids), `tokens` to generate greedily, `adapter` (a
 folder, or null). Each is answered by one line on standard output that begins with `@`: seconds,
 token ids and their log-probabilities, or an error.
