@@ -109,9 +109,7 @@ def compare(engine: Engine, case: Case, args: argparse.Namespace, prompts: list[
         settings |= {"enable_lora": True, "max_lora_rank": 8}
     if case.ranks > 1:
         settings |= {"tensor_parallel_size": case.ranks}
-    found = loaded = engine.load(case.served, **settings)
-    if not loaded.get("error"):
-        found = engine.generate(prompts, args.tokens, case.adapter)
+    found = engine.once(case.served, prompts, args.tokens, case.adapter, **settings)
     if found.get("error"):
         return Row(case.name, 0, 0, float("nan"), 0.0, 0.0, found["error"])
     model = ours(case, getattr(torch, args.dtype))
@@ -128,7 +126,7 @@ def compare(engine: Engine, case: Case, args: argparse.Namespace, prompts: list[
         tokens += len(ids)
     del model
     gc.collect()
-    return Row(case.name, tokens, greedy, worst, rest, loaded["seconds"])
+    return Row(case.name, tokens, greedy, worst, rest, found["loaded"])
 
 
 def ours(case: Case, dtype: torch.dtype) -> Any:

@@ -1,17 +1,18 @@
-"""One engine of vLLM that answers lines of JSON: the part of the serve scripts that vLLM runs.
+"""Engines of vLLM that answer lines of JSON: the part of the serve scripts that vLLM runs.
 
     ENV/bin/python tests/bench/serve_engine.py
 
-A line on standard input has the arguments of `vllm.LLM`, in place of the engine that was there,
-or is a job for it: `prompts` (lists of token ids), `tokens` to generate greedily, `adapter` (a
-folder, or null). Each is answered by one line on standard output that begins with `@`: seconds,
-token ids and their log-probabilities, or an error.
+A line on standard input has under `engine` the arguments of `vllm.LLM`, or is a job for the engine
+that is there: `prompts` (lists of token ids), `tokens` to generate greedily, `adapter` (a folder,
+or null). One with both is done by a fork, and leaves nothing: vLLM on a CPU takes one model a
+process. Each is answered by one line on standard output that begins with `@`: seconds, token ids
+and their log-probabilities, or an error.
 """
 
 from __future__ import annotations
 
-import gc
 import json
+import os
 import sys
 import time
 from typing import Any
@@ -21,8 +22,20 @@ def answer(**found: Any) -> None:
     print("@" + json.dumps(found), flush=True)
 
 
-def generate(engine: Any, job: dict[str, Any]) -> None:
-    """Run one job and answer."""
+def load(arguments: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """An engine with the seconds it took, or None with the error that it ended in."""
+    from vllm import LLM
+
+    begun = time.perf_counter()
+    try:
+        engine = LLM(**arguments)
+    except Exception as error:  # whatever a model that cannot be loaded ends in
+        return None, {"error": " ".join(f"{type(error).__name__}: {error}".split())}
+    return engine, {"loaded": time.perf_counter() - begun}
+
+
+def generate(engine: Any, job: dict[str, Any]) -> dict[str, Any]:
+    """What one job gives."""
     from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
 
@@ -41,37 +54,39 @@ def generate(engine: Any, job: dict[str, Any]) -> None:
         ids = list(one.token_ids)
         chosen = [at[token].logprob for at, token in zip(one.logprobs, ids, strict=True)]
         answers.append({"ids": ids, "logprobs": chosen})
-    answer(answers=answers, seconds=seconds)
+    return {"answers": answers, "seconds": seconds}
 
 
-def load(arguments: dict[str, Any]) -> Any:
-    """An engine, or None where the model cannot be loaded; answers either way."""
-    from vllm import LLM
+def once(job: dict[str, Any]) -> None:
+    """Load, generate and answer in a fork."""
+    import vllm.model_executor.models.llama
+    import vllm.v1.engine.llm_engine
+    import vllm.v1.worker.cpu_model_runner  # noqa: F401
 
-    begun = time.perf_counter()
-    try:
-        engine = LLM(**arguments)
-    except Exception as error:  # whatever a model that cannot be loaded ends in
-        answer(error=" ".join(f"{type(error).__name__}: {error}".split()))
-        return None
-    answer(seconds=time.perf_counter() - begun)
-    return engine
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid:
+        if os.waitpid(pid, 0)[1]:
+            answer(error="the process with the engine ended")
+        return
+    engine, found = load(job["engine"])
+    if engine is not None:
+        found |= generate(engine, job)
+    answer(**found)
+    os._exit(0)
 
 
 def main() -> None:
     engine: Any = None
     for line in sys.stdin:
         job = json.loads(line)
-        if "prompts" in job:
-            generate(engine, job)
-            continue
-        if engine is not None:
-            from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
-
-            engine = None
-            gc.collect()
-            cleanup_dist_env_and_memory()
-        engine = load(job)
+        if "engine" in job and "prompts" in job:
+            once(job)
+        elif "engine" in job:
+            engine, found = load(job["engine"])
+            answer(**found)
+        else:
+            answer(**generate(engine, job))
 
 
 if __name__ == "__main__":

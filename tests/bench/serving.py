@@ -15,7 +15,7 @@ SPACE_GB = 1
 
 
 class Engine:
-    """A process that has one model at a time in vLLM. `log` takes what vLLM prints.
+    """A process with a model in vLLM, or with one after the other. `log` takes what vLLM prints.
 
     `cores` are their numbers, such as "0" or "0-1", with a bar between those of ranks. `alone`: all
     in one process, which vLLM does on CPUs for one rank only; otherwise as it serves.
@@ -42,15 +42,25 @@ class Engine:
             )
 
     def load(self, model: Path, **settings: Any) -> dict[str, Any]:
-        """Load `model`, in place of the one before: the `seconds` it took, or the `error`."""
-        return self._ask({"model": str(model), "max_model_len": 256, **settings})
+        """Load `model`; the seconds under `loaded`, or the `error`."""
+        return self._ask({"engine": _arguments(model, settings)})
 
-    def generate(
-        self, prompts: list[list[int]], tokens: int, adapter: Path | None = None
-    ) -> dict[str, Any]:
+    def generate(self, prompts: list[list[int]], tokens: int) -> dict[str, Any]:
         """Greedy text: `answers` with `ids` and `logprobs` for each prompt, and the `seconds`."""
+        return self._ask({"prompts": prompts, "tokens": tokens})
+
+    def once(
+        self,
+        model: Path,
+        prompts: list[list[int]],
+        tokens: int,
+        adapter: Path | None = None,
+        **settings: Any,
+    ) -> dict[str, Any]:
+        """`load` and `generate` in a fork of the process, which stays empty."""
         given = None if adapter is None else str(adapter)
-        return self._ask({"prompts": prompts, "tokens": tokens, "adapter": given})
+        job = {"prompts": prompts, "tokens": tokens, "adapter": given}
+        return self._ask({"engine": _arguments(model, settings), **job})
 
     def close(self) -> None:
         """End the process."""
@@ -86,3 +96,7 @@ class Engine:
         errors = [line for line in lines if re.search(r"\w*Error: ", line)]
         own = [line for line in errors if "Engine core" not in line] or errors or ["ended"]
         return re.sub(r"^.*?(\w*Error: )", r"\1", own[-1])
+
+
+def _arguments(model: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    return {"model": str(model), "max_model_len": 256, **settings}
