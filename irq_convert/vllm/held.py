@@ -132,12 +132,12 @@ class HeldWeights(nn.Module):
                 rows = rows[:, slice(*piece.shard.columns)]
             self._register(number, [rows.to(self.dtype)])
             return
-        whole = QuantizedTensor(
-            *(parts.get(suffix) for suffix in SUFFIXES),  # type: ignore[arg-type]
-            piece.cols,
-            piece.fmt.codebook,
-            piece.fmt.block_size,
-        )
+        codes, scale, tau, *grids = (parts.get(suffix) for suffix in SUFFIXES)
+        assert codes is not None
+        assert scale is not None
+        assert tau is not None
+        own = (piece.cols, piece.fmt.codebook, piece.fmt.block_size)
+        whole = QuantizedTensor(codes, scale, tau, grids[0], grids[1], *own)
         whole.check(f"{piece.name}.weight")
         q = cut(piece.name, whole, piece.shard)
         self._register(number, [q.codes, q.scale, q.tau, q.scale_grid, q.tau_grid])

@@ -66,7 +66,7 @@ class HeldExperts(nn.Module):
     def finish(self, empty: bool = False) -> None:
         """As `HeldWeights.finish`, of all experts."""
         for held in (*self.first, *self.second):
-            held.finish(empty)  # type: ignore[operator]
+            held.finish(empty)
 
 
 _LAYERS: WeakValueDictionary[str, HeldExperts] = WeakValueDictionary()

@@ -38,7 +38,7 @@ class IrqLinearMethod(LinearMethodBase):
 
     def create_weights(
         self,
-        layer: torch.nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -58,24 +58,22 @@ class IrqLinearMethod(LinearMethodBase):
         self.empty = is_dummy()
         hold(layer, HeldWeights(pieces, params_dtype))
 
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Raises `IrqError` naming a tensor that the files lack."""
         layer.irq.finish(self.empty)
 
-    def apply(
-        self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """`x` `[..., inputs]` to `[..., outputs]`."""
         found: torch.Tensor = layer.irq(x, bias)
         return found
 
-    def dequantize_weight(self, layer: torch.nn.Module) -> torch.Tensor:
+    def dequantize_weight(self, layer: Any) -> torch.Tensor:
         """The dense weight of this rank, `[outputs, inputs]`."""
         found: torch.Tensor = layer.irq.dense(layer.params_dtype)
         return found
 
 
-def hold(layer: torch.nn.Module, held: HeldWeights) -> None:
+def hold(layer: Any, held: HeldWeights) -> None:
     """Let `layer` take the tensors of `held` under the names that its files have for them.
 
     The parameters under those names stay empty: vLLM counts them as loaded, and LoRA asks the first

@@ -29,7 +29,7 @@ class IrqTableMethod(QuantizeMethodBase):
 
     def create_weights(
         self,
-        layer: torch.nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -44,11 +44,11 @@ class IrqTableMethod(QuantizeMethodBase):
         self.empty = is_dummy()
         hold(layer, HeldWeights((Piece(self.name, input_size, shard, self.fmt),), params_dtype))
 
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Raises `IrqError` naming a tensor that the files lack."""
         layer.irq.finish(self.empty)
 
-    def embedding(self, layer: torch.nn.Module, input_: torch.Tensor) -> torch.Tensor:
+    def embedding(self, layer: Any, input_: torch.Tensor) -> torch.Tensor:
         """Rows of integers `[...]`, `[..., inputs]` in the dtype of the model."""
         held: Any = layer.irq
         ids = input_.reshape(-1)
@@ -58,16 +58,14 @@ class IrqTableMethod(QuantizeMethodBase):
             rows = packed_embedding(ids, held.quantized(0), held.dtype)
         return rows.view(*input_.shape, -1)
 
-    def apply(
-        self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """`x` `[..., inputs]` to a number for each row that vLLM has, those of its padding 0."""
         held: Any = layer.irq
-        more = int(layer.num_embeddings_per_partition) - held.rows[0]  # type: ignore[arg-type]
+        more = int(layer.num_embeddings_per_partition) - held.rows[0]
         logits: torch.Tensor = functional.pad(held(x), (0, more)) if more else held(x)
         return logits if bias is None else logits + bias
 
-    def tie_weights(self, layer: torch.nn.Module, embed_tokens: torch.nn.Module) -> torch.nn.Module:
+    def tie_weights(self, layer: Any, embed_tokens: Any) -> Any:
         """Let the head `layer` hold what `embed_tokens` holds."""
         held: Any = embed_tokens.irq
         layer.irq = held
