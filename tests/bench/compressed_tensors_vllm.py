@@ -21,7 +21,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from irq_convert.hf.causal_lm import load_tokenizer
-from tests.bench.serve_artifacts import Artifacts
+from tests.bench.serve_artifacts import Artifacts, small_llama
 from tests.bench.serve_check import PROMPTS, Case, compare
 from tests.bench.serving import Engine
 
@@ -84,6 +84,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--cores", default="0")
+    parser.add_argument("--small", action="store_true", help="a random llama, MODEL's tokenizer")
     parser.add_argument("--w4a8", action="store_true")
     args = parser.parse_args()
     args.eager = True
@@ -91,7 +92,8 @@ def main() -> None:
     text = args.work / "text.txt"
     args.work.mkdir(parents=True, exist_ok=True)
     text.write_text("\n".join([*PROMPTS] * 200))
-    made = Artifacts(args.model, text, args.work)
+    model = small_llama(args.model, args.work / "small") if args.small else args.model
+    made = Artifacts(model, text, args.work)
     tokenizer = load_tokenizer(args.model)
     prompts = [list(tokenizer(each)["input_ids"]) for each in PROMPTS]
     only = [each for each in args.only.split(",") if each]

@@ -68,23 +68,9 @@ class Artifacts:
         def make(out: Path) -> None:
             from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-            torch.manual_seed(0)
-            shape = {"hidden_size": 256, "head_dim": 64, "num_attention_heads": 4}
-            config = Qwen3MoeConfig(
-                **shape,
-                vocab_size=json.loads((self.model / "config.json").read_text())["vocab_size"],
-                num_hidden_layers=2,
-                num_key_value_heads=2,
-                num_experts=8,
-                num_experts_per_tok=2,
-                moe_intermediate_size=128,
-                intermediate_size=256,
-                max_position_embeddings=512,
-                initializer_range=0.2,
-            )
-            Qwen3MoeForCausalLM(config).save_pretrained(out)
-            for name in ("tokenizer.json", "tokenizer_config.json"):
-                shutil.copy(self.model / name, out / name)
+            more = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 128}
+            config = Qwen3MoeConfig(**SHAPE, **more, vocab_size=vocabulary(self.model))
+            save_random(Qwen3MoeForCausalLM, config, self.model, out)
 
         dense = self._made("mixture", make)
         return self._made(
@@ -97,3 +83,39 @@ class Artifacts:
             print(f"making {name}", flush=True)
             make(out)
         return out
+
+
+SHAPE = {
+    "hidden_size": 256,
+    "head_dim": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 2,
+    "intermediate_size": 512,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,
+}
+"""Of random models, whose answers are sure enough to be compared."""
+
+
+def small_llama(tokenizer: Path, out: Path) -> Path:
+    """A random llama of two layers, every width of which groups of 128 divide."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    if not out.is_dir():
+        config = LlamaConfig(**SHAPE, vocab_size=vocabulary(tokenizer))
+        save_random(LlamaForCausalLM, config, tokenizer, out)
+    return out
+
+
+def vocabulary(model: Path) -> int:
+    """How many tokens `model` has."""
+    return int(json.loads((model / "config.json").read_text())["vocab_size"])
+
+
+def save_random(cls: Any, config: Any, tokenizer: Path, out: Path) -> None:
+    """Save a model of `cls` with random weights and the tokenizer of another."""
+    torch.manual_seed(0)
+    cls(config).save_pretrained(out)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tokenizer / name, out / name)
