@@ -25,6 +25,8 @@ from tests.bench.serve_artifacts import Artifacts, small_llama
 from tests.bench.serve_check import PROMPTS, Case, compare
 from tests.bench.serving import Engine
 
+WIDTH = 300
+"""Of a line: vLLM's errors are long."""
 ZERO: dict[str, Any] = {"codebook": "int", "zero_point": "integer"}
 
 
@@ -110,7 +112,7 @@ def main() -> None:
         case = Case(each.name, packed, reference=artifact)
         row = compare(engine, case, args, prompts)
         figures = f"{row.tokens:>6} {row.greedy:>6} {row.difference:>9.1e}"
-        print(f"{each.name:<18} {row.error or figures}", flush=True)
+        print(f"{each.name:<18} {row.error or figures}"[:WIDTH], flush=True)
     engine.close()
 
 

@@ -22,6 +22,11 @@ def answer(**found: Any) -> None:
     print("@" + json.dumps(found), flush=True)
 
 
+def described(error: Exception) -> str:
+    """An error in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
 def load(arguments: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """An engine with the seconds it took, or None with the error that it ended in."""
     from vllm import LLM
@@ -30,7 +35,7 @@ def load(arguments: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     try:
         engine = LLM(**arguments)
     except Exception as error:  # whatever a model that cannot be loaded ends in
-        return None, {"error": " ".join(f"{type(error).__name__}: {error}".split())}
+        return None, {"error": described(error)}
     return engine, {"loaded": time.perf_counter() - begun}
 
 
@@ -71,7 +76,10 @@ def once(job: dict[str, Any]) -> None:
         return
     engine, found = load(job["engine"])
     if engine is not None:
-        found |= generate(engine, job)
+        try:
+            found |= generate(engine, job)
+        except Exception as error:  # a kernel that this machine lacks
+            found["error"] = f"loaded, then {described(error)}"
     answer(**found)
     os._exit(0)
 
