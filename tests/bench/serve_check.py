@@ -186,7 +186,9 @@ def main() -> int:
     if args.json:
         args.json.write_text(json.dumps([asdict(row) for row in rows], indent=2))
     if args.server:
-        ask_server(args.environment, made.codebook("nf3"), args.work / "server.log", PROMPTS[0])
+        ask_server(
+            args.environment, made.codebook("nf3"), args.work / "server.log", PROMPTS[0], args.eager
+        )
     bad = [r for r in rows if r.error or r.greedy < r.tokens or r.difference > CLOSE]
     return int(bool(bad) and args.dtype == "float32")
 

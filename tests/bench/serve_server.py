@@ -23,14 +23,16 @@ print(model, "|", made.choices[0].text.strip().replace("\\n", " "))
 """
 
 
-def ask_server(environment: Path, model: Path, log: Path, prompt: str) -> str:
+def ask_server(environment: Path, model: Path, log: Path, prompt: str, eager: bool = False) -> str:
     """Start the server on `model`, ask it to go on from `prompt`, print and return its answer.
+
+    `eager`: without torch.compile, which takes minutes of a CPU before the first answer.
 
     Raises `RuntimeError` with the log's end where it does not come up.
     """
     command = [environment / "bin" / "vllm", "serve", model, "--port", str(PORT)]
     env = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
-    more = ["--max-model-len", "256"]
+    more = ["--max-model-len", "256", *(["--enforce-eager"] if eager else [])]
     begun = time.perf_counter()
     with log.open("wb") as out:
         server = subprocess.Popen(
@@ -46,7 +48,10 @@ def ask_server(environment: Path, model: Path, log: Path, prompt: str) -> str:
         return found.stdout
     finally:
         server.terminate()
-        server.wait(60)
+        try:
+            server.wait(60)
+        except subprocess.TimeoutExpired:
+            server.kill()
 
 
 def _wait(server: subprocess.Popen[bytes], log: Path, begun: float) -> None:
