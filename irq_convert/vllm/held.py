@@ -127,7 +127,7 @@ class HeldWeights(nn.Module):
         piece = self.pieces[number]
         self._check(piece, parts[""])
         if piece.fmt is None:
-            rows = torch.cat([parts[""][begin:end] for begin, end in piece.shard.rows])
+            rows = torch.cat([parts[""][begin:end] for begin, end in piece.shard.rows or ((0, 0),)])
             if piece.shard.columns is not None:
                 rows = rows[:, slice(*piece.shard.columns)]
             self._register(number, [rows.to(self.dtype)])

@@ -64,13 +64,13 @@ def cut(name: str, q: QuantizedTensor, shard: Shard) -> QuantizedTensor:
     do not lie on the borders of blocks.
     """
     check_columns(name, shard, q.cols, q.block_size)
-    rows = joined(shard.rows)
+    rows = joined(shard.rows) or ((0, 0),)
     if shard.columns is None or shard.columns == (0, q.cols):
         parts = [cut_rows(q, begin, end) for begin, end in rows]
-        return parts[0] if len(parts) == 1 else _stacked(q, parts)
+        return _stacked(parts)
     first, last = shard.columns[0] // q.block_size, -(-shard.columns[1] // q.block_size)
     parts = [cut_columns(plain(cut_rows(q, begin, end)), first, last) for begin, end in rows]
-    return parts[0] if len(parts) == 1 else _stacked(parts[0], parts)
+    return _stacked(parts)
 
 
 def plain(q: QuantizedTensor) -> QuantizedTensor:
@@ -82,9 +82,11 @@ def plain(q: QuantizedTensor) -> QuantizedTensor:
     return replace(q, scale=scale, tau=tau, scale_grid=None, tau_grid=None)
 
 
-def _stacked(like: QuantizedTensor, parts: list[QuantizedTensor]) -> QuantizedTensor:
-    """`parts` one below the other; without any, no rows."""
-    wide = [plain(part) for part in parts or [cut_rows(like, 0, 0)]]
+def _stacked(parts: list[QuantizedTensor]) -> QuantizedTensor:
+    """`parts`, at least one, one below the other."""
+    if len(parts) == 1:
+        return parts[0]
+    wide = [plain(part) for part in parts]
     codes, scale, tau = (
         torch.cat([getattr(part, what) for part in wide]) for what in ("codes", "scale", "tau")
     )

@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument("--batches", default="1,8")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--eager", action="store_true", help="no torch.compile")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     made = Artifacts(args.model, args.work / "text.txt", args.work)
@@ -60,7 +61,9 @@ def main() -> None:
         for name, folder in models(made, args.names.split(",")).items():
             log = args.work / f"serve-{name}.log"
             engines[name] = stack.enter_context(Engine(args.environment, log, args.cores))
-            found = engines[name].load(folder, dtype=args.dtype)
+            found = engines[name].load(
+                folder, dtype=args.dtype, enforce_eager=args.eager
+            )
             if found.get("error"):
                 raise SystemExit(f"{name}: {found['error']}")
         for batch in batches:
