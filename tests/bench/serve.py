@@ -61,9 +61,7 @@ def main() -> None:
         for name, folder in models(made, args.names.split(",")).items():
             log = args.work / f"serve-{name}.log"
             engines[name] = stack.enter_context(Engine(args.environment, log, args.cores))
-            found = engines[name].load(
-                folder, dtype=args.dtype, enforce_eager=args.eager
-            )
+            found = engines[name].load(folder, dtype=args.dtype, enforce_eager=args.eager)
             if found.get("error"):
                 raise SystemExit(f"{name}: {found['error']}")
         for batch in batches:
