@@ -166,9 +166,9 @@ def _levels(codebook: str) -> np.ndarray:
 
 
 @functools.cache
-def _pool(process: int, threads: int) -> ThreadPoolExecutor:
+def thread_pool(process: int, threads: int) -> ThreadPoolExecutor:
     """Workers of this process; threads do not survive a fork, so the key names the process."""
-    return ThreadPoolExecutor(threads, thread_name_prefix="irq-dequantize")
+    return ThreadPoolExecutor(threads, thread_name_prefix="irq")
 
 
 def _split(
@@ -181,7 +181,7 @@ def _split(
         kernel(begin, end, begin, *args, out)
         return
     edges = [begin + rows * i // threads for i in range(threads + 1)]
-    pool = _pool(os.getpid(), threads - 1)
+    pool = thread_pool(os.getpid(), threads - 1)
     jobs = [pool.submit(kernel, low, high, begin, *args, out) for low, high in pairwise(edges[1:])]
     kernel(begin, edges[1], begin, *args, out)
     for job in jobs:

@@ -103,7 +103,7 @@ class IrqExperts(nn.Module):
     def _expert(self, name: str, layout: Stacked | Separate, number: int) -> list[Linear]:
         if isinstance(layout, Separate):
             return [self.get_submodule(child) for child in layout.children[number]]
-        return [functools.partial(_multiply, self.quantized(name, number))]
+        return [functools.partial(_multiply, self.quantized(name, number), self.training)]
 
     def _part(self, name: str, suffix: str) -> torch.Tensor:
         found = self._parameters[name + suffix]
@@ -255,8 +255,8 @@ def unpack_experts(module: IrqExperts, dtype: torch.dtype) -> None:
         module.register_parameter(name, nn.Parameter(weight))
 
 
-def _multiply(q: QuantizedTensor, x: torch.Tensor) -> torch.Tensor:
-    return packed_linear(autocast_input(x), q)
+def _multiply(q: QuantizedTensor, training: bool, x: torch.Tensor) -> torch.Tensor:
+    return packed_linear(autocast_input(x), q, training=training)
 
 
 def _dense_rows(module: nn.Module, child: str, dtype: torch.dtype) -> torch.Tensor:

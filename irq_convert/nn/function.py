@@ -1,11 +1,12 @@
 """`y = x W^T + b` for a packed `W`: the dense weight exists only while a product is computed.
 
-The autograd function saves nothing but the packed parts, which the module owns anyway, and the
-input where statistics are trained, and dequantizes again for the gradient of the input. The
-products walk over tiles of the weight, of rows forward and of columns backward, so that the dense
-weight is never whole. Three operators, `irq::linear`, `irq::linear_grad` and
-`irq::statistics_grad`, keep compilers from looking inside, so a compiled model computes the same
-bits.
+In a model that is not trained, a few inputs are multiplied with the packed weight itself
+(`core/decode.py`). Otherwise the autograd function saves nothing but the packed parts, which the
+module owns anyway, and the input where statistics are trained, and dequantizes again for the
+gradient of the input. The products walk over tiles of the weight, of rows forward and of columns
+backward, so that the dense weight is never whole. Four operators, `irq::product`, `irq::linear`,
+`irq::linear_grad` and `irq::statistics_grad`, keep compilers from looking inside, so a compiled
+model computes the same bits.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 
 from irq_convert.core import product
+from irq_convert.core.decode import packed_product
 from irq_convert.core.dequantize import dequantize_tensor
 from irq_convert.core.product import tiled_product
 from irq_convert.core.quantized import QuantizedTensor
@@ -25,16 +27,23 @@ from irq_convert.nn.statistics_grad import statistics_grad
 
 
 def packed_linear(
-    x: torch.Tensor, q: QuantizedTensor, bias: torch.Tensor | None = None
+    x: torch.Tensor, q: QuantizedTensor, bias: torch.Tensor | None = None, *, training: bool = True
 ) -> torch.Tensor:
     """`x @ W^T + bias` with `W` the dense values of `q` in the dtype of `x`.
 
     `x` floating `[..., cols]`, `bias` `[rows]` of the same dtype; returns `[..., rows]`.
-    Differentiable in `x` and `bias`, and in floating statistics that require gradients.
+    Differentiable in `x` and `bias`, and in floating statistics that require gradients. Where
+    neither `training` nor gradients are on it is `packed_product`: for a few inputs at least as
+    near to the exact product, and not the same bits. (Training runs without gradients, too, where a
+    checkpoint is computed again later, and has to find the same bits then.)
     """
-    return _PackedLinear.apply(
-        x, bias, q.codes, q.scale, q.tau, q.scale_grid, q.tau_grid, q.cols, q.codebook, q.block_size
-    )
+    parts = (q.codes, q.scale, q.tau, q.scale_grid, q.tau_grid, q.cols, q.codebook, q.block_size)
+    if training or torch.is_grad_enabled():
+        return _PackedLinear.apply(x, bias, *parts)
+    if _is_plain(x):
+        return packed_product(x, q, bias)
+    product: torch.Tensor = torch.ops.irq.product(x, bias, *parts)
+    return product
 
 
 class _PackedLinear(torch.autograd.Function):
@@ -114,6 +123,23 @@ def _linear_grad(grad: torch.Tensor, q: QuantizedTensor) -> torch.Tensor:
     return grad_x.view(*grad.shape[:-1], q.cols)
 
 
+@torch.library.custom_op("irq::product", mutates_args=())
+def _product_op(
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    tau: torch.Tensor,
+    scale_grid: torch.Tensor | None,
+    tau_grid: torch.Tensor | None,
+    cols: int,
+    codebook: str,
+    block_size: int,
+) -> torch.Tensor:
+    q = QuantizedTensor(codes, scale, tau, scale_grid, tau_grid, cols, codebook, block_size)
+    return packed_product(x, q, bias)
+
+
 @torch.library.custom_op("irq::linear", mutates_args=())
 def _linear_op(
     x: torch.Tensor,
@@ -131,6 +157,7 @@ def _linear_op(
     return tiled_product(x, q, bias)
 
 
+@_product_op.register_fake
 @_linear_op.register_fake
 def _linear_fake(
     x: torch.Tensor, bias: torch.Tensor | None, codes: torch.Tensor, *parts: Any

@@ -79,7 +79,8 @@ class IrqLinear(PackedWeight, nn.Linear):  # type: ignore[override]  # weight is
                 "to the dtype of this layer's weight; convert it with this layer left dense"
             )
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return packed_linear(x, self.quantized() if q is None else q, bias)
+        q = self.quantized() if q is None else q
+        return packed_linear(x, q, bias, training=self.training)
 
     def extra_repr(self) -> str:
         return (

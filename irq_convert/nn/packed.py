@@ -8,6 +8,7 @@ computing nonsense (`guard.py`).
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, Self
@@ -128,18 +129,21 @@ class PackedWeight(nn.Module):
 
     def quantized(self) -> QuantizedTensor:
         """The weight as a `QuantizedTensor` that shares the parameters' memory."""
-        codes = self._parameters["weight"]
-        assert codes is not None
-        return QuantizedTensor(
-            codes,
-            self.weight_scale,
-            self.weight_tau,
-            self.weight_scale_grid,
-            self.weight_tau_grid,
-            self.matrix_shape[1],
-            self.fmt.codebook,
-            self.fmt.block_size,
-        )
+        # Asked once a token: the same object as long as the parameters are.
+        parts = tuple(map(self._parameters.__getitem__, PARTS))
+        known: QuantizedTensor | None = self.__dict__.get("_quantized")
+        if known is not None and all(map(operator.is_, parts, _parts(known))):
+            return known
+        assert parts[0] is not None
+        fmt, cols = self.fmt, self.matrix_shape[1]
+        given: Any = (*parts, cols, fmt.codebook, fmt.block_size)
+        found = QuantizedTensor(*given)
+        self.__dict__["_quantized"] = found
+        return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied and pickled: parameters once, not again in what was made of them."""
+        return {name: value for name, value in self.__dict__.items() if name != "_quantized"}
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The dense weight, `matrix_shape` in `dtype`."""
@@ -165,6 +169,10 @@ class PackedWeight(nn.Module):
         """Stored bits of a weight, statistics and grids included."""
         stored = sum(part.numel() * part.element_size() for part in self.packed_parts().values())
         return 8 * stored / max(1, math.prod(self.matrix_shape))
+
+
+def _parts(q: QuantizedTensor) -> tuple[torch.Tensor | None, ...]:
+    return q.codes, q.scale, q.tau, q.scale_grid, q.tau_grid
 
 
 def format_of_tensor(q: QuantizedTensor) -> ModuleFormat:

@@ -141,6 +141,7 @@ import sys
 import numpy as np, torch
 sys.path.insert(0, sys.argv[1])
 from tests.core.oracle import random_sample
+from irq_convert.core.decode import decodes, packed_product
 from irq_convert.core.dequantize import dequantize_tensor
 from irq_convert.core.kernels.lookup import LANES
 assert str(LANES) == sys.argv[2], LANES
@@ -150,6 +151,9 @@ for codebook in ("nf4", "int3", "nf2"):
         for dtype in (torch.float32, torch.bfloat16):
             wanted = torch.from_numpy(sample.dense).to(dtype)
             assert torch.equal(dequantize_tensor(sample.q, dtype, backend="numba"), wanted)
+            x = torch.ones(2, cols, dtype=dtype)
+            assert not decodes(x, sample.q)
+            assert torch.equal(packed_product(x, sample.q), torch.nn.functional.linear(x, wanted))
 """
 
 

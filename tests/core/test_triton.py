@@ -25,7 +25,7 @@ from tests.paths import ROOT
 
 KERNELS = {
     "prepare", "fit_groups", "search", "refine", "refine_zero_points", "measure", "add_up",
-    "emit", "dequantize", "sweep_panel", "descend_panel",
+    "emit", "dequantize", "sweep_panel", "descend_panel", "multiply_rows",
 }  # fmt: skip
 needs_triton = pytest.mark.skipif(not support._installed(), reason="Triton is not installed")
 

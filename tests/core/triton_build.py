@@ -23,6 +23,7 @@ from triton.runtime.jit import JITFunction
 from irq_convert.core.blocks import BlockShape
 from irq_convert.core.solver.portable import Book
 from irq_convert.core.spec import QuantSpec
+from irq_convert.core.triton.decode import decode_rows_triton
 from irq_convert.core.triton.dequantize import dequantize_triton
 from irq_convert.core.triton.descend import descend_panel_triton
 from irq_convert.core.triton.probe import failure
@@ -124,6 +125,8 @@ def main(architectures: list[int]) -> None:
         for dtype in (torch.float32, torch.bfloat16):
             out = torch.empty(16, 96, dtype=dtype)
             launches += recorded(lambda: dequantize_triton(q, 0, 16, out))  # noqa: B023
+            x = torch.empty(3, 96, dtype=dtype)
+            launches += recorded(lambda: decode_rows_triton(x, q))  # noqa: B023
         for launch in launches:
             built = launch.build(architecture)
             name = launch.kernel.fn.__name__

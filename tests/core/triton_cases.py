@@ -31,6 +31,7 @@ from irq_convert.core.spec import BLOCK_SIZES, QuantSpec
 from irq_convert.core.triton import dequantize as kernels
 from irq_convert.core.triton import quantize as driver
 from irq_convert.core.triton.arithmetic import round_down, round_even, round_up
+from irq_convert.core.triton.decode import decode_rows_triton
 from irq_convert.core.triton.prepare import _sort_pairs
 from irq_convert.core.triton.probe import failure
 from irq_convert.errors import IrqError
@@ -212,6 +213,33 @@ def test_columns_are_read_out_of_wider_rows(codebook: str, monkeypatch: pytest.M
     assert not part.codes.is_contiguous()
     dense = dequantize_tensor(part, backend="triton")
     assert torch.equal(dense, torch.from_numpy(sample.dense[:, 64:].copy()))
+
+
+@settings(max_examples=8)
+@given(
+    st.sampled_from(sorted(CODEBOOKS)),
+    st.sampled_from([16, 64, 1024]),
+    st.sampled_from(["uint8", "float16", "float32"]),
+    st.sampled_from([torch.float32, torch.float16]),
+    st.integers(1, 40),
+    st.integers(1, 1200),
+    st.integers(1, 5),
+)
+def test_products_with_packed_rows(
+    codebook: str,
+    block_size: int,
+    statistic: str,
+    dtype: torch.dtype,
+    rows: int,
+    cols: int,
+    tokens: int,
+) -> None:
+    sample = random_sample(cols, rows, cols, codebook, block_size, statistic, statistic)
+    x = torch.randn(tokens, cols, generator=torch.Generator().manual_seed(rows)).to(dtype)
+    found = decode_rows_triton(x, sample.q).double()
+    weight = torch.from_numpy(sample.dense).double()
+    bound = 1e-5 * (x.double().abs() @ weight.abs().T) + 1e-6
+    assert bool(((found - x.double() @ weight.T).abs() <= bound).all())
 
 
 @triton.jit

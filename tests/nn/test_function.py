@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from irq_convert.core import product
+from irq_convert.core.decode import MOST_TOKENS, decodes, packed_product
 from irq_convert.core.quantized import QuantizedTensor
 from irq_convert.nn import function
 from irq_convert.nn.function import packed_linear
@@ -45,6 +46,7 @@ def test_operators_keep_their_contract() -> None:
     q = random_sample(3, 20, 70).q
     parts = (q.codes, q.scale, q.tau, q.scale_grid, q.tau_grid, q.cols, q.codebook, q.block_size)
     x, bias, grad = torch.randn(3, 70), torch.randn(20), torch.randn(3, 20)
+    torch.library.opcheck(torch.ops.irq.product.default, (x, bias, *parts))
     torch.library.opcheck(torch.ops.irq.linear.default, (x, bias, *parts))
     torch.library.opcheck(torch.ops.irq.linear_grad.default, (grad, *parts))
 
@@ -62,6 +64,33 @@ def test_gradient_checkpointing(reentrant: bool) -> None:
         grads.append(own.grad)
     assert grads[0] is not None
     assert torch.equal(grads[0], grads[1])
+
+
+def test_a_few_inputs_of_a_model_that_is_not_trained_meet_packed_weights(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Compiled or not: the bits of `packed_product`; where it is trained those of dense tiles."""
+    model, x = two_layers().eval(), torch.randn(3, 100)
+    with torch.no_grad():
+        wanted = model(x)
+    trained = model(x)
+    torch.testing.assert_close(wanted, trained)
+    sizes = small_tiles(monkeypatch, 1 << 20)
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        assert torch.equal(compiled(x), wanted)
+        torch._dynamo.reset()
+        first = model[0]
+        assert isinstance(first, IrqLinear)
+        assert torch.equal(first(x), packed_product(x, first.quantized(), first.bias))
+    if decodes(x, model[0].quantized()):
+        assert not sizes
+    assert torch.equal(model(x), trained)
+    assert len(sizes) == 2
+    with torch.no_grad():
+        model(torch.randn(MOST_TOKENS[x.dtype] + 1, 100))
+        assert len(sizes) == 4
+        assert torch.equal(model.train()(x), trained)
 
 
 def test_vector_input() -> None:

@@ -22,16 +22,15 @@ _I16, _I32 = ir.IntType(16), ir.IntType(32)
 _I32X8, _I32X16 = ir.VectorType(_I32, 8), ir.VectorType(_I32, 16)
 
 
-def _lanes() -> int:
-    """Values that one permutation instruction of this machine looks up; 0 without any."""
+def machine_has(*features: str) -> bool:
+    """Whether kernels are compiled for a machine with all of `features`, as LLVM calls them."""
     known = getattr(config, "CPU_FEATURES", None)
-    features = (codegen.get_host_cpu_features() if known is None else known).split(",")
-    if "+avx512f" in features:
-        return 16
-    return 8 if "+avx2" in features else 0
+    those = (codegen.get_host_cpu_features() if known is None else known).split(",")
+    return all(f"+{feature}" in those for feature in features)
 
 
-LANES = _lanes()
+LANES = 16 if machine_has("avx512f") else 8 if machine_has("avx2") else 0
+"""Values that one permutation instruction of this machine looks up; 0 without any."""
 
 
 def _constant(values: list[int]) -> ir.Constant:

@@ -19,13 +19,16 @@ from numba.extending import intrinsic, models, register_model
 
 from irq_convert.core.codebook import MOST_LEVELS
 
-_LLVM = {"f32": ir.FloatType(), "i32": ir.IntType(32), "i64": ir.IntType(64), "i1": ir.IntType(1)}
+_LLVM = {
+    "f32": ir.FloatType(),
+    **{f"i{width}": ir.IntType(width) for width in (1, 8, 16, 32, 64)},
+}
 _I32 = ir.IntType(32)
 _I64 = ir.IntType(64)
 
 
 class Vec(types.Type):
-    """`lanes` values of `elem` ("f32", "i32", "i64" or the mask type "i1")."""
+    """`lanes` values of `elem` ("f32", "i8", "i16", "i32", "i64" or the mask type "i1")."""
 
     def __init__(self, elem: str, lanes: int) -> None:
         self.elem, self.lanes = elem, lanes

@@ -27,7 +27,7 @@ TILE_WEIGHTS = 1 << 28
 
 
 @triton.jit
-def _statistic(stored, grid, row, block, number, row_stride, real, GRID: tl.constexpr):
+def statistic(stored, grid, row, block, number, row_stride, real, GRID: tl.constexpr):
     """The statistic of each run's block: on its group's grid, or stored as it is."""
     value = tl.load(stored + row * row_stride + block, mask=real, other=0).to(tl.float32)
     if GRID:
@@ -72,8 +72,8 @@ def dequantize(
     word = tl.sum(parts << (8 * byte), 1)
     block = octet * 8 // B
     number = row * blocks_per_row + block
-    s = _statistic(scale, scale_grid, row, block, number, scale_stride, real, SCALE_GRID)
-    t = _statistic(tau, tau_grid, row, block, number, tau_stride, real, TAU_GRID)
+    s = statistic(scale, scale_grid, row, block, number, scale_stride, real, SCALE_GRID)
+    t = statistic(tau, tau_grid, row, block, number, tau_stride, real, TAU_GRID)
     j = tl.arange(0, 8)[None, :]
     code = (word[:, None] >> (j * BITS)) & ((1 << BITS) - 1)
     value = tl.load(levels + code) * s[:, None] + t[:, None]
@@ -92,7 +92,7 @@ def dequantize_triton(q: QuantizedTensor, begin: int, end: int, out: torch.Tenso
     """
     for stored, grid in ((q.scale, q.scale_grid), (q.tau, q.tau_grid)):
         check_statistic(stored, grid)
-    codes, scale, tau = (_dense_rows(part) for part in (q.codes, q.scale, q.tau))
+    codes, scale, tau = (dense_rows(part) for part in (q.codes, q.scale, q.tau))
     levels = constants(q.codebook, q.block_size, out.device).levels
     shape, octets_per_row = q.shape, -(-q.cols // 8)
     step = max(1, TILE_WEIGHTS // max(1, q.cols))
@@ -101,7 +101,7 @@ def dequantize_triton(q: QuantizedTensor, begin: int, end: int, out: torch.Tenso
         for row in range(begin, end, step):
             rows = min(step, end - row)
             dequantize[spread(rows * octets_per_row, at_once)](
-                codes, scale, tau, _grid_or(q.scale_grid, levels), _grid_or(q.tau_grid, levels),
+                codes, scale, tau, grid_or(q.scale_grid, levels), grid_or(q.tau_grid, levels),
                 levels, out[row - begin :], row, rows, q.cols, octets_per_row, shape.row_bytes,
                 codes.stride(0), scale.stride(0), tau.stride(0), shape.blocks_per_row,
                 SCALE_GRID=q.scale_grid is not None, TAU_GRID=q.tau_grid is not None,
@@ -109,10 +109,10 @@ def dequantize_triton(q: QuantizedTensor, begin: int, end: int, out: torch.Tenso
             )  # fmt: skip
 
 
-def _dense_rows(part: torch.Tensor) -> torch.Tensor:
+def dense_rows(part: torch.Tensor) -> torch.Tensor:
     part = part.detach()
     return part if part.stride(1) == 1 or part.shape[1] <= 1 else part.contiguous()
 
 
-def _grid_or(grid: torch.Tensor | None, unused: torch.Tensor) -> torch.Tensor:
+def grid_or(grid: torch.Tensor | None, unused: torch.Tensor) -> torch.Tensor:
     return unused if grid is None else grid.detach().contiguous()
