@@ -22,6 +22,7 @@ from irq_convert.core.dequantize import dequantize_tensor
 from irq_convert.core.product import tiled_product
 from irq_convert.core.quantized import QuantizedTensor
 from irq_convert.core.scales import expand_statistic
+from irq_convert.nn.parts import cut_columns
 from irq_convert.nn.statistics_grad import statistics_grad
 
 
@@ -114,28 +115,12 @@ def _linear_grad(grad: torch.Tensor, q: QuantizedTensor) -> torch.Tensor:
     grad_x = flat.new_empty(flat.shape[0], q.cols)
     buffer = flat.new_empty(rows * step * q.block_size)
     for first in range(0, blocks, step):
-        part = _columns(wide, first, min(first + step, blocks))
+        part = cut_columns(wide, first, min(first + step, blocks))
         tile = buffer[: rows * part.cols].view(rows, part.cols)
         begin = first * q.block_size
         weight = dequantize_tensor(part, grad.dtype, out=tile)
         grad_x[:, begin : begin + part.cols] = flat @ weight
     return grad_x.view(*grad.shape[:-1], q.cols)
-
-
-def _columns(q: QuantizedTensor, first: int, last: int) -> QuantizedTensor:
-    """Blocks `first .. last` of every row of `q`, whose statistics need no grid.
-
-    A block fills whole bytes, so its codes are cut out without unpacking.
-    """
-    begin, end = first * q.block_size, min(last * q.block_size, q.cols)
-    bits = q.shape.bits
-    return replace(
-        q,
-        codes=q.codes[:, begin * bits // 8 : -(-end * bits // 8)],
-        scale=q.scale[:, first:last],
-        tau=q.tau[:, first:last],
-        cols=end - begin,
-    )
 
 
 @torch.library.custom_op("irq::product", mutates_args=())

@@ -1,4 +1,4 @@
-"""Parts of packed weights: rows of them, and the dtypes that they are saved in."""
+"""Parts of packed weights: rows and columns, and the dtypes that they are saved in."""
 
 from __future__ import annotations
 
@@ -32,6 +32,22 @@ def cut_rows(q: QuantizedTensor, start: int, stop: int) -> QuantizedTensor:
     codes = q.codes[start:stop]
     return QuantizedTensor(
         codes, scale, tau, scale_grid, tau_grid, q.cols, q.codebook, q.block_size
+    )
+
+
+def cut_columns(q: QuantizedTensor, first: int, last: int) -> QuantizedTensor:
+    """Blocks `first .. last` of every row of `q`, whose statistics need no grid.
+
+    A block fills whole bytes, so its codes are cut out without unpacking.
+    """
+    begin, end = first * q.block_size, min(last * q.block_size, q.cols)
+    bits = q.shape.bits
+    return replace(
+        q,
+        codes=q.codes[:, begin * bits // 8 : -(-end * bits // 8)],
+        scale=q.scale[:, first:last],
+        tau=q.tau[:, first:last],
+        cols=end - begin,
     )
 
 

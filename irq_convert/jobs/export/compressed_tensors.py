@@ -43,6 +43,7 @@ from irq_convert.jobs.export.tiles import (
     outside_layers,
     why_no_linear,
 )
+from irq_convert.jobs.export.vllm_notes import vllm_notes
 from irq_convert.jobs.export.zero_points import constant_codes, refit, zero_points
 from irq_convert.progress import Progress
 
@@ -175,7 +176,8 @@ class CompressedTensorsTarget(Target):
             lambda config: packed_config(config, kept, ignored),
         )
         tensors = (_planned(i.encoder, grids) for i in folder.tensors if i.encoder is not None)
-        return ExportPlan(artifact, options, folder.files, tuple(tensors), _notes(kept), folder)
+        notes = (*_notes(kept), *vllm_notes(packed, kept, set(ignored)))
+        return ExportPlan(artifact, options, folder.files, tuple(tensors), notes, folder)
 
     def write(self, plan: ExportPlan, folder: Path, progress: Progress) -> TargetResult:
         return TargetResult(write_export_folder(plan.detail, folder, plan.options, progress))
