@@ -3,14 +3,17 @@
 Threads help and are never waited for: this one takes rows from the first on, another from the last
 on, and where they meet it computes what the other has begun and not finished. So a thread that does
 not run, because another process has its core, costs nothing. They see each other inside the
-kernels, without Python's lock. Which thread computed a row changes no bit of it.
+kernels, without Python's lock. Where no core is free even that is slower than one thread, so both
+are tried and the faster is kept (`Pace`). Which thread computed a row changes no bit of it.
 """
 
 from __future__ import annotations
 
 import functools
 import os
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,6 +25,10 @@ from irq_convert.core.quantized import QuantizedTensor
 
 SHARED_WEIGHTS = 1 << 23
 """Below so many weights, times inputs, waking a thread costs more than it saves."""
+TRY_AGAIN = 64
+"""Products after which the slower of one thread and several is tried again."""
+WORTH = 0.8
+"""What part of the time of one thread several may take to be kept; half, where cores are free."""
 MOST_THREADS = 16
 """Of one product: more would rather wait for memory."""
 
@@ -98,13 +105,46 @@ def decode_rows(
         0 if bias is None else bias.data_ptr(),
     )  # fmt: skip
     y = x.new_empty(*x.shape[:-1], rows)
-    threads = torch.get_num_threads()
-    if threads < 2 or rows * cols * tokens < SHARED_WEIGHTS:
+    threads, weights = torch.get_num_threads(), rows * cols * tokens
+    if threads < 2 or weights < SHARED_WEIGHTS:
         plan.multiply(0, rows, *settings, y.data_ptr(), 0, True)
         return y
+    shared, begin = PACE.shares(), time.perf_counter_ns()
     multiply = functools.partial(_multiply, plan, settings)
-    _share(multiply, y.view(tokens, rows), min(threads, MOST_THREADS), (scratch, *held, bias))
+    if shared:
+        _share(multiply, y.view(tokens, rows), min(threads, MOST_THREADS), (scratch, *held, bias))
+    else:
+        multiply(0, rows, y, 0, True)
+    PACE.saw(shared, (time.perf_counter_ns() - begin) / weights)
     return y
+
+
+@dataclass
+class Pace:
+    """Whether sharing pays now: nanoseconds a weight, shared and alone, the last ones most.
+
+    On cores that are busy with something else a second thread takes time from the first one.
+    """
+
+    times: dict[bool, float] = field(default_factory=dict)
+    turn: int = 0
+
+    def shares(self) -> bool:
+        """What was faster; every `TRY_AGAIN` products the other, for the machine changes."""
+        for way in (True, False):
+            if way not in self.times:
+                return way
+        self.turn += 1
+        faster = self.times[True] < WORTH * self.times[False]
+        return faster if self.turn % TRY_AGAIN else not faster
+
+    def saw(self, shared: bool, pace: float) -> None:
+        """Count what a product took."""
+        before = self.times.get(shared, pace)
+        self.times[shared] = before + (pace - before) / 8
+
+
+PACE = Pace()
 
 
 def _multiply(

@@ -126,6 +126,7 @@ def test_threads_do_not_change_a_bit(threads: int, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(decode_cpu, "SHARED_WEIGHTS", 0)
     q = random_sample(4, 301, 530, "nf3").q
     x = inputs(6, 3, 530, torch.bfloat16)
+    monkeypatch.setattr(decode_cpu.PACE, "shares", lambda: True)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -167,6 +168,7 @@ def test_threads_that_do_all_or_nothing(
 
     monkeypatch.setattr(decode_cpu, "SHARED_WEIGHTS", 0)
     monkeypatch.setattr(decode_cpu, "_multiply", multiply)
+    monkeypatch.setattr(decode_cpu.PACE, "shares", lambda: True)
     monkeypatch.setattr(decode_cpu, "thread_pool", lambda *_: pool)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     found = packed_product(x, q)
@@ -176,6 +178,17 @@ def test_threads_that_do_all_or_nothing(
     for job in pool.jobs:
         job()
     assert torch.equal(found, wanted)
+
+
+def test_the_faster_of_one_thread_and_several_is_kept_and_the_other_tried() -> None:
+    pace = decode_cpu.Pace()
+    for cost in ({True: 3.0, False: 1.0}, {True: 0.5, False: 1.0}):  # the machine changes
+        chosen = []
+        for _ in range(12 * decode_cpu.TRY_AGAIN):
+            chosen.append(pace.shares())
+            pace.saw(chosen[-1], cost[chosen[-1]])
+        last = chosen[-2 * decode_cpu.TRY_AGAIN :]
+        assert last.count(min(cost, key=lambda way: cost[way])) == len(last) - 2
 
 
 @needs_kernels
