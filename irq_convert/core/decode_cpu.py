@@ -1,17 +1,20 @@
 """The product of a few inputs with packed rows on a CPU: kernels, their tables, and threads.
 
-Threads help and are never waited for: this one takes pieces of the rows from the first on, others
-from the last on, and where they meet it computes what they have begun and not finished. So a thread
-that does not run, because another process has its core, costs nothing. Which thread computed a row
-changes no bit of it.
+Threads help and are never waited for: this one takes rows from the first on, another from the last
+on, and where they meet it computes what the other has begun and not finished. So a thread that does
+not run, because another process has its core, costs nothing. They see each other inside the
+kernels, without Python's lock. Where no core is free even that is slower than one thread, so both
+are tried and the faster is kept (`Pace`). Which thread computed a row changes no bit of it.
 """
 
 from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,10 +23,14 @@ from irq_convert.core.codebook import get_codebook
 from irq_convert.core.dequantize import thread_pool
 from irq_convert.core.quantized import QuantizedTensor
 
-PIECE_WEIGHTS = 1 << 20
-"""Weights, times inputs, that are handed to a thread at once."""
-SHARED_PIECES = 4
-"""Below so many pieces waking a thread costs more than it saves."""
+SHARED_WEIGHTS = 1 << 23
+"""Below so many weights, times inputs, waking a thread costs more than it saves."""
+TRY_AGAIN = 64
+"""Products after which the slower of one thread and several is tried again."""
+WORTH = 0.8
+"""What part of the time of one thread several may take to be kept; half, where cores are free."""
+MOST_THREADS = 16
+"""Of one product: more would rather wait for memory."""
 
 
 @functools.cache
@@ -98,17 +105,53 @@ def decode_rows(
         0 if bias is None else bias.data_ptr(),
     )  # fmt: skip
     y = x.new_empty(*x.shape[:-1], rows)
-    weights = rows * cols * tokens
-    if weights < SHARED_PIECES * PIECE_WEIGHTS or torch.get_num_threads() < 2:
-        plan.multiply(0, rows, *settings, y.data_ptr())
+    threads, weights = torch.get_num_threads(), rows * cols * tokens
+    if threads < 2 or weights < SHARED_WEIGHTS:
+        plan.multiply(0, rows, *settings, y.data_ptr(), 0, True)
         return y
-
-    def multiply(begin: int, end: int, out: torch.Tensor) -> None:
-        plan.multiply(begin, end, *settings, out.data_ptr())
-
-    many, threads = min(rows, weights // PIECE_WEIGHTS), torch.get_num_threads()
-    share(multiply, y.view(tokens, rows), many, threads, (scratch, *held, bias))
+    shared, begin = PACE.shares(), time.perf_counter_ns()
+    multiply = functools.partial(_multiply, plan, settings)
+    if shared:
+        _share(multiply, y.view(tokens, rows), min(threads, MOST_THREADS), (scratch, *held, bias))
+    else:
+        multiply(0, rows, y, 0, True)
+    PACE.saw(shared, (time.perf_counter_ns() - begin) / weights)
     return y
+
+
+@dataclass
+class Pace:
+    """Whether sharing pays now: nanoseconds a weight, shared and alone, the last ones most.
+
+    On cores that are busy with something else a second thread takes time from the first one.
+    """
+
+    times: dict[bool, float] = field(default_factory=dict)
+    turn: int = 0
+
+    def shares(self) -> bool:
+        """What was faster; every `TRY_AGAIN` products the other, for the machine changes."""
+        for way in (True, False):
+            if way not in self.times:
+                return way
+        self.turn += 1
+        faster = self.times[True] < WORTH * self.times[False]
+        return faster if self.turn % TRY_AGAIN else not faster
+
+    def saw(self, shared: bool, pace: float) -> None:
+        """Count what a product took."""
+        before = self.times.get(shared, pace)
+        self.times[shared] = before + (pace - before) / 8
+
+
+PACE = Pace()
+
+
+def _multiply(
+    plan: _Plan, settings: tuple[Any, ...], begin: int, end: int, out: torch.Tensor, *how: Any
+) -> int:
+    row: int = plan.multiply(begin, end, *settings, out.data_ptr(), *how)
+    return row
 
 
 def _places(q: QuantizedTensor) -> tuple[list[torch.Tensor], tuple[int, ...]]:
@@ -126,51 +169,35 @@ def _parts(q: QuantizedTensor) -> tuple[torch.Tensor | None, ...]:
     return q.codes, q.scale, q.tau, q.scale_grid, q.tau_grid
 
 
-@dataclass
-class _Meeting:
-    """How far this thread is, for the others to see; pieces from here on are theirs to take."""
-
-    front: int = 0
-
-
-def share(
-    multiply: Callable[[int, int, torch.Tensor], None],
+def _share(
+    multiply: Callable[..., int],
     y: torch.Tensor,
-    many: int,
     threads: int,
     kept: Sequence[torch.Tensor | None],
 ) -> None:
-    """Fill `y` in `many` pieces of its rows together with other threads; waits for none of them.
+    """Fill `y` `[tokens, rows]` together with other threads; waits for none of them.
 
-    They write to a tensor of their own and keep `kept` from being freed. In a process group they
-    are waited for: what shards parameters frees their memory while tensors still hold it.
+    Each of them has a part of the rows, which it goes through from the last on; this thread goes
+    through all parts from the first row on, each until it meets the other. Others write to a tensor
+    of their own and keep `kept` from being freed. In a process group they are waited for: what
+    shards parameters frees their memory while tensors still hold it.
     """
-    rows = y.shape[1]
-    edges = [rows * i // many for i in range(many + 1)]
-    other, done, meeting = torch.empty_like(y), [False] * many, _Meeting()
-    alive = [
-        part.detach() for part in kept if part is not None
-    ]  # a parameter may be given other memory
-    turns = iter(range(many - 1, -1, -1))
+    rows, parts = y.shape[1], threads - 1
+    edges = [rows * i // parts for i in range(parts + 1)]
+    meetings = np.array([edges[:-1], edges[1:]], np.int64).T.copy()
+    other, at = torch.empty_like(y), meetings.ctypes.data
+    # Not the parameters themselves, which may be given other memory.
+    alive = [part.detach() for part in kept if part is not None]
 
-    def help_out(turns: Iterator[int], alive: list[torch.Tensor]) -> None:
-        for i in turns:
-            if i <= meeting.front:
-                return
-            multiply(edges[i], edges[i + 1], other)
-            done[i] = True
+    def help_out(part: int, kept: Any) -> None:
+        multiply(edges[part], edges[part + 1], other, at + 16 * part, False)
 
-    helpers = min(threads - 1, many // 2)
     pool = thread_pool(os.getpid(), threads - 1)
-    jobs = [pool.submit(help_out, turns, alive) for _ in range(helpers)]
-    for i in range(many):
-        meeting.front = i
-        begin, end = edges[i], edges[i + 1]
-        if done[i]:
-            y[:, begin:end] = other[:, begin:end]
-        else:
-            multiply(begin, end, y)
-    meeting.front = many
+    jobs = [pool.submit(help_out, part, (alive, meetings)) for part in range(parts)]
+    for part, end in enumerate(edges[1:]):
+        row = multiply(edges[part], end, y, at + 16 * part, True)
+        y[:, row:end] = other[:, row:end]
+        meetings[part, 0] = end
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         for job in jobs:
             job.result()

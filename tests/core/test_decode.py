@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -123,9 +123,10 @@ def test_no_dense_weight_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
 @needs_kernels
 @pytest.mark.parametrize("threads", [2, 3])
 def test_threads_do_not_change_a_bit(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode_cpu, "PIECE_WEIGHTS", 1 << 12)
+    monkeypatch.setattr(decode_cpu, "SHARED_WEIGHTS", 0)
     q = random_sample(4, 301, 530, "nf3").q
     x = inputs(6, 3, 530, torch.bfloat16)
+    monkeypatch.setattr(decode_cpu.PACE, "shares", lambda: True)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -137,48 +138,62 @@ def test_threads_do_not_change_a_bit(threads: int, monkeypatch: pytest.MonkeyPat
         torch.set_num_threads(before)
 
 
-def test_a_thread_that_does_not_run_is_not_waited_for() -> None:
-    """It holds the last piece for as long as it likes; what it writes then is nobody's."""
-    caller, begun, ready = threading.get_ident(), threading.Event(), threading.Event()
-    y = torch.zeros(1, 16)
+class Pool:
+    """Runs jobs when it likes: at once, or when it is told to."""
 
-    def multiply(begin: int, end: int, out: torch.Tensor) -> None:
-        if threading.get_ident() != caller:
-            begun.set()
-            ready.wait(20)
-            out[:, begin:end] = -1.0
-            return
-        begun.wait(20)
-        out[:, begin:end] = torch.arange(begin, end).float()
+    def __init__(self, at_once: bool) -> None:
+        self.at_once, self.jobs = at_once, list[Any]()
 
-    decode_cpu.share(multiply, y, 8, 2, ())
-    found = y.clone()
-    ready.set()
-    assert found.tolist() == [[float(i) for i in range(16)]]
-    assert torch.equal(y, found)
+    def submit(self, job: Any, *args: Any) -> None:
+        self.jobs.append(partial(job, *args))
+        if self.at_once:
+            self.jobs.pop()()
 
 
-def test_a_thread_that_runs_does_its_part() -> None:
-    caller, begun = threading.get_ident(), threading.Event()
-    y = torch.zeros(1, 16)
+@needs_kernels
+@pytest.mark.parametrize("threads", [2, 4])
+@pytest.mark.parametrize("at_once", [True, False])
+def test_threads_that_do_all_or_nothing(
+    at_once: bool, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that never runs is not waited for; where one has done all, no row is computed again."""
+    q, x = random_sample(16, 150, 128).q, inputs(17, 2, 128, torch.bfloat16)
+    wanted = packed_product(x, q)
+    pool, real, rows = Pool(at_once), decode_cpu._multiply, list[int]()
 
-    def multiply(begin: int, end: int, out: torch.Tensor) -> None:
-        helper = threading.get_ident() != caller
-        if begin == 0 and not helper:
-            begun.wait(20)
-        out[:, begin:end] = 2.0 if helper else 1.0
-        if helper and begin == 8:
-            begun.set()
+    def multiply(plan: Any, settings: Any, begin: int, *more: Any) -> int:
+        row = real(plan, settings, begin, *more)
+        rows.append(row - begin if more[-1] else 0)
+        return row
 
-    decode_cpu.share(multiply, y, 8, 2, ())
-    assert begun.is_set()
-    assert set(y[0, 8:].tolist()) == {2.0}
-    assert y[0, 0] == 1.0
+    monkeypatch.setattr(decode_cpu, "SHARED_WEIGHTS", 0)
+    monkeypatch.setattr(decode_cpu, "_multiply", multiply)
+    monkeypatch.setattr(decode_cpu.PACE, "shares", lambda: True)
+    monkeypatch.setattr(decode_cpu, "thread_pool", lambda *_: pool)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    found = packed_product(x, q)
+    assert torch.equal(found, wanted)
+    assert sum(rows) == (0 if at_once else 150)
+    x[:] = 7.0  # what late ones write is nobody's
+    for job in pool.jobs:
+        job()
+    assert torch.equal(found, wanted)
+
+
+def test_the_faster_of_one_thread_and_several_is_kept_and_the_other_tried() -> None:
+    pace = decode_cpu.Pace()
+    for cost in ({True: 3.0, False: 1.0}, {True: 0.5, False: 1.0}):  # the machine changes
+        chosen = []
+        for _ in range(12 * decode_cpu.TRY_AGAIN):
+            chosen.append(pace.shares())
+            pace.saw(chosen[-1], cost[chosen[-1]])
+        last = chosen[-2 * decode_cpu.TRY_AGAIN :]
+        assert last.count(min(cost, key=lambda way: cost[way])) == len(last) - 2
 
 
 @needs_kernels
 def test_several_callers_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode_cpu, "PIECE_WEIGHTS", 1 << 12)
+    monkeypatch.setattr(decode_cpu, "SHARED_WEIGHTS", 0)
     many = [(random_sample(seed, 200, 300).q, inputs(seed, 1, 300, DTYPES[0])) for seed in range(6)]
     wanted = [packed_product(x, q) for q, x in many]
     with ThreadPoolExecutor(6) as pool:

@@ -97,6 +97,29 @@ def write(typingctx, address, value):
 
 
 @intrinsic
+def seen(typingctx, address):
+    """The int64 at `address` that another thread may write, and all that it wrote before it."""
+
+    def codegen(context, builder, sig, args):
+        pointer = builder.inttoptr(args[0], ir.IntType(64).as_pointer())
+        return builder.load_atomic(pointer, "acquire", 8)
+
+    return types.int64(types.int64), codegen
+
+
+@intrinsic
+def show(typingctx, address, value):
+    """Write an int64 for another thread to see, after all that was written before."""
+
+    def codegen(context, builder, sig, args):
+        pointer = builder.inttoptr(args[0], args[1].type.as_pointer())
+        builder.store_atomic(args[1], pointer, "release", 8)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
+@intrinsic
 def prefetch(typingctx, address):
     """Ask for the cache line at `address`, which may be anywhere."""
 

@@ -40,6 +40,8 @@ from irq_convert.core.kernels.avx2 import (
     multiply_words,
     pair,
     prefetch,
+    seen,
+    show,
     splat8,
     to_floats,
     word_at,
@@ -53,6 +55,7 @@ from irq_convert.core.kernels.simd import bits_float, fadd, float_bits, fmul, ia
 F32 = np.float32
 GROUP_SHIFT = 8  # log2 of blocks.GROUP_SIZE
 AHEAD = 2048  # bytes; what a core reads on its own ends with each page
+AT_ONCE = 16  # rows between two looks at the other thread
 INLINED: Any = {"error_model": "numpy", "forceinline": True}
 
 
@@ -187,6 +190,21 @@ def _dot(one, two, count, total):
 
 
 @kernel
+def _turn(meeting, upwards, row):
+    """Whether another thread has done what comes: it shares these rows from their other end.
+
+    `meeting` holds two int64: below the first, rows are taken from the first one upwards, and from
+    the second on they are done by the thread that goes downwards. The upper one waits for nothing:
+    rows that the other has taken and not finished it computes again.
+    """
+    if upwards:
+        show(meeting, row + AT_ONCE)
+        return row >= seen(meeting + 8)
+    show(meeting + 8, row + 1)
+    return row < seen(meeting)
+
+
+@kernel
 def _finish(words, total, bias, row, y, at):
     """Add the bias, round once and store number `at` of `y`."""
     if not words:
@@ -208,6 +226,8 @@ def _make(words: bool, bits: int) -> Callable[[str], Callable[..., None]]:
     Writes `y[token, row]`, bfloat16 where it multiplies words and else float32, for the rows
     `begin .. end`. All but sizes are addresses: `bias` `[rows]` of the dtype of `y`, or 0;
     `codes`, rows of `row_bytes`; `scale` and `tau` of one byte a block with a grid, or of four;
+    `meeting`, where threads that share the rows see each other, or 0, and whether this one takes
+    them `upwards` (`_turn`); returns the row at which it stopped;
     `x`, `units`, `sums` as `decode_input.py` leaves them; `tables` as `core/decode_cpu.py` makes
     them. That it mentions `digest` makes its cache on disk follow the source of every kernel.
     """
@@ -215,7 +235,7 @@ def _make(words: bool, bits: int) -> Callable[[str], Callable[..., None]]:
     def make(digest):
         def multiply_rows(
             begin, end, rows, cols, block_size, tokens, codes, scale, tau, scale_grid, tau_grid,
-            scale_size, tau_size, x, units, sums, tables, bias, y,
+            scale_size, tau_size, x, units, sums, tables, bias, y, meeting, upwards,
         ):  # fmt: skip
             assert digest
             runs, whole = (cols + RUN - 1) // RUN, cols // RUN
@@ -238,7 +258,10 @@ def _make(words: bool, bits: int) -> Callable[[str], Callable[..., None]]:
                 )  # fmt: skip
             else:
                 levels = (floats8(tables), floats8(tables + 32))
-            for row in range(begin, end):
+            for step in range(end - begin):
+                row = begin + step if upwards else end - 1 - step
+                if meeting and step % AT_ONCE == 0 and _turn(meeting, upwards, row):
+                    return row
                 source = codes + row * row_bytes
                 _statistics(scale, scale_size, scale_grid, row, blocks, scales)
                 _statistics(tau, tau_size, tau_grid, row, blocks, taus)
@@ -274,6 +297,9 @@ def _make(words: bool, bits: int) -> Callable[[str], Callable[..., None]]:
                     total = floats8(totals + 32 * token)
                     total = _dot(taus, sums + 4 * token * wide, blocks, total)
                     _finish(words, lanes_total(total), bias, row, y, token * rows + row)
+            if meeting:
+                show(meeting + (0 if upwards else 8), end if upwards else begin)
+            return end
 
         return multiply_rows
 
