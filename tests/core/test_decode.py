@@ -184,7 +184,7 @@ def test_the_faster_of_one_thread_and_several_is_kept_and_the_other_tried() -> N
     pace = decode_cpu.Pace()
     for cost in ({True: 3.0, False: 1.0}, {True: 0.5, False: 1.0}):  # the machine changes
         chosen = []
-        for _ in range(12 * decode_cpu.TRY_AGAIN):
+        for _ in range(24 * decode_cpu.TRY_AGAIN):
             chosen.append(pace.shares())
             pace.saw(chosen[-1], cost[chosen[-1]])
         last = chosen[-2 * decode_cpu.TRY_AGAIN :]
