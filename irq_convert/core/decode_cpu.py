@@ -135,13 +135,18 @@ class Pace:
             if way not in self.times:
                 return way
         self.turn += 1
-        faster = self.times[True] < WORTH * self.times[False]
+        faster = self.faster()
         return faster if self.turn % TRY_AGAIN else not faster
 
+    def faster(self) -> bool:
+        """Whether several threads are, by so much that it counts."""
+        return self.times[True] < WORTH * self.times[False]
+
     def saw(self, shared: bool, pace: float) -> None:
-        """Count what a product took."""
+        """Count what a product took: more where there are few to count."""
         before = self.times.get(shared, pace)
-        self.times[shared] = before + (pace - before) / 8
+        rare = len(self.times) == 2 and shared != self.faster()
+        self.times[shared] = before + (pace - before) / (2 if rare else 8)
 
 
 PACE = Pace()
