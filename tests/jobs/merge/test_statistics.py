@@ -191,7 +191,7 @@ def of_halves(tensors: dict[str, torch.Tensor]) -> None:
     [
         (negative, "makes a scale negative"),
         (infinite, "holds NaN or infinite numbers"),
-        (lost, "lora_irq_tau.weight is missing"),
+        (lost, "lora_irq_tau of .* is missing"),
         (lost_both, "its file holds nothing for it"),
         (narrow, "has statistics"),
         (of_halves, "must be a number for each block"),
@@ -213,7 +213,7 @@ def test_settings_that_contradict_the_file(artifact: Path, tmp_path: Path) -> No
     settings = read_json(adapter / "adapter_config.json")
     how = MergeOptions(to=MergeTo.IRQ)
     for changes, words in (
-        ({"statistics": "tau"}, "lora_irq_scale.weight is there"),
+        ({"statistics": "tau"}, "lora_irq_scale of .* is there"),
         ({"statistics": "all"}, "statistics 'all' must be one of"),
         ({"r": 0, "statistics": None}, "r 0 must be a positive number"),
         ({"r": 4}, "its file holds nothing for it"),
