@@ -170,8 +170,10 @@ def _settled(
 
 def _check_complete(adapter: StoredAdapter, names: ModelNames) -> None:
     """Refuse an adapter whose settings name what the model has and the file has not."""
-    layers = [f"{module}.weight" for module in adapter.layers] or adapter.statistics
-    there = {names.key(weight) for weight in layers}
+    matrices = {f"{module}.weight" for module in adapter.layers}
+    there = {
+        names.key(weight) for weight in (matrices if adapter.config.rank else adapter.statistics)
+    }
     weights = {f"{module}.weight" for module in names.linears | names.embeddings}
     missing = [
         asked
