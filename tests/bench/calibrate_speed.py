@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from rich.console import Console
 from speed import describe_machine, table
 
-PEERS = Path(__file__).with_name("peers.py")
+PEERS = Path(__file__).resolve().with_name("peers.py")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -107,12 +107,12 @@ def _peer(asked: argparse.Namespace, scratch: str) -> float:
     if asked.peer_python is None:
         return float("nan")
     command = [
-        asked.peer_python, str(PEERS), "gptqmodel", str(asked.model), f"{scratch}/peer",
-        "--text", str(asked.text), "--bits", str(asked.bits), "--tokens", str(asked.tokens),
+        asked.peer_python, str(PEERS), "gptqmodel", str(asked.model.resolve()), f"{scratch}/peer",
+        "--text", str(asked.text.resolve()), "--bits", str(asked.bits), "--tokens", str(asked.tokens),
         "--window", str(asked.window), "--fast",
     ]  # fmt: skip
     found = subprocess.run(
-        command, check=True, capture_output=True, text=True,
+        command, check=True, capture_output=True, text=True, cwd=scratch,  # it leaves logs there
         env=os.environ | {"OMP_NUM_THREADS": str(asked.peer_threads)},
     )  # fmt: skip
     said = re.search(r"gptqmodel .*: (\d+) s", found.stdout)
