@@ -108,8 +108,8 @@ def _peer(asked: argparse.Namespace, scratch: str) -> float:
         return float("nan")
     command = [
         asked.peer_python, str(PEERS), "gptqmodel", str(asked.model.resolve()), f"{scratch}/peer",
-        "--text", str(asked.text.resolve()), "--bits", str(asked.bits), "--tokens", str(asked.tokens),
-        "--window", str(asked.window), "--fast",
+        "--text", str(asked.text.resolve()), "--bits", str(asked.bits),
+        "--tokens", str(asked.tokens), "--window", str(asked.window), "--fast",
     ]  # fmt: skip
     found = subprocess.run(
         command, check=True, capture_output=True, text=True, cwd=scratch,  # it leaves logs there
