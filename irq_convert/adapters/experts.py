@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
 from irq_convert.adapters.statistics import require_finite, require_scales
-from irq_convert.artifact.adapter_statistics import SCALE, TAU
+from irq_convert.artifact.adapter_statistics import SCALE, TAU, asks
 from irq_convert.core.moved import moved_statistics, with_statistics
 from irq_convert.core.quantized import QuantizedTensor
 from irq_convert.errors import UsageError
@@ -76,9 +76,8 @@ class IecLoraExperts(nn.Module, LoraLayer):
                 "no place for matrices: r=0, or leave them out"
             )
         base = self._experts()
-        for asked, part in ((("both", "scale"), self.lora_irq_scale),
-                            (("both", "tau"), self.lora_irq_tau)):  # fmt: skip
-            if config.statistics in asked:
+        for name, part in ((SCALE, self.lora_irq_scale), (TAU, self.lora_irq_tau)):
+            if asks(config.statistics, name):
                 part[adapter_name] = StackMoves(base)
         self.r[adapter_name], self.scaling[adapter_name] = 0, 1.0
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)

@@ -128,7 +128,9 @@ def estimate_plan(plan: Preparation) -> FinetuneEstimate:
 
 
 def _expert_blocks(plan: Preparation) -> int:
-    """Blocks of quantized experts."""
+    """Blocks of quantized experts that are trained; to find them builds the model on meta."""
+    if plan.recipe.rank or plan.recipe.target_modules is not None:
+        return 0
     experts = model_names(plan.artifact).experts
     return sum(
         tensor.shape.rows * tensor.shape.blocks_per_row

@@ -117,10 +117,10 @@ def predict_trainable(
 ) -> int:
     """Numbers that the adapter will train, from the shapes alone.
 
-    `expert_blocks` are those of packed experts, which `linears` does not have.
+    `expert_blocks` are those of packed experts that are trained, which `linears` does not have.
     """
     moved = 2 if recipe.statistics == "both" else 1
-    total = expert_blocks * moved if recipe.rank == 0 and recipe.target_modules is None else 0
+    total = expert_blocks * moved
     for name, module in linears.items():
         if not _targeted(name, recipe.target_modules):
             continue
