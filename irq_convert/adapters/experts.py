@@ -6,7 +6,7 @@ of the module, moved before the class's own forward reads them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,9 +14,8 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
-from irq_convert.adapters.statistics import require_finite, require_scales
+from irq_convert.adapters.statistics import MovesStatistics, require_finite, require_scales
 from irq_convert.artifact.adapter_statistics import SCALE, TAU, asks
-from irq_convert.core.moved import moved_statistics, with_statistics
 from irq_convert.core.quantized import QuantizedTensor
 from irq_convert.errors import UsageError
 from irq_convert.nn.experts import Before, IrqExperts, Stacked
@@ -40,13 +39,11 @@ def stacks(experts: IrqExperts) -> list[str]:
     return [name for name, layout in experts.packed.items() if isinstance(layout, Stacked)]
 
 
-class IecLoraExperts(nn.Module, LoraLayer):
+class IecLoraExperts(MovesStatistics, nn.Module, LoraLayer):
     """PEFT's layer over `IrqExperts` with stacks; its adapters move their statistics."""
 
     adapter_layer_names = (SCALE, TAU)
     other_param_names = ()
-    lora_irq_scale: nn.ModuleDict
-    lora_irq_tau: nn.ModuleDict
     rounded: torch.dtype | None
     """How moved statistics will be stored, where training is to take that into account."""
 
@@ -98,23 +95,14 @@ class IecLoraExperts(nn.Module, LoraLayer):
         finally:
             base.moved = {}
 
-    def _moving(self, names: Iterable[str]) -> list[str]:
-        there = {*self.lora_irq_scale, *self.lora_irq_tau}
-        return [name for name in names if name in there]
-
     def _moved(
         self,
         stack: str,
-        names: Iterable[str],
+        names: Sequence[str],
         rounded: torch.dtype | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> QuantizedTensor:
-        factors, offsets = (
-            [part[name].get_parameter(stack) for name in names if name in part]
-            for part in (self.lora_irq_scale, self.lora_irq_tau)
-        )
-        q = self._experts().whole(stack)
-        return with_statistics(q, *moved_statistics(q, factors, offsets, rounded, dtype))
+        return self._moved_weight(self._experts().whole(stack), stack, names, rounded, dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Merge adapters into the stacks, which stay packed, with moved statistics in float32.

@@ -6,7 +6,7 @@ result (`variant.py`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +16,10 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from irq_convert.adapters.statistics import require_finite, require_scales
+from irq_convert.adapters.statistics import MovesStatistics, require_finite, require_scales
 from irq_convert.adapters.variant import IecVariant, weight_of
 from irq_convert.artifact.adapter_statistics import SCALE, TAU
 from irq_convert.core.dequantize import dequantize_tensor
-from irq_convert.core.moved import moved_statistics, with_statistics
 from irq_convert.core.quantized import QuantizedTensor
 from irq_convert.errors import UsageError
 from irq_convert.nn.linear import IrqLinear, dense_layer
@@ -32,14 +31,12 @@ if TYPE_CHECKING:
 OWN_PARTS = ("lora_iec_beta", SCALE, TAU)
 
 
-class IecLoraLinear(LoraLinear):
+class IecLoraLinear(MovesStatistics, LoraLinear):
     """PEFT's LoRA layer whose adapters are `IecVariant`s; on `IrqLinear`, `nn.Linear`, `Conv1D`."""
 
     in_features: int
     out_features: int
     lora_iec_beta: nn.ModuleDict
-    lora_irq_scale: nn.ModuleDict
-    lora_irq_tau: nn.ModuleDict
     rounded: torch.dtype | None
     """How moved statistics will be stored, where training is to take that into account."""
 
@@ -82,11 +79,6 @@ class IecLoraLinear(LoraLinear):
         assert isinstance(found, nn.ModuleDict)
         return found
 
-    def _moving(self, names: Iterable[str]) -> list[str]:
-        """Those of `names` that move statistics of this layer."""
-        there = {*self.lora_irq_scale, *self.lora_irq_tau}
-        return [name for name in names if name in there]
-
     def _moved(
         self,
         base: IrqLinear,
@@ -94,12 +86,7 @@ class IecLoraLinear(LoraLinear):
         rounded: torch.dtype | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> QuantizedTensor:
-        factors, offsets = (
-            [weight_of(part, name) for name in names if name in part]
-            for part in (self.lora_irq_scale, self.lora_irq_tau)
-        )
-        q = base.quantized()
-        return with_statistics(q, *moved_statistics(q, factors, offsets, rounded, dtype))
+        return self._moved_weight(base.quantized(), "weight", names, rounded, dtype)
 
     def resolve_lora_variant(self, *, config: Any, **kwargs: Any) -> IecVariant:
         """The variant of `config`; `UsageError` when it asks for another of PEFT's as well."""

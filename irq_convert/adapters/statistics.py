@@ -8,11 +8,13 @@ they change can be stored in the artifact itself (`merge --to irq`): nothing is 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
 
+from irq_convert.core.moved import moved_statistics, with_statistics
+from irq_convert.core.quantized import QuantizedTensor
 from irq_convert.errors import IrqError
 
 
@@ -26,6 +28,33 @@ class Moves(nn.Module):
         super().__init__()
         zeros = torch.zeros(like.shape, dtype=torch.float32, device=like.device)
         self.weight = nn.Parameter(zeros)
+
+
+class MovesStatistics:
+    """Mixed into a layer of PEFT's that keeps moves of its base's statistics, by adapter."""
+
+    lora_irq_scale: nn.ModuleDict
+    lora_irq_tau: nn.ModuleDict
+
+    def _moving(self, names: Iterable[str]) -> list[str]:
+        """Those of `names` that move statistics of this layer."""
+        there = {*self.lora_irq_scale, *self.lora_irq_tau}
+        return [name for name in names if name in there]
+
+    def _moved_weight(
+        self,
+        q: QuantizedTensor,
+        weight: str,
+        names: Sequence[str],
+        rounded: torch.dtype | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> QuantizedTensor:
+        """`q` as adapters `names` move it, whose moves of it are called `weight`."""
+        factors, offsets = (
+            [part[name].get_parameter(weight) for name in names if name in part]
+            for part in (self.lora_irq_scale, self.lora_irq_tau)
+        )
+        return with_statistics(q, *moved_statistics(q, factors, offsets, rounded, dtype))
 
 
 def require_scales(scale: torch.Tensor, names: Iterable[str]) -> None:
