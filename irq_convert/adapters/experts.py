@@ -53,6 +53,8 @@ class IecLoraExperts(MovesStatistics, nn.Module, LoraLayer):
         self.lora_irq_scale, self.lora_irq_tau = nn.ModuleDict({}), nn.ModuleDict({})
         self.rounded = None
         self.merged_adapters: list[str] = []
+        self.lora_A: dict[str, Any] = {}  # none: PEFT looks there for the names of adapters
+        self.lora_embedding_A: dict[str, Any] = {}
         self.r: dict[str, int] = {}
         self.scaling: dict[str, float] = {}
         self.lora_variant: dict[str, Any] = {}  # none: PEFT looks there when it deletes
@@ -85,9 +87,12 @@ class IecLoraExperts(MovesStatistics, nn.Module, LoraLayer):
         return base
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The experts as they are, or on the statistics that active adapters make of theirs."""
-        base, names = self._experts(), self._moving(self.active_adapters)
-        if self.disable_adapters or self.merged or not names:
+        """The experts as they are, or on the statistics that active adapters make of theirs.
+
+        Raises `UsageError` where PEFT gives each row an adapter of its own and one is such.
+        """
+        base, names = self._experts(), self._moving_now(kwargs.pop("adapter_names", None))
+        if not names:
             return base(*args, **kwargs)
         base.moved = {stack: self._moved(stack, names, self.rounded) for stack in stacks(base)}
         try:

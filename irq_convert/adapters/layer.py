@@ -61,13 +61,8 @@ class IecLoraLinear(MovesStatistics, LoraLinear):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The base on its weight, or on one with moved statistics, and what adapters add."""
-        moving = [] if self.disable_adapters or self.merged else self._moving(self.active_adapters)
+        moving = self._moving_now(kwargs.get("adapter_names"))
         if moving:
-            if kwargs.get("adapter_names") is not None:
-                raise UsageError(
-                    f"{', '.join(moving)} trains statistics, which are the same for a whole batch: "
-                    "leave adapter_names out"
-                )
             base = self.get_base_layer()
             assert isinstance(base, IrqLinear)
             kwargs["q"] = self._moved(base, moving, rounded=self.rounded)

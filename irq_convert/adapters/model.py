@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from irq_convert.adapters.experts import IecLoraExperts
 from irq_convert.adapters.layer import IecLoraLinear
+from irq_convert.adapters.statistics import refuse_mixed
 from irq_convert.adapters.targets import prepare_targets
 from irq_convert.errors import IrqError, UsageError
 from irq_convert.hf.identity import forget_identity, model_identity
@@ -50,6 +53,20 @@ class IecLoraModel(LoraModel):
                 f" ({kwargs.get('target_name', 'unknown')}): leave it out, or use LoraConfig"
             )
         return module
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Give each row of a batch the adapter that `adapter_names` says.
+
+        Raises `UsageError` where one of them moves statistics.
+        """
+        asked = dict.fromkeys(kwargs.get("adapter_names") or ())
+        known = {name: self.peft_config[name] for name in asked if name in self.peft_config}
+        refuse_mixed(
+            [name for name, config in known.items() if getattr(config, "statistics", None)]
+        )
+        with super()._enable_peft_forward_hooks(*args, **kwargs):
+            yield
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Refuse: PEFT would combine A and B of the adapters and drop their betas."""

@@ -9,13 +9,14 @@ they change can be stored in the artifact itself (`merge --to irq`): nothing is 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
 from irq_convert.core.moved import moved_statistics, with_statistics
 from irq_convert.core.quantized import QuantizedTensor
-from irq_convert.errors import IrqError
+from irq_convert.errors import IrqError, UsageError
 
 
 class Moves(nn.Module):
@@ -35,11 +36,26 @@ class MovesStatistics:
 
     lora_irq_scale: nn.ModuleDict
     lora_irq_tau: nn.ModuleDict
+    active_adapters: Any
+    disable_adapters: Any
+    merged: Any
 
     def _moving(self, names: Iterable[str]) -> list[str]:
         """Those of `names` that move statistics of this layer."""
         there = {*self.lora_irq_scale, *self.lora_irq_tau}
         return [name for name in names if name in there]
+
+    def _moving_now(self, adapter_names: Sequence[str] | None) -> list[str]:
+        """Adapters that move statistics in this call, `adapter_names` being those of each row.
+
+        Raises `UsageError` where rows ask for one.
+        """
+        if self.disable_adapters or self.merged:
+            return []
+        found = self._moving(dict.fromkeys(adapter_names or self.active_adapters))
+        if adapter_names is not None:
+            refuse_mixed(found)
+        return found
 
     def _moved_weight(
         self,
@@ -55,6 +71,15 @@ class MovesStatistics:
             for part in (self.lora_irq_scale, self.lora_irq_tau)
         )
         return with_statistics(q, *moved_statistics(q, factors, offsets, rounded, dtype))
+
+
+def refuse_mixed(moving: Sequence[str]) -> None:
+    """Raise `UsageError` where adapters that move statistics are asked for row by row."""
+    if moving:
+        raise UsageError(
+            f"{', '.join(moving)} trains statistics, which are the same for a whole batch: leave "
+            "adapter_names out"
+        )
 
 
 def require_scales(scale: torch.Tensor, names: Iterable[str]) -> None:

@@ -77,7 +77,9 @@ def finetune_command(
     ] = None,
     importance: Annotated[
         Path | None,
-        _adapter("What counts for --init error: a file of measure.  \\[default: the data]"),
+        _adapter(
+            "What counts for --init error: measure's file, an imatrix.  \\[default: the data]"
+        ),
     ] = None,
     target_modules: Annotated[
         str | None,

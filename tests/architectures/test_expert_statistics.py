@@ -164,3 +164,24 @@ def test_two_adapters_of_a_stack(tmp_path: Path) -> None:
     adapted.delete_adapter("other")
     assert torch.equal(logits(adapted, kind), one)
     assert all("other" not in layer.lora_irq_tau for layer in layers)
+
+
+def test_an_adapter_for_each_row_of_a_batch(tmp_path: Path) -> None:
+    """Rows may ask for adapters that add to the result; those that move a weight are for all."""
+    kind = BY_NAME["Qwen 3 MoE, fused"]
+    artifact = make(kind, tmp_path)
+    base, adapted = load(artifact), moved(load(artifact))
+    config = irq_convert.IecLoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    adapted.add_adapter("plain", config)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B.plain" in name:
+            torch.nn.init.normal_(parameter)
+    batch = {name: values[:1].repeat(2, 1) for name, values in inputs(kind).items()}
+    with torch.no_grad():
+        found = adapted(**batch, adapter_names=["plain", "__base__"]).logits
+        adapted.set_adapter("plain")
+        for row, model in enumerate((adapted, base)):
+            assert float((found[row] - model(**batch).logits[row]).abs().max()) <= TOLERANCE
+        assert float((found[0] - found[1]).abs().max()) > 0.1
+        with pytest.raises(UsageError, match="default trains statistics, which are the same for"):
+            adapted(**batch, adapter_names=["plain", "default"])

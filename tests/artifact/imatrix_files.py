@@ -50,3 +50,23 @@ def write_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+LLAMA_CPP = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def llama_cpp_values(values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What llama.cpp would have for these, by its names."""
+    found = {}
+    for name, own in values.items():
+        _, _, layer, *rest = name.removesuffix(".weight").split(".")
+        found[f"blk.{layer}.{LLAMA_CPP['.'.join(rest)]}.weight"] = own[None]
+    return found

@@ -26,11 +26,11 @@ from irq_convert.adapters.attach import attach
 from irq_convert.adapters.kinds import adapter_config
 from irq_convert.artifact.adapter_kinds import AdapterKind
 from irq_convert.artifact.contents import open_artifact
-from irq_convert.artifact.importance import read_importance
 from irq_convert.checkpoint.locate import open_source
 from irq_convert.core.spec import QuantSpec
 from irq_convert.core.threads import torch_threads
 from irq_convert.hf.causal_lm import load_causal_lm, load_tokenizer
+from irq_convert.jobs.calibration.importance_file import read_importance_file
 from irq_convert.jobs.calibration.options import CalibrationOptions
 from irq_convert.jobs.common.text import cut_windows, encode_stream, read_text
 from irq_convert.jobs.evaluate.options import EvalOptions
@@ -105,7 +105,7 @@ class Bench:
                 measure(
                     asked.model, file, text=asked.text, tokens=asked.tokens, window=asked.context
                 )
-            return read_importance(file)
+            return read_importance_file(file)
         return start_windows(self.source, StartText(asked.text, asked.tokens, asked.context))
 
     def score(self, model: Any) -> str:

@@ -15,10 +15,9 @@ from typing import Any
 import torch
 
 from irq_convert.artifact.contents import Artifact
-from irq_convert.artifact.importance import Importance, read_importance
-from irq_convert.checkpoint.files import sha256_file
 from irq_convert.checkpoint.locate import Fetch, open_source
 from irq_convert.errors import UsageError
+from irq_convert.jobs.calibration.importance_file import ImportanceFile, read_importance_file
 from irq_convert.jobs.calibration.text import Windows
 from irq_convert.jobs.finetune.encode import Example
 from irq_convert.jobs.finetune.options import FinetuneOptions
@@ -39,7 +38,7 @@ class Start:
 
     source: str
     revision: str | None
-    inputs: Importance | Windows
+    inputs: ImportanceFile | Windows
     sha256: str
 
     def run(
@@ -79,9 +78,10 @@ def find_start(options: FinetuneOptions, examples: Sequence[Example], name: str)
         identity = source_identity(checkpoint, source)
     finally:
         checkpoint.fetcher.close(done=False)
-    inputs: Importance | Windows
+    inputs: ImportanceFile | Windows
     if options.importance is not None:
-        inputs, told = read_importance(options.importance), sha256_file(options.importance)
+        inputs = read_importance_file(options.importance)
+        told = inputs.sha256
     else:
         inputs = example_windows(examples, name)
         told = inputs.sha256

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from irq_convert.artifact.contents import Artifact
-from irq_convert.artifact.importance import Importance
 from irq_convert.checkpoint.source import Checkpoint
 from irq_convert.core.error_start import LowRank
 from irq_convert.errors import UsageError
 from irq_convert.hf.layered import NotLayered, open_layered
+from irq_convert.jobs.calibration.importance_file import MEASURE, ColumnValues, ImportanceFile
 from irq_convert.jobs.calibration.source import (
     check_context,
     check_vocabulary,
@@ -91,7 +91,7 @@ def start_from_error(
     artifact: Artifact,
     source: Checkpoint,
     *,
-    inputs: Importance | Windows | None = None,
+    inputs: ImportanceFile | Windows | None = None,
     adapter: str = "default",
     device: str = "cpu",
     scratch: Path | None = None,
@@ -101,12 +101,13 @@ def start_from_error(
 
     `model` is the artifact's, with a LoRA of any of our kinds on it (`attach`); `source` has its
     files on the disk. `inputs` say what counts: windows of a text, run through both layer by layer
-    on `device` with hidden states in `scratch`; importance; or nothing, all inputs alike. Only A
-    and B are changed, and betas, to 0: without the adapter the model is the artifact. Adapters on
-    dense layers keep the start they have. Of each matrix one copy is in memory, and its moments.
+    on `device` with hidden states in `scratch`; a file of importance; or nothing, all inputs alike.
+    Only A and B are changed, and betas, to 0: without the adapter the model is the artifact.
+    Adapters on dense layers keep the start they have. Of each matrix one copy is in memory, and its
+    moments.
 
     Equal arguments and threads give equal bytes. Raises `UsageError` where `source` is another
-    model's, importance is of other shapes, or a text is for a class that cannot be run layer by
+    model's, importance is of another model's, or a text is for a class that cannot be run layer by
     layer; `IrqError` naming the tensor for numbers that are not finite.
     """
     progress = progress or Progress()
@@ -117,7 +118,13 @@ def start_from_error(
     if isinstance(inputs, Windows):
         how, found = "text", _by_text(weights, layers, inputs, scratch, progress)
     elif inputs is not None:
-        how, found = "importance", _by_columns(weights, layers, inputs, progress)
+        columns = ColumnValues(inputs, source)
+        how, found = "importance", _by_columns(weights, layers, columns, progress)
+        if not found:
+            raise UsageError(
+                f"{inputs.path}: has nothing of the {len(layers)} adapted weights, the first is "
+                f"{min(layers)}: the file is of another model: {MEASURE}"
+            )
     else:
         how = "identity"
     rest = {tensor: layer for tensor, layer in layers.items() if tensor not in found}
@@ -134,26 +141,23 @@ def start_from_error(
 def _by_columns(
     weights: Weights,
     layers: Mapping[str, AdaptedLayer],
-    importance: Importance | None,
+    columns: ColumnValues | None,
     progress: Progress,
 ) -> dict[str, LowRank]:
     """Starts by the mean square of each column, or by none; tensors that have none are left out."""
-    values = {} if importance is None else importance.values
-    wanted = [tensor for tensor in layers if importance is None or tensor in values]
-    for tensor in wanted if values else ():
-        cols = layers[tensor].cols
-        if values[tensor].shape != (cols,):
-            raise UsageError(
-                f"{tensor} has importance {list(values[tensor].shape)}, not [{cols}]: the file is "
-                "of another model: measure this one (irq-convert measure)"
-            )
+    wanted: dict[str, torch.Tensor] = {}
+    for tensor, layer in layers.items():
+        if columns is None:
+            wanted[tensor] = torch.ones(layer.cols)
+            continue
+        values = columns.find(tensor, weights.info(tensor).shape, layer.cols)
+        if values is not None:
+            wanted[tensor] = torch.from_numpy(values[0])
     found: dict[str, LowRank] = {}
     if wanted:
         progress.phase("starting adapters", len(wanted), len(wanted))
-    for tensor in wanted:
-        delta = weights.lost(tensor)
-        own = torch.from_numpy(values[tensor]) if values else torch.ones(delta.shape[1])
-        found[tensor] = layers[tensor].start(delta, own)
+    for tensor, own in wanted.items():
+        found[tensor] = layers[tensor].start(weights.lost(tensor), own)
         progress.advance(1, finished=1)
     return found
 

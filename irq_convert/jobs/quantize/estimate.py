@@ -17,13 +17,14 @@ from irq_convert.checkpoint.source import PLAIN
 from irq_convert.checkpoint.system import free_bytes
 from irq_convert.core.quantize import quantize_tensor
 from irq_convert.jobs.calibration.estimate import CalibrationCost, estimate_calibration
+from irq_convert.jobs.calibration.importance_file import read_importance_file
 from irq_convert.jobs.common.kernels import load_kernels
 from irq_convert.jobs.common.options import chosen
 from irq_convert.jobs.common.ranks import Ranks
 from irq_convert.jobs.common.resume import FinishedShards
 from irq_convert.jobs.common.shard_job import scan_finished
 from irq_convert.jobs.quantize.calibrated import plan_calibration
-from irq_convert.jobs.quantize.importance import plan_importance, read_importance_file
+from irq_convert.jobs.quantize.importance import plan_importance
 from irq_convert.jobs.quantize.job import quantize_job
 from irq_convert.jobs.quantize.options import QuantizeOptions
 from irq_convert.jobs.quantize.plan import QuantizePlan, TensorPlan, plan_quantize
@@ -103,7 +104,8 @@ def estimate_quantize(
     model, out = str(model), default_output(model, options) if out is None else Path(out)
     options = for_process(options, Ranks())
     check_output_folder(model, out, options)
-    file = read_importance_file(options.importance)
+    importance = options.importance
+    file = None if importance is None else read_importance_file(importance)
     checkpoint = open_quantize_source(model, revision, options)
     with ExitStack() as stack:
         stack.callback(checkpoint.fetcher.close, done=False)  # what a stopped run has left stays

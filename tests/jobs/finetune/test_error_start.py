@@ -14,11 +14,12 @@ from irq_convert.adapters.attach import attach
 from irq_convert.adapters.kinds import adapter_config
 from irq_convert.artifact.adapter_kinds import AdapterKind
 from irq_convert.artifact.contents import open_artifact
-from irq_convert.artifact.importance import Importance, read_importance
+from irq_convert.artifact.importance import Importance, write_importance
 from irq_convert.checkpoint.reader import TileReader
 from irq_convert.checkpoint.source import open_checkpoint
 from irq_convert.errors import IrqError, UsageError
 from irq_convert.hf.layered import LayeredModel
+from irq_convert.jobs.calibration.importance_file import ImportanceFile, read_importance_file
 from irq_convert.jobs.calibration.text import Windows
 from irq_convert.jobs.demo.corpus import corpus
 from irq_convert.jobs.finetune.start_error import (
@@ -32,6 +33,7 @@ from irq_convert.jobs.measure.measure import measure
 from irq_convert.jobs.quantize.quantize import quantize
 from irq_convert.progress import Progress
 from tests.architectures.zoo import BY_NAME, write_checkpoint
+from tests.artifact.imatrix_files import llama_cpp_values, write_gguf
 from tests.folders import change_tensors
 from tests.paths import DEMO
 
@@ -56,7 +58,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     text.write_text(corpus(3, 40))
     measure(DEMO, file, text=text, tokens=1024, window=64, threads=1)
     windows = start_windows(open_checkpoint(DEMO), StartText(str(text), 1024, 64))
-    return {"identity": None, "importance": read_importance(file), "text": windows}
+    return {"identity": None, "importance": read_importance_file(file), "text": windows}
 
 
 def _attached(folder: Path, kind: str = "plain", rank: int = 8, **lora: Any) -> Any:
@@ -226,12 +228,12 @@ def test_dense_layers_keep_the_start_they_have(tmp_path: Path) -> None:
 
 
 def test_what_importance_does_not_have_starts_from_its_weights(
-    artifact: Path, inputs: dict[str, Any]
+    artifact: Path, inputs: dict[str, Any], tmp_path: Path
 ) -> None:
-    values = dict(inputs["importance"].values)
+    values = dict(inputs["importance"].found.values)
     del values[Q0]
     model, notes = _attached(artifact), Notes()
-    fewer = _importance(values)
+    fewer = _importance(tmp_path / "fewer", values)
     report = _start(model, artifact, DEMO, inputs=fewer, progress=notes)
     assert report.unweighed == (Q0,)
     assert Q0 in notes.lines[0]
@@ -239,11 +241,32 @@ def test_what_importance_does_not_have_starts_from_its_weights(
     assert report.layers[Q0] == plain.layers[Q0]
     values[Q0] = values["model.layers.0.mlp.down_proj.weight"]
     with pytest.raises(UsageError, match=r"q_proj.* of another model"):
-        _start(model, artifact, DEMO, inputs=_importance(values))
+        _start(model, artifact, DEMO, inputs=_importance(tmp_path / "other", values))
+    nothing = _importance(tmp_path / "nothing", {"x.weight": values[Q0]})
+    with pytest.raises(
+        UsageError, match=r"nothing of the 28 adapted weights, the first is .*mlp\.down"
+    ):
+        _start(model, artifact, DEMO, inputs=nothing)
 
 
-def _importance(values: dict[str, Any]) -> Importance:
-    return Importance(values, "text", 1, 1, "", {})
+def _importance(path: Path, values: dict[str, Any]) -> ImportanceFile:
+    told = {"model": "m", "revision": None, "tensors_sha256": ""}
+    write_importance(path, Importance(values, "text", 1, 1, "", told))
+    return read_importance_file(path)
+
+
+def test_an_imatrix_counts_as_a_file_of_ours(
+    artifact: Path, inputs: dict[str, Any], tmp_path: Path
+) -> None:
+    file = write_gguf(tmp_path / "imatrix", llama_cpp_values(inputs["importance"].found.values))
+    one, other = (
+        _start(_attached(artifact), artifact, DEMO, inputs=each)
+        for each in (inputs["importance"], read_importance_file(file))
+    )
+    assert other.how == "importance"
+    assert not other.unweighed
+    assert other.left == pytest.approx(one.left, rel=1e-5)
+    assert other.left != pytest.approx(_start(_attached(artifact), artifact, DEMO).left, rel=1e-2)
 
 
 def test_a_source_that_is_another_model_is_refused(artifact: Path, tmp_path: Path) -> None:

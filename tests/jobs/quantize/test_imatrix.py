@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from irq_convert.errors import UsageError
 from irq_convert.jobs.quantize.estimate import estimate_quantize
 from irq_convert.jobs.quantize.quantize import quantize
 from tests.architectures.zoo import BY_NAME, write_checkpoint
-from tests.artifact.imatrix_files import write_gguf, write_list
+from tests.artifact.imatrix_files import LLAMA_CPP, llama_cpp_values, write_gguf, write_list
 from tests.folders import listing
 from tests.tiny import LLAMA, llama_tensors, write_source
 
@@ -33,26 +32,6 @@ def source(tmp_path: Path) -> Path:
 def file(source: Path, tmp_path: Path) -> Path:
     make_importance(source, tmp_path / "i.safetensors")
     return tmp_path / "i.safetensors"
-
-
-LLAMA_CPP = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-
-
-def llama_cpp_values(values: Mapping[str, np.ndarray]) -> Values:
-    """What llama.cpp would have for these, by its names."""
-    found = {}
-    for name, own in values.items():
-        _, _, layer, *rest = name.removesuffix(".weight").split(".")
-        found[f"blk.{layer}.{LLAMA_CPP['.'.join(rest)]}.weight"] = own[None]
-    return found
 
 
 @pytest.mark.parametrize("write", [write_list, write_gguf])
