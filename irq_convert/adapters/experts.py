@@ -53,8 +53,8 @@ class IecLoraExperts(MovesStatistics, nn.Module, LoraLayer):
         self.lora_irq_scale, self.lora_irq_tau = nn.ModuleDict({}), nn.ModuleDict({})
         self.rounded = None
         self.merged_adapters: list[str] = []
-        self.lora_A: dict[str, Any] = {}  # none: PEFT looks there for the names of adapters
-        self.lora_embedding_A: dict[str, Any] = {}
+        self.lora_A = nn.ModuleDict({})  # none: PEFT looks there for the names of adapters
+        self.lora_embedding_A = nn.ParameterDict({})
         self.r: dict[str, int] = {}
         self.scaling: dict[str, float] = {}
         self.lora_variant: dict[str, Any] = {}  # none: PEFT looks there when it deletes

@@ -60,11 +60,9 @@ class IecLoraModel(LoraModel):
 
         Raises `UsageError` where one of them moves statistics.
         """
-        asked = dict.fromkeys(kwargs.get("adapter_names") or ())
-        known = {name: self.peft_config[name] for name in asked if name in self.peft_config}
-        refuse_mixed(
-            [name for name, config in known.items() if getattr(config, "statistics", None)]
-        )
+        asked = set(kwargs.get("adapter_names") or ())
+        moving = {name for name, config in self.peft_config.items() if config.statistics}
+        refuse_mixed(sorted(asked & moving))
         with super()._enable_peft_forward_hooks(*args, **kwargs):
             yield
 
