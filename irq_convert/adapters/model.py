@@ -60,8 +60,8 @@ class IecLoraModel(LoraModel):
 
         Raises `UsageError` where one of them moves statistics.
         """
-        asked = set(kwargs.get("adapter_names") or ())
-        moving = {name for name, config in self.peft_config.items() if config.statistics}
+        asked, configs = set(kwargs.get("adapter_names") or ()), dict[str, Any](self.peft_config)
+        moving = {name for name, config in configs.items() if config.statistics}
         refuse_mixed(sorted(asked & moving))
         with super()._enable_peft_forward_hooks(*args, **kwargs):
             yield
