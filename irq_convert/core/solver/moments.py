@@ -146,14 +146,17 @@ def corrections(
     part: float,
     ridge: float,
 ) -> list[torch.Tensor]:
-    """`corrected` of several matrices that are given the same inputs; `pulls` as of `pulled`."""
+    """`corrected` of several matrices that are given the same inputs; `pulls` as of `pulled`.
+
+    The result is in the memory of `pulls`, which are lost.
+    """
     wide = torch.float64 if len(moments) < WIDE else torch.float32
     factor = damped(moments, ridge).to(wide)
     with full_precision():
         if not factor_in_place(factor):
             return list(weights)
-        found = [weight.clone() for weight in weights]
-        for target, pull in zip(found, pulls, strict=True):
-            for rows, right in zip(target.split(ROWS), pull.split(ROWS), strict=True):
-                rows.add_(solve_factored(factor, right.T.to(wide)).T.float(), alpha=part)
-        return found
+        for weight, pull in zip(weights, pulls, strict=True):
+            for rows, right in zip(weight.split(ROWS), pull.split(ROWS), strict=True):
+                change = solve_factored(factor, right.T.to(wide)).T.float()
+                torch.add(rows, change, alpha=part, out=right)
+        return list(pulls)

@@ -30,6 +30,7 @@ from irq_convert.jobs.calibration.sites import (
     listening,
 )
 from irq_convert.jobs.calibration.states import StateFile, chunks, state_file
+from irq_convert.jobs.common.memory import give_back_memory
 from irq_convert.nn.recording import Listener
 
 
@@ -195,11 +196,13 @@ class LayerCalibrator:
         if moments.cross is not None:
             pulls = [pulled(weight, moments.cross) for weight in weights]
             moments.cross = None  # as large as H: what follows needs the room
+            give_back_memory()
             targets = corrections(
                 weights, pulls, whole, self.options.correction, self.options.ridge
             )
-            pulls.clear()
+            del pulls
         shares = whole.diagonal().double().cpu().numpy()
+        give_back_memory()
         factor = factorize(whole, self.options.solver.damping, leader.key)
         for site, weight, target in zip(sites, weights, targets, strict=True):
             (stored,) = site.stored
