@@ -19,7 +19,7 @@ from irq_convert.nn.packed import statistics_parameters
 from tests.paths import ROOT
 
 from .helpers import artifact, packed_layers
-from .workers import attached, train
+from .workers import BLOCK, STATISTICS, attached, train
 
 torch_distributed = pytest.mark.skipif(
     not torch.distributed.is_gloo_available(), reason="torch was built without gloo"
@@ -62,12 +62,22 @@ def assert_same(found: dict[str, Any], wanted: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 @torch_distributed
-@pytest.mark.parametrize("kind", ["ddp", "ddp block", "fsdp"])
-def test_two_processes_are_one(base: Path, found: dict[str, Any], kind: str) -> None:
-    pool = "block" if "block" in kind else None
-    wanted = train(attached(base, pool=pool))
+@pytest.mark.parametrize(
+    ("kind", "options", "trained"),
+    [
+        ("ddp", {}, "lora_iec_beta"),
+        ("ddp block", BLOCK, "lora_iec_beta"),
+        ("ddp statistics", STATISTICS, "lora_irq_tau"),
+        ("fsdp", {}, "lora_iec_beta"),
+        ("fsdp statistics", STATISTICS, "lora_irq_scale"),
+    ],
+)
+def test_two_processes_are_one(
+    base: Path, found: dict[str, Any], kind: str, options: dict[str, Any], trained: str
+) -> None:
+    wanted = train(attached(base, **options))
     assert wanted["losses"][0] != wanted["losses"][1]
-    assert any("lora_iec_beta" in name for name in wanted["grads"])
+    assert any(trained in name for name in wanted["grads"])
     assert_same(found[kind], wanted)
 
 

@@ -22,6 +22,8 @@ from irq_convert.nn.packed import statistics_parameters
 
 from .helpers import iec_config, packed_layers, randomize, tokens
 
+BLOCK = {"pool": "block"}
+STATISTICS = {"r": 0, "statistics": "both"}
 BATCH = 4
 STEPS = 2
 
@@ -84,7 +86,11 @@ def main(base: Path, out: Path) -> None:
     rank, world = distributed.get_rank(), distributed.get_world_size()
     found: dict[str, Any] = {"world": world}
     found["ddp"] = train(DistributedDataParallel(attached(base)), rank, world)
-    found["ddp block"] = train(DistributedDataParallel(attached(base, pool="block")), rank, world)
+    found["ddp block"] = train(DistributedDataParallel(attached(base, **BLOCK)), rank, world)
+    found["ddp statistics"] = train(
+        DistributedDataParallel(attached(base, **STATISTICS)), rank, world
+    )
+    found["fsdp statistics"] = train(shard(attached(base, **STATISTICS)), rank, world)
     model = shard(attached(base))
     found["fsdp"] = train(model, rank, world)
     found["fsdp parts"] = sharded_dtypes(model)
