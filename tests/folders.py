@@ -25,6 +25,14 @@ def listing(folder: Path) -> dict[str, object]:
     return found
 
 
+def open_without_a_name(folder: Path) -> list[str]:
+    """Files of `folder` that this process has open and that are removed: they still take room."""
+    links = [
+        path.readlink().as_posix() for path in Path("/proc/self/fd").iterdir() if path.is_symlink()
+    ]
+    return [link for link in links if link.startswith(str(folder)) and link.endswith(" (deleted)")]
+
+
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """Every tensor in the safetensors files of `folder`, as stored."""
     found: dict[str, torch.Tensor] = {}

@@ -121,8 +121,8 @@ class LayerCalibrator:
                         self._solve_linears(group, states["quantized"])
                 self._solve_unseen()
                 self._move_on(states["quantized"], following["quantized"], memo=self._memo)
-        for path in [file.path for file in self._inputs.values()]:
-            path.unlink(missing_ok=True)
+        for file in self._inputs.values():
+            file.remove()
         return self._result
 
     def _through(self, states: torch.Tensor) -> torch.Tensor:

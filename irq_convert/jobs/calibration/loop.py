@@ -194,7 +194,7 @@ class Calibration:
         )
         self.work.note(record)
         for states in current.values():
-            states.path.unlink(missing_ok=True)
+            states.remove()
         self.progress.advance(file.nbytes, finished=True)
         return following
 

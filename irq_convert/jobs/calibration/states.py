@@ -23,7 +23,7 @@ CHUNK_TOKENS = 2048
 
 @dataclass
 class StateFile:
-    """Float32 `[windows, tokens, width]` in the file `path`, open as `fd`."""
+    """Float32 `[windows, tokens, width]` in the file `path`, open as `fd` until it is removed."""
 
     path: Path
     fd: int
@@ -57,6 +57,17 @@ class StateFile:
         with os_errors("write hidden states", self.path):
             os.fsync(self.fd)
 
+    def close(self) -> None:
+        """Nothing is read or written any more."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def remove(self) -> None:
+        """Give the room on the disk back, which a file that is open would keep."""
+        self.close()
+        self.path.unlink(missing_ok=True)
+
 
 @contextmanager
 def state_file(
@@ -67,13 +78,14 @@ def state_file(
     flags = os.O_RDWR | (os.O_CREAT | os.O_TRUNC if new else 0)
     with os_errors("hold hidden states", path, size):
         fd = os.open(path, flags, 0o666)
+    file = StateFile(path, fd, windows, tokens, width)
     try:
         with os_errors("hold hidden states", path, size):
             if new and hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(fd, 0, max(1, size))
-        yield StateFile(path, fd, windows, tokens, width)
+        yield file
     finally:
-        os.close(fd)
+        file.close()
 
 
 def chunks(first: int, last: int, tokens: int) -> Iterator[tuple[int, int]]:

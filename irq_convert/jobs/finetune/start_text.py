@@ -142,7 +142,7 @@ class _Layer:
                     with self._memo.used(start):
                         self._adapted.write(start, self._through(self._adapted, start, stop))
         for file in self._inputs.values():
-            file.path.unlink()
+            file.remove()
 
     def _through(self, states: StateFile, start: int, stop: int) -> torch.Tensor:
         layer = self._model.module(self._model.layers[self._number])

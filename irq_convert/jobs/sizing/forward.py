@@ -127,7 +127,7 @@ class Forward:
                         self._move(number, current[name], following[name], start, stop)
         for name, file in current.items():
             if name or not self.keep_states:
-                file.path.unlink(missing_ok=True)
+                file.remove()
         return following
 
     def _move(

@@ -23,7 +23,7 @@ from irq_convert.jobs.quantize.estimate import estimate_quantize
 from irq_convert.jobs.quantize.quantize import quantize
 from irq_convert.jobs.verify import verify
 from irq_convert.progress import Progress
-from tests.folders import listing
+from tests.folders import listing, open_without_a_name
 from tests.jobs.calibration.conftest import calibrating
 from tests.jobs.calibration.words import write_word_tokenizer
 
@@ -94,6 +94,18 @@ def test_the_same_bytes_every_time(source: Path, text: Path, tmp_path: Path) -> 
     whole = load_file(tmp_path / "one" / "model.safetensors")
     assert whole.keys() == parts.keys()
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_states_behind_give_their_room_back(source: Path, text: Path, tmp_path: Path) -> None:
+    held: list[list[str]] = []
+
+    class Watching(Progress):
+        def advance(self, size: int, finished: int) -> None:
+            held.append(open_without_a_name(tmp_path))
+
+    quantize(source, tmp_path / "out", calibrating(text), progress=Watching())
+    assert len(held) > 2
+    assert not any(held)
 
 
 class _StopAt(Progress):

@@ -21,6 +21,7 @@ from irq_convert.jobs.sizing.damage import damages, strata
 from irq_convert.jobs.sizing.measure import Subject, compare, measure_sensitivity
 from irq_convert.progress import Progress
 from tests.architectures.zoo import BY_NAME, make_model
+from tests.folders import open_without_a_name
 
 Make = Callable[[str], Path]
 CHOICES = (Choice("int2", 32), Choice("int3", 64), Choice("nf4", 32))
@@ -102,9 +103,17 @@ def test_damage_is_half_the_fisher_weighted_error(
 
 def test_widths_are_what_they_cost_in_truth(make: Make, tmp_path: Path) -> None:
     source, ids = make("Llama 2"), drawn_ids()
+    held: list[list[str]] = []
+
+    class Watching(Progress):
+        def advance(self, size: int, finished: int) -> None:
+            held.append(open_without_a_name(tmp_path))
+
     found = measure_sensitivity(
-        subject(source, ids, None), CHOICES, {"a": 1}, {"b": 2}, tmp_path, Progress()
+        subject(source, ids, None), CHOICES, {"a": 1}, {"b": 2}, tmp_path, Watching()
     )
+    assert len(held) > 2
+    assert not any(held)
     assert set(found.widths) == {2, 3, 4}
     model, twin = make_model(BY_NAME["Llama 2"]), make_model(BY_NAME["Llama 2"])
     with torch.no_grad():
