@@ -189,13 +189,15 @@ class LayerCalibrator:
                     self._through(states.read(start, stop))
                 own = None if source is None else _flat(source, start, stop, seen[0])
                 moments.add(seen[0], own)
+        seen.clear()  # the last inputs: what follows needs the room
+        own = None
         whole = moments.whole(leader.module)
         sites = [self._by_key[key] for key in group]
         weights = [site.read(self.model, site.stored[0]) for site in sites]
         targets = weights
         if moments.cross is not None:
             pulls = [pulled(weight, moments.cross) for weight in weights]
-            moments.cross = None  # as large as H: what follows needs the room
+            moments.cross = None  # as large as H
             give_back_memory()
             targets = corrections(
                 weights, pulls, whole, self.options.correction, self.options.ridge
