@@ -103,6 +103,58 @@ def estimate_quantize(
     options = chosen(QuantizeOptions.of, options, settings)
     model, out = str(model), default_output(model, options) if out is None else Path(out)
     options = for_process(options, Ranks())
+    seen = _look(model, out, options, revision, progress)
+    load_kernels(options.spec, progress, device=options.device, threads=options.threads)
+    progress.stage("measuring")
+    rate = measure_rate(options)
+    plan, found, cost = seen.plan, seen.found, seen.cost
+    return QuantizeEstimate(
+        model=model,
+        out=str(out),
+        decided_by=plan.decided_by,
+        bytes_in=plan.bytes_in,
+        bytes_out=plan.folder.bytes_out,
+        disk_needed=plan.bytes_needed - (found.nbytes if found else 0) + (cost.disk if cost else 0),
+        disk_free=free_bytes(out),
+        shards=len(plan.folder.shards),
+        tensors=len(plan.folder.tensors),
+        quantized_tensors=len(plan.quantized),
+        weights=plan.weights,
+        quantized_weights=plan.quantized_weights,
+        bits_per_weight=plan.bits_per_weight,
+        rate=rate,
+        seconds=_left(plan, found) / rate * (3 if cost else 1) + (cost.seconds if cost else 0),
+        kept=plan.kept,
+        finished=len(found.shards) if found else 0,
+        fetched=seen.fetched,
+        fetched_to=seen.fetched_to,
+        source_format=seen.source_format,
+        calibration=cost,
+        importance=seen.importance,
+        frontier=seen.frontier,
+    )
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What the headers of a source, and what lies in the place of the output, tell of a run.
+
+    `found` is what a stopped run has left, None where that is not known.
+    """
+
+    plan: QuantizePlan
+    found: FinishedShards | None
+    cost: CalibrationCost | None
+    importance: Mapping[str, Any] | None
+    frontier: tuple[Point, ...]
+    fetched: int
+    fetched_to: str | None
+    source_format: str
+
+
+def _look(
+    model: str, out: Path, options: QuantizeOptions, revision: str | None, progress: Progress
+) -> _Seen:
     check_output_folder(model, out, options)
     importance = options.importance
     file = None if importance is None else read_importance_file(importance)
@@ -117,40 +169,21 @@ def estimate_quantize(
         points: tuple[Point, ...] = ()
         if options.target is not None:
             plan, points = target_frontier(plan, model, out, options, weighing, progress)
-        sizes = plan.bytes_in, plan.folder.bytes_out, plan.bytes_needed
         cost = _calibration_cost(plan, options, progress)
         job = quantize_job(plan, model, out, options, weighing=weighing)
         # What a calibrated run has left is told by the result of calibrating, which is not known.
         found = scan_finished(job) if cost is None else None
         tensors = (tensor.info for shard in _missing(plan, found) for tensor in shard.tensors)
-        fetched_to, fetched = checkpoint.fetcher.room(checkpoint.read_order(tensors).groups)
-    load_kernels(options.spec, progress, device=options.device, threads=options.threads)
-    progress.stage("measuring")
-    rate = measure_rate(options)
-    return QuantizeEstimate(
-        model=model,
-        out=str(out),
-        decided_by=plan.decided_by,
-        bytes_in=sizes[0],
-        bytes_out=sizes[1],
-        disk_needed=sizes[2] - (found.nbytes if found else 0) + (cost.disk if cost else 0),
-        disk_free=free_bytes(out),
-        shards=len(plan.folder.shards),
-        tensors=len(plan.folder.tensors),
-        quantized_tensors=len(plan.quantized),
-        weights=plan.weights,
-        quantized_weights=plan.quantized_weights,
-        bits_per_weight=plan.bits_per_weight,
-        rate=rate,
-        seconds=_left(plan, found) / rate * (3 if cost else 1) + (cost.seconds if cost else 0),
-        kept=plan.kept,
-        finished=len(found.shards) if found else 0,
-        fetched=fetched,
-        fetched_to=str(fetched_to) if fetched else None,
-        source_format=stored_as(job.identity.source),
-        calibration=cost,
-        importance=None if weighing is None else weighing.record,
-        frontier=points,
+        folder, fetched = checkpoint.fetcher.room(checkpoint.read_order(tensors).groups)
+    return _Seen(
+        plan,
+        found,
+        cost,
+        None if weighing is None else weighing.record,
+        points,
+        fetched,
+        str(folder) if fetched else None,
+        stored_as(job.identity.source),
     )
 
 
