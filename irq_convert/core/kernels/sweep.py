@@ -33,6 +33,8 @@ from irq_convert.core.kernels.simd import (
 )
 
 LANES = 16
+FOUR = 4
+"""Columns that are fed back to at once. An even number: even and odd columns are summed apart."""
 ZERO = np.int32(0)
 
 
@@ -84,10 +86,18 @@ def _make_sweep(digest):
             load_lanes(weights, first, cols, work)
             load_lanes(scale, first, blocks, scales)
             load_lanes(tau, first, blocks, taus)
+            sums = np.empty(FOUR * 2 * LANES, np.float32)
             for j in range(cols):
+                start = j // FOUR * FOUR
+                if start + FOUR > cols:  # the last few, each alone
+                    start = 0
+                if not start:
+                    sums[:] = F32(0.0)
+                elif start == j:
+                    _feed_back(j, factor, wrong, sums)
                 _sweep_column(
-                    j, order[j], factor[j], work, wrong, scales, taus, block_size, levels, mids,
-                    n_mids, found,
+                    j, start, order[j], factor[j], work, wrong, sums, scales, taus, block_size,
+                    levels, mids, n_mids, found,
                 )  # fmt: skip
                 for lane in range(min(LANES, rows - first)):
                     codes[first + lane, order[j]] = np.uint8(found[lane])
@@ -96,12 +106,45 @@ def _make_sweep(digest):
 
 
 @kernel
+def _feed_back(start, factor, wrong, sums):
+    """What the columns before `start`, even ones and odd ones, do to the four from there on.
+
+    Each vector of `wrong` is loaded once for all four.
+    """
+    r0, r1, r2, r3 = factor[start], factor[start + 1], factor[start + 2], factor[start + 3]
+    e0, e1, e2, e3 = splat16(F32(0.0)), splat16(F32(0.0)), splat16(F32(0.0)), splat16(F32(0.0))
+    o0, o1, o2, o3 = splat16(F32(0.0)), splat16(F32(0.0)), splat16(F32(0.0)), splat16(F32(0.0))
+    for i in range(0, start, 2):
+        one, two = load16(wrong, i * LANES), load16(wrong, (i + 1) * LANES)
+        e0 = fadd(e0, fmul(one, splat16(r0[i])))
+        e1 = fadd(e1, fmul(one, splat16(r1[i])))
+        e2 = fadd(e2, fmul(one, splat16(r2[i])))
+        e3 = fadd(e3, fmul(one, splat16(r3[i])))
+        o0 = fadd(o0, fmul(two, splat16(r0[i + 1])))
+        o1 = fadd(o1, fmul(two, splat16(r1[i + 1])))
+        o2 = fadd(o2, fmul(two, splat16(r2[i + 1])))
+        o3 = fadd(o3, fmul(two, splat16(r3[i + 1])))
+    store(sums, 0 * LANES, e0)
+    store(sums, 1 * LANES, o0)
+    store(sums, 2 * LANES, e1)
+    store(sums, 3 * LANES, o1)
+    store(sums, 4 * LANES, e2)
+    store(sums, 5 * LANES, o2)
+    store(sums, 6 * LANES, e3)
+    store(sums, 7 * LANES, o3)
+
+
+@kernel
 def _sweep_column(
-    j, col, factor, work, wrong, scales, taus, block_size, levels, mids, n_mids, found
+    j, start, col, factor, work, wrong, sums, scales, taus, block_size, levels, mids, n_mids, found
 ):
-    """Quantize column `col`, the j-th of the sweep; leaves `w - q` in `wrong`."""
-    even, odd = splat16(F32(0.0)), splat16(F32(0.0))
-    for i in range(0, j - 1, 2):
+    """Quantize column `col`, the j-th of the sweep; leaves `w - q` in `wrong`.
+
+    `sums`: what `_feed_back` found of the columns before `start`.
+    """
+    at = (j - start) % FOUR * 2 * LANES
+    even, odd = load16(sums, at), load16(sums, at + LANES)
+    for i in range(start, j - 1, 2):
         even = fadd(even, fmul(load16(wrong, i * LANES), splat16(factor[i])))
         odd = fadd(odd, fmul(load16(wrong, (i + 1) * LANES), splat16(factor[i + 1])))
     if j % 2:
