@@ -25,6 +25,7 @@ from irq_convert.hf.layered import LayeredModel
 from irq_convert.jobs.calibration.sites import Site, StoredRows, find_sites, listening
 from irq_convert.jobs.calibration.states import StateFile, chunks, state_file
 from irq_convert.jobs.calibration.text import Windows
+from irq_convert.jobs.common.memory import give_back_memory
 from irq_convert.jobs.sizing.forward import layer_bytes
 from irq_convert.progress import Progress
 
@@ -82,6 +83,7 @@ class Backward:
                         weight = site.read(self.model, stored)
                         damage(stored.tensor, weight, squares.of(site, stored, self._tokens))
             self.states(number).unlink(missing_ok=True)
+            give_back_memory()
             self.progress.advance(layer_bytes(self.model, number), finished=1)
 
     @property

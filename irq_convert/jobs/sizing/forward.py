@@ -24,6 +24,7 @@ from irq_convert.jobs.calibration.sites import Site, StoredRows, find_sites, lis
 from irq_convert.jobs.calibration.squares import Squares
 from irq_convert.jobs.calibration.states import StateFile, chunks, state_file
 from irq_convert.jobs.calibration.text import Windows
+from irq_convert.jobs.common.memory import give_back_memory
 from irq_convert.jobs.common.metrics import MeanEstimate
 from irq_convert.progress import Progress
 
@@ -128,6 +129,7 @@ class Forward:
         for name, file in current.items():
             if name or not self.keep_states:
                 file.remove()
+        give_back_memory()
         return following
 
     def _move(
