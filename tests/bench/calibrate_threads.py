@@ -52,22 +52,18 @@ def main() -> None:
         for out, threads in folders.values():
             quantize(asked.model, out, bits=asked.bits, calibrate=choice, threads=threads)
         first = folders["one thread"][0]
+        source, windows = load_causal_lm(asked.model), _windows(asked)
+        options = EvalOptions(context=asked.context)
         for title, (out, _) in folders.items():
-            kl = _kl(asked, out)
-            if listing(out) == listing(first):
-                print(f"{title}: KL {kl}, the bytes of the first", flush=True)
-            else:
-                print(f"{title}: KL {kl}, {_differences(first, out)}", flush=True)
+            found = evaluate_windows(load_causal_lm(out), windows, options, reference=source)
+            same = listing(out) == listing(first)
+            what = "the bytes of the first" if same else _differences(first, out)
+            print(f"{title}: KL {found.kl:.4f} ± {found.kl_se:.4f}, {what}", flush=True)
 
 
-def _kl(asked: argparse.Namespace, out: Path) -> str:
-    tokenizer = load_tokenizer(asked.model)
-    ids = encode_stream(tokenizer, read_text(asked.judge), asked.windows * asked.context)
-    found = evaluate_windows(
-        load_causal_lm(out), cut_windows(ids, asked.context), EvalOptions(context=asked.context),
-        reference=load_causal_lm(asked.model),
-    )  # fmt: skip
-    return f"{found.kl:.4f} ± {found.kl_se:.4f}"
+def _windows(asked: argparse.Namespace) -> torch.Tensor:
+    text, tokens = read_text(asked.judge), asked.windows * asked.context
+    return cut_windows(encode_stream(load_tokenizer(asked.model), text, tokens), asked.context)
 
 
 def _differences(one: Path, other: Path) -> str:

@@ -17,43 +17,21 @@ from numba import prange
 
 from irq_convert.core.kernels.grid import F32, decode, encode
 from irq_convert.core.kernels.jit import entry_point, kernel
+from irq_convert.core.kernels.lanes import FOUR, LANES, load_lanes, multiply_four, nearest
 from irq_convert.core.kernels.simd import fadd, fmul, fsub, load16, splat16, store
-from irq_convert.core.kernels.sweep import LANES, load_lanes, nearest
 
 
 @kernel
 def _subtract_product(moved, first, count, moments, gain, begin, end):
-    """`gain[k] -= sum_j moved[j] H[first + j, k]` for k in `begin .. end`, sixteen rows at once.
-
-    Four k side by side where there are four: each vector of `moved` is loaded once for them.
-    """
-    fours = begin + (end - begin) // 4 * 4
-    for k in range(begin, fours, 4):
-        r0, r1, r2, r3 = moments[k], moments[k + 1], moments[k + 2], moments[k + 3]
-        e0, e1, e2, e3 = splat16(F32(0.0)), splat16(F32(0.0)), splat16(F32(0.0)), splat16(F32(0.0))
-        o0, o1, o2, o3 = splat16(F32(0.0)), splat16(F32(0.0)), splat16(F32(0.0)), splat16(F32(0.0))
-        for j in range(0, count - 1, 2):
-            at = first + j
-            one, two = load16(moved, j * LANES), load16(moved, (j + 1) * LANES)
-            e0 = fadd(e0, fmul(one, splat16(r0[at])))
-            e1 = fadd(e1, fmul(one, splat16(r1[at])))
-            e2 = fadd(e2, fmul(one, splat16(r2[at])))
-            e3 = fadd(e3, fmul(one, splat16(r3[at])))
-            o0 = fadd(o0, fmul(two, splat16(r0[at + 1])))
-            o1 = fadd(o1, fmul(two, splat16(r1[at + 1])))
-            o2 = fadd(o2, fmul(two, splat16(r2[at + 1])))
-            o3 = fadd(o3, fmul(two, splat16(r3[at + 1])))
-        if count % 2:
-            at = first + count - 1
-            one = load16(moved, (count - 1) * LANES)
-            e0 = fadd(e0, fmul(one, splat16(r0[at])))
-            e1 = fadd(e1, fmul(one, splat16(r1[at])))
-            e2 = fadd(e2, fmul(one, splat16(r2[at])))
-            e3 = fadd(e3, fmul(one, splat16(r3[at])))
-        store(gain, k * LANES, fsub(load16(gain, k * LANES), fadd(e0, o0)))
-        store(gain, (k + 1) * LANES, fsub(load16(gain, (k + 1) * LANES), fadd(e1, o1)))
-        store(gain, (k + 2) * LANES, fsub(load16(gain, (k + 2) * LANES), fadd(e2, o2)))
-        store(gain, (k + 3) * LANES, fsub(load16(gain, (k + 3) * LANES), fadd(e3, o3)))
+    """`gain[k] -= sum_j moved[j] H[first + j, k]` for k in `begin .. end`, sixteen rows at once."""
+    fours = begin + (end - begin) // FOUR * FOUR
+    for k in range(begin, fours, FOUR):
+        e0, o0, e1, o1, e2, o2, e3, o3 = multiply_four(moved, count, moments, k, first)
+        at = k * LANES
+        store(gain, at, fsub(load16(gain, at), fadd(e0, o0)))
+        store(gain, at + LANES, fsub(load16(gain, at + LANES), fadd(e1, o1)))
+        store(gain, at + 2 * LANES, fsub(load16(gain, at + 2 * LANES), fadd(e2, o2)))
+        store(gain, at + 3 * LANES, fsub(load16(gain, at + 3 * LANES), fadd(e3, o3)))
     for k in range(fours, end):
         row = moments[k]
         even, odd = splat16(F32(0.0)), splat16(F32(0.0))

@@ -18,52 +18,8 @@ from numba import prange
 
 from irq_convert.core.kernels.grid import F32
 from irq_convert.core.kernels.jit import entry_point, kernel
-from irq_convert.core.kernels.simd import (
-    choose,
-    count,
-    fadd,
-    fless,
-    fmul,
-    fsub,
-    isplat16,
-    isub,
-    load16,
-    splat16,
-    store,
-)
-
-LANES = 16
-FOUR = 4
-"""Columns that are fed back to at once. An even number: even and odd columns are summed apart."""
-ZERO = np.int32(0)
-
-
-@kernel
-def nearest(value, scale, tau, levels, mids, n_mids, codes, at):
-    """The stored value of the level nearest to `value`; its codes go to `codes[at:]`.
-
-    `code = #{k : w >= tau + m_k * scale}`, the rule of the format.
-    """
-    found = fadd(fmul(splat16(levels[n_mids]), scale), tau)
-    code = isplat16(np.int32(n_mids))
-    below = isplat16(ZERO)
-    for i in range(n_mids):
-        k = n_mids - 1 - i
-        mask = fless(value, fadd(tau, fmul(splat16(mids[k]), scale)))
-        below = count(below, mask)
-        found = choose(mask, fadd(fmul(splat16(levels[k]), scale), tau), found)
-    store(codes, at, isub(code, below))
-    return found
-
-
-@kernel
-def load_lanes(rows, first, width, out):
-    """`out[j * LANES + lane] = rows[first + lane, j]`; lanes behind the last row repeat it."""
-    last = rows.shape[0] - 1
-    for lane in range(LANES):
-        row = min(first + lane, last)
-        for j in range(width):
-            out[j * LANES + lane] = rows[row, j]
+from irq_convert.core.kernels.lanes import FOUR, LANES, load_lanes, multiply_four, nearest
+from irq_convert.core.kernels.simd import fadd, fmul, fsub, load16, splat16, store
 
 
 def _make_sweep(digest):
@@ -107,23 +63,8 @@ def _make_sweep(digest):
 
 @kernel
 def _feed_back(start, factor, wrong, sums):
-    """What the columns before `start`, even ones and odd ones, do to the four from there on.
-
-    Each vector of `wrong` is loaded once for all four.
-    """
-    r0, r1, r2, r3 = factor[start], factor[start + 1], factor[start + 2], factor[start + 3]
-    e0, e1, e2, e3 = splat16(F32(0.0)), splat16(F32(0.0)), splat16(F32(0.0)), splat16(F32(0.0))
-    o0, o1, o2, o3 = splat16(F32(0.0)), splat16(F32(0.0)), splat16(F32(0.0)), splat16(F32(0.0))
-    for i in range(0, start, 2):
-        one, two = load16(wrong, i * LANES), load16(wrong, (i + 1) * LANES)
-        e0 = fadd(e0, fmul(one, splat16(r0[i])))
-        e1 = fadd(e1, fmul(one, splat16(r1[i])))
-        e2 = fadd(e2, fmul(one, splat16(r2[i])))
-        e3 = fadd(e3, fmul(one, splat16(r3[i])))
-        o0 = fadd(o0, fmul(two, splat16(r0[i + 1])))
-        o1 = fadd(o1, fmul(two, splat16(r1[i + 1])))
-        o2 = fadd(o2, fmul(two, splat16(r2[i + 1])))
-        o3 = fadd(o3, fmul(two, splat16(r3[i + 1])))
+    """What the columns before `start`, even ones and odd ones, do to the four from there on."""
+    e0, o0, e1, o1, e2, o2, e3, o3 = multiply_four(wrong, start, factor, start, 0)
     store(sums, 0 * LANES, e0)
     store(sums, 1 * LANES, o0)
     store(sums, 2 * LANES, e1)

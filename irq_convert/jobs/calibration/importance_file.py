@@ -38,6 +38,11 @@ class ImportanceFile:
         return str(self.record["sha256"])
 
 
+def matrices_of(shape: Sequence[int]) -> int:
+    """How many matrices a tensor of `shape` is: those of experts lie in one of three dimensions."""
+    return shape[0] if len(shape) == 3 else 1
+
+
 def read_importance_file(path: Path) -> ImportanceFile:
     """Read and check a file of `measure` or of llama.cpp.
 
@@ -89,7 +94,7 @@ class ColumnValues:
         float64 `[matrices, cols]`; None where the file has nothing of it. Raises `UsageError` where
         it has another shape.
         """
-        matrices = shape[0] if len(shape) == 3 else 1
+        matrices = matrices_of(shape)
         try:
             if isinstance(self._found, Importance):
                 wanted = [matrices, cols] if len(shape) == 3 else [cols]

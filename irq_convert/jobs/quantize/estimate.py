@@ -17,14 +17,13 @@ from irq_convert.checkpoint.source import PLAIN
 from irq_convert.checkpoint.system import free_bytes
 from irq_convert.core.quantize import quantize_tensor
 from irq_convert.jobs.calibration.estimate import CalibrationCost, estimate_calibration
-from irq_convert.jobs.calibration.importance_file import read_importance_file
 from irq_convert.jobs.common.kernels import load_kernels
 from irq_convert.jobs.common.options import chosen
 from irq_convert.jobs.common.ranks import Ranks
 from irq_convert.jobs.common.resume import FinishedShards
 from irq_convert.jobs.common.shard_job import scan_finished
 from irq_convert.jobs.quantize.calibrated import plan_calibration
-from irq_convert.jobs.quantize.importance import plan_importance
+from irq_convert.jobs.quantize.importance import find_importance, plan_importance
 from irq_convert.jobs.quantize.job import quantize_job
 from irq_convert.jobs.quantize.options import QuantizeOptions
 from irq_convert.jobs.quantize.plan import QuantizePlan, TensorPlan, plan_quantize
@@ -156,8 +155,7 @@ def _look(
     model: str, out: Path, options: QuantizeOptions, revision: str | None, progress: Progress
 ) -> _Seen:
     check_output_folder(model, out, options)
-    importance = options.importance
-    file = None if importance is None else read_importance_file(importance)
+    file = find_importance(options)
     checkpoint = open_quantize_source(model, revision, options)
     with ExitStack() as stack:
         stack.callback(checkpoint.fetcher.close, done=False)  # what a stopped run has left stays

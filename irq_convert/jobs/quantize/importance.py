@@ -15,7 +15,14 @@ from irq_convert.artifact.importance import Importance
 from irq_convert.artifact.manifest import fingerprint
 from irq_convert.core.importance import Shares, column_shares
 from irq_convert.errors import UsageError
-from irq_convert.jobs.calibration.importance_file import MEASURE, ColumnValues, ImportanceFile
+from irq_convert.jobs.calibration.importance_file import (
+    MEASURE,
+    ColumnValues,
+    ImportanceFile,
+    matrices_of,
+    read_importance_file,
+)
+from irq_convert.jobs.quantize.options import QuantizeOptions
 from irq_convert.jobs.quantize.plan import QuantizePlan, TensorPlan
 from irq_convert.progress import Progress
 
@@ -43,6 +50,11 @@ class Weighing:
         return column_shares(values, rows, tensor.spec.block_size, tensor.name)
 
 
+def find_importance(options: QuantizeOptions) -> ImportanceFile | None:
+    """The file that `options` names, read and checked as by `read_importance_file`."""
+    return None if options.importance is None else read_importance_file(options.importance)
+
+
 def plan_importance(
     file: ImportanceFile | None, plan: QuantizePlan, progress: Progress
 ) -> Weighing | None:
@@ -61,8 +73,7 @@ def plan_importance(
         if own is not None:
             values[tensor.name] = own
         elif tensor.name in plan.tables:
-            matrices = tensor.info.shape[0] if len(tensor.info.shape) == 3 else 1
-            values[tensor.name] = np.ones((matrices, tensor.shape.cols))
+            values[tensor.name] = np.ones((matrices_of(tensor.info.shape), tensor.shape.cols))
         else:
             missing.append(tensor.name)
     _refuse_missing(file, missing, len(plan.quantized))

@@ -29,7 +29,6 @@ from irq_convert.checkpoint.source import Checkpoint
 from irq_convert.checkpoint.system import os_errors
 from irq_convert.core.tensor_stats import TensorStats, decode_stats
 from irq_convert.errors import UsageError
-from irq_convert.jobs.calibration.importance_file import read_importance_file
 from irq_convert.jobs.calibration.workspace import mark_finished, remove_finished
 from irq_convert.jobs.common.kernels import load_kernels
 from irq_convert.jobs.common.options import chosen
@@ -39,7 +38,7 @@ from irq_convert.jobs.common.shard_job import WrittenShards, run_shard_job
 from irq_convert.jobs.common.torchrun import RunProcesses
 from irq_convert.jobs.quantize.calibrated import Fitted
 from irq_convert.jobs.quantize.fitted_target import fitted_weights
-from irq_convert.jobs.quantize.importance import Weighing, plan_importance
+from irq_convert.jobs.quantize.importance import Weighing, find_importance, plan_importance
 from irq_convert.jobs.quantize.job import quantize_job
 from irq_convert.jobs.quantize.options import QuantizeOptions
 from irq_convert.jobs.quantize.plan import QuantizePlan, plan_quantize
@@ -119,8 +118,7 @@ def _quantize(
     progress: Progress,
 ) -> QuantizeReport:
     check_output_folder(model, out, options)
-    importance = options.importance
-    file = None if importance is None else read_importance_file(importance)
+    file = find_importance(options)
     checkpoint = open_quantize_source(model, revision, options)
     checkpoint.fetcher.keep = options.resume != Resume.NEVER
     with checkpoint.fetcher:
