@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from irq_convert.cli.console import quiet_libraries
-from irq_convert.cli.shared import TrustRemoteCode
+from irq_convert.cli.shared import (
+    AnyBase,
+    AnyModel,
+    AsJson,
+    Device,
+    PutOn,
+    Tokenizer,
+    TorchThreads,
+    TrustRemoteCode,
+)
 from irq_convert.errors import UsageError
 from irq_convert.jobs.evaluate.options import EvalDtype, EvalOptions
 from irq_convert.jobs.evaluate.task_options import TaskOptions
@@ -23,7 +32,7 @@ _TEXT, _TASKS = "With --text", "With --tasks"
 
 
 def eval_command(
-    model: Annotated[str, typer.Argument(help="Model folder or Hub id, dense or quantized.")],
+    model: AnyModel,
     text: Annotated[
         Path | None, typer.Option(help="UTF-8 text file to predict.", show_default=False)
     ] = None,
@@ -31,13 +40,8 @@ def eval_command(
         str | None,
         typer.Option(metavar="NAME,NAME", help="Tasks of lm-eval instead: mmlu,piqa,arc_easy."),
     ] = None,
-    adapter: Annotated[
-        Path | None,
-        typer.Option(metavar="FOLDER", help="Adapter to put on MODEL, of any kind."),
-    ] = None,
-    any_base: Annotated[
-        bool, typer.Option("--any-base", help="Take an adapter that was trained on another model.")
-    ] = False,
+    adapter: PutOn = None,
+    any_base: AnyBase = False,
     against: Annotated[
         str | None, typer.Option(help="Reference model to compare with: folder or Hub id.")
     ] = None,
@@ -87,15 +91,11 @@ def eval_command(
     dtype: Annotated[
         EvalDtype, typer.Option(help="Type to run the models in.")
     ] = EvalDtype.FLOAT32,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps or auto.")] = "cpu",
-    tokenizer: Annotated[
-        str | None, typer.Option(help="Folder or Hub id of the tokenizer, if not the model's.")
-    ] = None,
+    device: Device = "cpu",
+    tokenizer: Tokenizer = None,
     trust_remote_code: TrustRemoteCode = False,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads.  \\[default: torch's]")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    threads: TorchThreads = None,
+    as_json: AsJson = False,
 ) -> None:
     """Measure perplexity on a text file and, with --against, KL divergence and agreement; or
     accuracy on tasks, with --tasks.

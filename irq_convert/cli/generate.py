@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from irq_convert.cli.console import StageLines, quiet_libraries
-from irq_convert.cli.shared import TrustRemoteCode
+from irq_convert.cli.shared import (
+    AnyBase,
+    AnyModel,
+    AsJson,
+    Device,
+    PutOn,
+    Tokenizer,
+    TorchThreads,
+    TrustRemoteCode,
+)
 from irq_convert.errors import UsageError
 from irq_convert.jobs.generate.options import GenerateDtype, GenerateOptions
 
@@ -21,16 +29,12 @@ INTERRUPTED = 130
 
 
 def generate_command(
-    model: Annotated[str, typer.Argument(help="Model folder or Hub id, dense or quantized.")],
+    model: AnyModel,
     prompt: Annotated[
         str | None, typer.Option(help="Text to go on with; - reads it from standard input.")
     ] = None,
-    adapter: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Adapter to put on MODEL, of any kind.")
-    ] = None,
-    any_base: Annotated[
-        bool, typer.Option("--any-base", help="Take an adapter that was trained on another model.")
-    ] = False,
+    adapter: PutOn = None,
+    any_base: AnyBase = False,
     against: Annotated[
         str | None, typer.Option(help="Another model beside it, as the source: two columns.")
     ] = None,
@@ -53,15 +57,11 @@ def generate_command(
     dtype: Annotated[
         GenerateDtype, typer.Option(help="Type to run in; auto is the model's own.")
     ] = GenerateDtype.AUTO,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps or auto.")] = "cpu",
-    tokenizer: Annotated[
-        str | None, typer.Option(help="Folder or Hub id of the tokenizer, if not the model's.")
-    ] = None,
+    device: Device = "cpu",
+    tokenizer: Tokenizer = None,
     trust_remote_code: TrustRemoteCode = False,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads.  \\[default: torch's]")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    threads: TorchThreads = None,
+    as_json: AsJson = False,
 ) -> None:
     """Let a model write, and see its text as it comes; then how fast it was.
 

@@ -1,4 +1,4 @@
-"""Options that commands which write folders of weights have in common.
+"""Options that commands have in common: those that write folders of weights, those that run models.
 
 The parameters of a command keep their names and defaults; what an option is called and how it
 explains itself stands here once.
@@ -6,6 +6,7 @@ explains itself stands here once.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -45,6 +46,19 @@ TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the report as JSON.")]
+
+AnyModel = Annotated[str, typer.Argument(help="Model folder or Hub id, dense or quantized.")]
+PutOn = Annotated[
+    Path | None, typer.Option(metavar="FOLDER", help="Adapter to put on MODEL, of any kind.")
+]
+AnyBase = Annotated[
+    bool, typer.Option("--any-base", help="Take an adapter that was trained on another model.")
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps or auto.")]
+Tokenizer = Annotated[
+    str | None, typer.Option(help="Folder or Hub id of the tokenizer, if not the model's.")
+]
+TorchThreads = Annotated[int | None, typer.Option(min=1, help="CPU threads.  \\[default: torch's]")]
 
 
 def shard_bytes(gigabytes: float) -> int:
