@@ -9,6 +9,7 @@ A base is a codebook and how it was chosen: none, entropy, mse or calibrated, in
 kind is one of `finetune --lora`, with a connection after a colon; "+statistics" trains these
 besides, "+error" starts at the error. Batches are of 4 sequences; with --labels the loss is that of
 the text, else KL to the source. Statistics are judged merged, in 8 bits; all others as they are.
+Beside KL stands the loss on the held-out text, less that of the source.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ def main() -> None:
         bench = Bench(asked, Path(scratch))
         print(f"{asked.steps} steps of {4 * asked.context:,} tokens, ", end="")
         print("labels" if asked.labels else "KL to the source")
-        print("| base | kind | seed | seconds | KL | of the base's |")
-        print("|---|---|---|---|---|---|")
+        print("| base | kind | seed | seconds | KL | of the base's | loss, over the source's |")
+        print("|---|---|---|---|---|---|---|")
         for base in asked.bases.split(","):
             bench.base(base)
 
@@ -78,15 +79,14 @@ class Bench:
         folder = self.scratch / codebook / how
         quantize(asked.model, folder, QuantizeOptions(spec, calibrate=chosen))
         before = self.judge(folder)
-        print(f"| {name} | | | | {before.kl:.4f} ± {before.kl_se:.4f} | |", flush=True)
+        print(f"| {name} | | | | {_figures(before, before)} |", flush=True)
         for kind in asked.kinds.split(","):
             for seed in range(asked.seeds):
                 begun = time.perf_counter()
                 found = self.trained(folder, kind, seed)
                 seconds = time.perf_counter() - begun
-                cells = f"{seconds:.0f} | {found.kl:.4f} ± {found.kl_se:.4f}"
-                print(f"| {name} | {kind} | {seed} | {cells} | {found.kl / before.kl:.3f} |")
-                sys.stdout.flush()
+                cells = f"{kind} | {seed} | {seconds:.0f} | {_figures(found, before)}"
+                print(f"| {name} | {cells} |", flush=True)
 
     def trained(self, folder: Path, kind: str, seed: int) -> Any:
         """What an adapter of `kind` makes of the artifact in `folder`."""
@@ -127,6 +127,11 @@ class Bench:
             model = PeftModel.from_pretrained(model, str(adapter))
         options = EvalOptions(context=self.asked.context)
         return evaluate_windows(model, self.windows, options, reference=self.reference)
+
+
+def _figures(found: Any, before: Any) -> str:
+    kl = f"{found.kl:.4f} ± {found.kl_se:.4f} | {found.kl / before.kl:.3f}"
+    return f"{kl} | {found.nll_difference:+.4f} ± {found.nll_difference_se:.4f}"
 
 
 def _parse() -> argparse.Namespace:
