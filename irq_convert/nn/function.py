@@ -11,7 +11,6 @@ model computes the same bits.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,8 +20,7 @@ from irq_convert.core.decode import packed_product
 from irq_convert.core.dequantize import dequantize_tensor
 from irq_convert.core.product import tiled_product
 from irq_convert.core.quantized import QuantizedTensor
-from irq_convert.core.scales import expand_statistic
-from irq_convert.nn.parts import cut_columns
+from irq_convert.nn.parts import cut_columns, without_grids
 from irq_convert.nn.statistics_grad import statistics_grad
 
 
@@ -104,13 +102,7 @@ def _linear_grad(grad: torch.Tensor, q: QuantizedTensor) -> torch.Tensor:
     step = max(1, product.LARGE_TILE // max(1, rows * q.block_size * grad.element_size()))
     if blocks <= step:
         return grad @ dequantize_tensor(q, grad.dtype)
-    wide = replace(
-        q,
-        scale=expand_statistic(q.scale, q.scale_grid),
-        tau=expand_statistic(q.tau, q.tau_grid),
-        scale_grid=None,
-        tau_grid=None,
-    )
+    wide = without_grids(q)
     flat = grad.reshape(-1, rows)
     grad_x = flat.new_empty(flat.shape[0], q.cols)
     buffer = flat.new_empty(rows * step * q.block_size)

@@ -10,6 +10,7 @@ import torch
 
 from irq_convert.artifact.config import ModuleFormat
 from irq_convert.core.blocks import GROUP_SIZE
+from irq_convert.core.moved import with_statistics
 from irq_convert.core.quantized import QuantizedTensor
 from irq_convert.core.scales import expand_statistic, statistic_dtype
 
@@ -49,6 +50,14 @@ def cut_columns(q: QuantizedTensor, first: int, last: int) -> QuantizedTensor:
         tau=q.tau[:, first:last],
         cols=end - begin,
     )
+
+
+def without_grids(q: QuantizedTensor) -> QuantizedTensor:
+    """`q` with float32 statistics where it has grids, so that any part of it can be cut out."""
+    if q.scale_grid is None and q.tau_grid is None:
+        return q
+    scale, tau = expand_statistic(q.scale, q.scale_grid), expand_statistic(q.tau, q.tau_grid)
+    return with_statistics(q, scale, tau)
 
 
 def take_rows(q: QuantizedTensor, rows: torch.Tensor) -> QuantizedTensor:

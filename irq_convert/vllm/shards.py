@@ -11,9 +11,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from irq_convert.core.quantized import QuantizedTensor
-from irq_convert.core.scales import expand_statistic
 from irq_convert.errors import UsageError
-from irq_convert.nn.parts import cut_columns, cut_rows
+from irq_convert.nn.parts import cut_columns, cut_rows, without_grids
 
 
 @dataclass(frozen=True)
@@ -69,24 +68,17 @@ def cut(name: str, q: QuantizedTensor, shard: Shard) -> QuantizedTensor:
         parts = [cut_rows(q, begin, end) for begin, end in rows]
         return _stacked(parts)
     first, last = shard.columns[0] // q.block_size, -(-shard.columns[1] // q.block_size)
-    parts = [cut_columns(plain(cut_rows(q, begin, end)), first, last) for begin, end in rows]
+    parts = [
+        cut_columns(without_grids(cut_rows(q, begin, end)), first, last) for begin, end in rows
+    ]
     return _stacked(parts)
-
-
-def plain(q: QuantizedTensor) -> QuantizedTensor:
-    """`q` with float32 statistics where it has grids."""
-    if q.scale_grid is None and q.tau_grid is None:
-        return q
-    scale = q.scale if q.scale_grid is None else expand_statistic(q.scale, q.scale_grid)
-    tau = q.tau if q.tau_grid is None else expand_statistic(q.tau, q.tau_grid)
-    return replace(q, scale=scale, tau=tau, scale_grid=None, tau_grid=None)
 
 
 def _stacked(parts: list[QuantizedTensor]) -> QuantizedTensor:
     """`parts`, at least one, one below the other."""
     if len(parts) == 1:
         return parts[0]
-    wide = [plain(part) for part in parts]
+    wide = [without_grids(part) for part in parts]
     codes, scale, tau = (
         torch.cat([getattr(part, what) for part in wide]) for what in ("codes", "scale", "tau")
     )
