@@ -16,7 +16,7 @@ import irq_convert
 from irq_convert.artifact.contents import open_artifact
 from irq_convert.artifact.manifest import read_manifest
 from irq_convert.errors import IrqError, UsageError
-from irq_convert.jobs.calibration import loop
+from irq_convert.jobs.calibration import layer, loop
 from irq_convert.jobs.calibration.judge import Judgement
 from irq_convert.jobs.calibration.workspace import calibration_folder
 from irq_convert.jobs.quantize.estimate import estimate_quantize
@@ -106,6 +106,24 @@ def test_states_behind_give_their_room_back(source: Path, text: Path, tmp_path: 
     quantize(source, tmp_path / "out", calibrating(text), progress=Watching())
     assert len(held) > 2
     assert not any(held)
+
+
+def test_what_is_freed_is_given_back_before_the_largest_matrices(
+    source: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[str] = []
+    for name in ("give_back_memory", "corrections", "factorize"):
+        own = getattr(layer, name)
+
+        def heard(*given: Any, name: str = name, own: Any = own) -> Any:
+            called.append(name)
+            return own(*given)
+
+        monkeypatch.setattr(layer, name, heard)
+    quantize(source, tmp_path / "out", calibrating(text))
+    first = called.index("corrections") - 1
+    steps = ["give_back_memory", "corrections", "give_back_memory", "factorize"]
+    assert called[first : first + 8] == steps * 2
 
 
 class _StopAt(Progress):

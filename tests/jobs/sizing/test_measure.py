@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from irq_convert.core.quantize import quantize_tensor
 from irq_convert.core.spec import QuantSpec
 from irq_convert.hf.layered import open_layered
 from irq_convert.jobs.calibration.text import Windows
+from irq_convert.jobs.sizing import backward, forward
 from irq_convert.jobs.sizing.choices import Choice
 from irq_convert.jobs.sizing.damage import damages, strata
 from irq_convert.jobs.sizing.measure import Subject, compare, measure_sensitivity
@@ -101,9 +103,14 @@ def test_damage_is_half_the_fisher_weighted_error(
     assert sorted(tmp_path.glob("source-*")) == [tmp_path / "source-00002"]
 
 
-def test_widths_are_what_they_cost_in_truth(make: Make, tmp_path: Path) -> None:
+def test_widths_are_what_they_cost_in_truth(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source, ids = make("Llama 2"), drawn_ids()
     held: list[list[str]] = []
+    given: list[str] = []
+    for module in (forward, backward):
+        monkeypatch.setattr(module, "give_back_memory", partial(given.append, module.__name__))
 
     class Watching(Progress):
         def advance(self, size: int, finished: int) -> None:
@@ -114,6 +121,8 @@ def test_widths_are_what_they_cost_in_truth(make: Make, tmp_path: Path) -> None:
     )
     assert len(held) > 2
     assert not any(held)
+    layers = len(open_layered(open_checkpoint(source)).layers)
+    assert [given.count(each.__name__) for each in (forward, backward)] == [layers, layers]
     assert set(found.widths) == {2, 3, 4}
     model, twin = make_model(BY_NAME["Llama 2"]), make_model(BY_NAME["Llama 2"])
     with torch.no_grad():
