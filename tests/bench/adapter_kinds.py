@@ -6,10 +6,11 @@
     python tests/bench/adapter_kinds.py MODEL --text FIRST --judge LAST --bases nf3:entropy --labels
 
 A base is a codebook and how it was chosen: none, entropy, mse or calibrated, in blocks of 64. A
-kind is one of `finetune --lora`, with a connection after a colon; "+statistics" trains these
-besides, "+error" starts at the error. Batches are of 4 sequences; with --labels the loss is that of
-the text, else KL to the source. Statistics are judged merged, in 8 bits; all others as they are.
-Beside KL stands the loss on the held-out text, less that of the source.
+kind is one of `finetune --lora`, with a connection, or one of the statistics, after a colon;
+"+statistics" trains these besides, "+error" starts at the error. Batches are of 4 sequences; with
+--labels the loss is that of the text, else KL to the source. Statistics are judged merged, in 8
+bits; all others as they are. Beside KL stands the loss on the held-out text, less that of the
+source.
 """
 
 from __future__ import annotations
@@ -104,6 +105,9 @@ class Bench:
         asked = self.asked
         first, *more = kind.split("+")
         lora, _, connection = first.partition(":")
+        which = "both" if "statistics" in more else None
+        if lora == "statistics" and connection:
+            which, connection = connection, ""
         given: dict[str, Any] = {"dropout": asked.dropout, "learning_rate": asked.rate}
         if not asked.labels:
             given |= {"teacher": asked.model, "teacher_logits": self.logits}
@@ -114,7 +118,7 @@ class Bench:
             given["beta_rate"] = asked.beta_rate
         return FinetuneOptions(
             lora=lora, connection=connection or None, seed=seed, steps=asked.steps,
-            statistics="both" if "statistics" in more else None, rank=asked.rank,
+            statistics=which, rank=asked.rank,
             batch_size=4, sequence_length=asked.context, eval_every=asked.steps, **given,
         )  # fmt: skip
 
