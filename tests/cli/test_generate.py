@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import select
 import signal
+import termios
 import time
 from pathlib import Path
 
@@ -62,6 +64,24 @@ def test_two_columns_in_eighty(demo_nf3: Path) -> None:
     )
     assert err.count("tokens a second") == 2
     assert "characters alike" in err or "the same text" in err
+
+
+def test_two_columns_grow_at_a_terminal(irq: Commands, demo_nf3: Path) -> None:
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 80))
+    more = ("--prompt", PROMPT, "--max-tokens", 40, "--against", DEMO)
+    running = irq.start("generate", demo_nf3, *more, terminal=os.ttyname(theirs))
+    seen = until(ours, "alike", after="tokens a second")
+    assert running.wait().code == 0
+    os.close(ours)
+    os.close(theirs)
+    drawn = re.split(r"(?:\x1b\[1A\x1b\[2K)+", seen)  # up a line, and clear it
+    texts = [re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", each) for each in drawn]
+    assert len(texts) > 2
+    assert all("demo-nf3" in text for text in texts)
+    assert len(texts[0].split()) < len(texts[-1].split())
+    columns = texts[-1].splitlines()[:-3]  # below them how fast both were
+    assert max(map(len, columns)) <= 80
 
 
 @pytest.mark.parametrize(
