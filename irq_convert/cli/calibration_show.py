@@ -52,16 +52,15 @@ def target_rows(record: Mapping[str, Any] | None) -> list[tuple[str, str]]:
     return rows
 
 
-def frontier_lines(points: Sequence[Point], chosen: int) -> list[str]:
-    """A table of sizes against expected KL with a bar for each, `chosen` bytes marked."""
+def frontier_lines(points: Sequence[Point]) -> list[str]:
+    """A table of sizes against expected KL with a bar for each, what is asked for marked."""
     from irq_convert.checkpoint.system import short_bytes
 
     most = max(point.expected for point in points) or 1.0
-    nearest = min(points, key=lambda point: abs(point.size - chosen))
     lines = ["      size    bits   expected KL"]
     for point in points:
         bar = "#" * max(1, round(40 * point.expected / most)) if point.expected else ""
-        mark = ">" if point is nearest else " "
+        mark = ">" if point.nearest else " "
         size = short_bytes(point.size)
         lines.append(f"{mark} {size:>9}  {point.bits:6.3f}  {point.expected:8.4f}  {bar}")
     return lines

@@ -96,11 +96,11 @@ def _print_table(rows: Sequence[Row], total: Row, by: By) -> None:
     for heading in (*headings, "entropy", "error"):
         table.add_column(heading, justify="right", no_wrap=True)
     # Where bits differ they are what a person looks for.
-    bars = by is not By.TENSOR and len({row.bits_per_weight for row in rows} - {None}) > 1
+    bars = by is not By.TENSOR and len({_bar(row) for row in rows} - {""}) > 1
     if bars:
         table.add_column("", no_wrap=True)
     for row in rows:
-        table.add_row(*_cells(row, by), *([_bar(row.bits_per_weight)] if bars else []))
+        table.add_row(*_cells(row, by), *([_bar(row)] if bars else []))
     table.add_section()
     table.add_row(*_cells(total, by))
     Console().print(table)
@@ -124,9 +124,14 @@ def _cells(row: Row, by: By) -> Iterator[str]:
     yield "" if row.relative_error is None else f"{row.relative_error:.5f}"
 
 
-def _bar(bits: float | None) -> str:
-    """Two marks a bit, as far as there is room for them."""
-    return "" if bits is None else " " + "#" * min(10, round(2 * bits))
+def _bar(row: Row) -> str:
+    """Two marks a bit of all there is in a layer, as far as there is room; then a plus."""
+    from irq_convert.artifact.summary import OTHER
+
+    if row.name == OTHER:
+        return ""
+    marks = round(16 * row.bytes / max(1, row.weights))
+    return " " + "#" * min(9, marks) + ("#" if marks == 10 else "+" if marks > 9 else "")
 
 
 def _short(count: int) -> str:

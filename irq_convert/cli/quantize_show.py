@@ -52,7 +52,7 @@ def print_estimate(found: QuantizeEstimate) -> None:
     )
     if found.frontier:
         typer.echo("\nwhat other sizes would give, by what was measured:")
-        for line in frontier_lines(found.frontier, found.bytes_out):
+        for line in frontier_lines(found.frontier):
             typer.echo(line)
 
 
@@ -82,8 +82,12 @@ def print_report(report: QuantizeReport, options: QuantizeOptions) -> None:
     from irq_convert.cli.console import facts, seconds
 
     before, after = report.entropy_plain, report.entropy
-    codebook = options.spec.codebook if options.target is None else "a mix of codebooks"
-    most = f", of {options.spec.bits}" if options.target is None else ""
+    codebook, most = options.spec.codebook, f", of {options.spec.bits}"
+    if report.target is not None:
+        uniform = report.target["kept"] == "uniform"
+        most, codebook = "", "a mix of codebooks"
+        if uniform:
+            codebook = str(report.target["uniform"]["choice"])
     rows = [
         ("artifact", report.out),
         ("source format", report.source_format),

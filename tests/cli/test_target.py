@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from irq_convert.artifact.summary import OTHER, Row
+from irq_convert.cli.inspect import _bar
 from tests.folders import listing
 from tests.jobs.calibration.words import word_text, write_word_tokenizer
 from tests.tiny import LLAMA, VOCABULARY, llama_tensors, write_source
@@ -48,8 +50,24 @@ def test_from_a_dry_run_to_an_artifact(irq: Commands, model: Path, tmp_path: Pat
     assert "target           3 bits a weight" in shown.out
     assert "KL of the mix" in shown.out
     layers = shown.out[shown.out.index("layer ") :].splitlines()
+    assert sum("#" in line for line in layers) in (0, 2)
     assert max(map(len, layers)) <= 80
     assert json.loads(irq("inspect", tmp_path / "out", "--json").out)["target"] == report["target"]
+
+
+@pytest.mark.parametrize(
+    ("quantized", "nbytes", "bar"),
+    [
+        (100, 50, " ########"),
+        (50, 125, " #########+"),
+        (0, 200, " #########+"),
+        (100, 62, " ##########"),
+    ],
+)
+def test_a_bar_is_of_all_that_lies_in_a_layer(quantized: int, nbytes: int, bar: str) -> None:
+    books = ("nf4",) if quantized else ()
+    assert _bar(Row("layers.0", 2, 100, quantized, nbytes, books)) == bar
+    assert _bar(Row(OTHER, 2, 100, quantized, nbytes, books)) == ""
 
 
 @pytest.mark.parametrize(

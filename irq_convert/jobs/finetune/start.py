@@ -15,13 +15,13 @@ from typing import Any
 import torch
 
 from irq_convert.artifact.contents import Artifact
+from irq_convert.artifact.source_identity import source_identity
 from irq_convert.checkpoint.locate import Fetch, open_source
 from irq_convert.errors import UsageError
 from irq_convert.jobs.calibration.importance_file import ImportanceFile, read_importance_file
 from irq_convert.jobs.calibration.text import Windows
 from irq_convert.jobs.finetune.encode import Example
 from irq_convert.jobs.finetune.options import FinetuneOptions
-from irq_convert.jobs.finetune.source_identity import source_identity
 from irq_convert.jobs.finetune.start_error import StartReport, start_from_error
 from irq_convert.progress import Progress
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from irq_convert.artifact.config import QUANT_METHOD
+from irq_convert.artifact.source_identity import source_identity
 from irq_convert.checkpoint.locate import Fetch, find_folder, open_source
 from irq_convert.checkpoint.source import Checkpoint
 from irq_convert.checkpoint.system import os_errors
@@ -21,7 +22,6 @@ from irq_convert.hf.layered import LayeredModel, NotLayered, open_layered
 from irq_convert.hf.usable import refuse_unusable
 from irq_convert.jobs.calibration.source import checkpoint_tokenizer
 from irq_convert.jobs.finetune.data import Data
-from irq_convert.jobs.finetune.source_identity import source_identity
 from irq_convert.jobs.finetune.teacher_file import Contents, all_examples, open_logits
 from irq_convert.progress import Progress
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from irq_convert.artifact.config import (
@@ -35,6 +35,7 @@ from irq_convert.jobs.quantize.refusals import (
 from irq_convert.version import PRODUCER
 
 KEPT = "kept by --keep"
+LEFT = "left as they are by the target"
 
 
 @dataclass(frozen=True)
@@ -178,8 +179,9 @@ def _assemble(
     linears: Linears,
     made: MadeFiles,
     options: QuantizeOptions,
+    left: Collection[str] = (),
 ) -> QuantizePlan:
-    """The folder that holds `tensors`, and its configuration."""
+    """The folder that holds `tensors`, and its configuration; a target has `left` some dense."""
     quantized = {tensor.name for tensor in tensors if tensor.spec}
     kept = sorted(linears.tensors - quantized)
     config = _config(tensors, (*linears.modules_kept, *_modules_of(kept, linears)), options)
@@ -198,14 +200,15 @@ def _assemble(
 
     def remake(specs: Mapping[str, QuantSpec | None]) -> QuantizePlan:
         others = [replace(each, spec=specs.get(each.name, each.spec)) for each in tensors]
-        return _assemble(checkpoint, others, linears, made, options)
+        left = frozenset(name for name, spec in specs.items() if spec is None)
+        return _assemble(checkpoint, others, linears, made, options, left)
 
     return QuantizePlan(
         checkpoint,
         folder,
         config,
         linears.decided_by,
-        _weights_kept(tensors, linears),
+        _weights_kept(tensors, linears, left),
         (*made.notes, *(f"{name} stays dense: {why}" for name, why in linears.left.items())),
         tables,
         remake,
@@ -220,13 +223,17 @@ def _modules_of(kept: Sequence[str], linears: Linears) -> Iterator[str]:
         yield from shared if len(shared) > 1 else ()
 
 
-def _weights_kept(tensors: Sequence[TensorPlan], linears: Linears) -> dict[str, int]:
+def _weights_kept(
+    tensors: Sequence[TensorPlan], linears: Linears, left: Collection[str]
+) -> dict[str, int]:
     """Numbers that are copied, by the reason, the most first."""
     found: dict[str, int] = {}
     for tensor in tensors:
         if tensor.spec is None:
             asked = tensor.info.name in linears.tensors
             why = KEPT if asked else linears.why_kept(tensor.info.name)
+            if tensor.name in left:
+                why = LEFT
             found[why] = found.get(why, 0) + tensor.info.numel
     return dict(sorted(found.items(), key=lambda item: (-item[1], item[0])))
 

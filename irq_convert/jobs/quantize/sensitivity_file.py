@@ -13,6 +13,9 @@ from irq_convert.errors import UsageError
 from irq_convert.jobs.sizing.choices import Choice
 from irq_convert.progress import Progress
 
+_SAME = ("tensors_sha256", "revision", "sample_sha256")
+"""What tells a model from another of its shapes, one finetuned from it, too."""
+
 
 @dataclass(frozen=True)
 class SensitivityFile:
@@ -65,7 +68,7 @@ class SensitivityFile:
 
     def _differs(self, found: Sensitivity, tensors: Collection[str]) -> str | None:
         """Half a sentence about the first thing that is not as it has to be."""
-        if found.source["tensors_sha256"] != self.source["tensors_sha256"]:
+        if any(found.source.get(key) != self.source.get(key) for key in _SAME):
             return f"measured on {found.source['model']}, whose files are not those of this model"
         missing = sorted(set(tensors) - set(found.damages))
         if missing:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -108,11 +108,15 @@ def _sized(plan: QuantizePlan, options: QuantizeOptions, told: Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Point:
-    """A mix that could be asked for: bytes of the artifact, bits of a weight, the KL expected."""
+    """A mix that could be asked for: bytes of the artifact, bits of a weight, the KL expected.
+
+    `nearest` marks the one that is nearest to what was asked for.
+    """
 
     size: int
     bits: float
     expected: float
+    nearest: bool = False
 
 
 def target_frontier(
@@ -129,10 +133,12 @@ def target_frontier(
     """
     with scratch_folder(out) as folder:
         target = plan_target(plan, model, out, options, weighing, folder, progress, keep=False)
-    mix = _fitted(target, target.market.best)
+    mix = _best(target)
+    found = target.market.frontier()
+    nearest = min(found, key=lambda point: abs(point[0] - mix.nbytes))
     points = tuple(
-        Point(nbytes + target.outside, 8 * nbytes / target.weights, expected)
-        for nbytes, expected in target.market.frontier()
+        Point(nbytes + target.outside, 8 * nbytes / target.weights, kl, (nbytes, kl) == nearest)
+        for nbytes, kl in found
     )
     return replan(plan, choice_specs(mix.choices, options)), points
 
@@ -143,44 +149,62 @@ def choose(target: Target) -> tuple[list[Mix], Mix | None]:
     Raises `UsageError` naming the smallest and largest that can be reached.
     """
     market = target.market
-    found = [_fitted(target, partial(market.best, caution=caution)) for caution in CAUTIONS]
+    found = [_best(target, caution) for caution in CAUTIONS]
     mixes = [mix for at, mix in enumerate(found) if mix not in found[:at]]
-    try:
-        return mixes, _fitted(target, market.best_uniform)
-    except UsageError:
-        return mixes, None
+    return mixes, _fitted(target, market.best_uniform)
 
 
-def _fitted(target: Target, pick: Callable[[int], Mix | None]) -> Mix:
+def _best(target: Target, caution: float = 1.0) -> Mix:
+    found = _fitted(target, partial(target.market.best, caution=caution))
+    if found is not None:
+        return found
+    least, asked = target.market.extremes[0], target_of(target.options)
+    if asked.size is None or _whole(target, least) > asked.size:
+        raise _unreachable(target)
+    return least
+
+
+def _fitted(target: Target, pick: Callable[[int], Mix | None]) -> Mix | None:
     """The mix whose whole artifact fits: headers and configuration change with the choice."""
     asked, room = target_of(target.options), target.room
     for _ in range(16):
         found = pick(room)
-        if found is None:
-            raise _unreachable(target)
-        if asked.size is None:
+        if found is None or asked.size is None:
             return found
-        plan = replan(target.plan, choice_specs(found.choices, target.options))
-        over = whole_bytes(plan, target.options) - asked.size
+        over = _whole(target, found) - asked.size
         if over <= 0:
             return found
         room = min(room, found.nbytes) - over
-    raise _unreachable(target)
+    return None
+
+
+def _whole(target: Target, mix: Mix) -> int:
+    """Bytes of the artifact that `mix` gives, at most."""
+    plan = replan(target.plan, choice_specs(mix.choices, target.options))
+    return whole_bytes(plan, target.options)
+
+
+def _size_for(target: Target, mix: Mix) -> int:
+    """What to ask for to get `mix`: the manifest tells that, too, in more digits or fewer."""
+    size = _whole(target, mix)
+    options = replace(target.options, target=replace(target_of(target.options), size=size))
+    return _whole(replace(target, options=options), mix)
 
 
 def _unreachable(target: Target) -> UsageError:
-    least, most = target.market.extent
+    extremes = target.market.extremes
     asked = target_of(target.options)
     if asked.bits is not None:
-        low, high = (8 * nbytes / target.weights for nbytes in (least, most))
+        low, high = (8 * mix.nbytes / target.weights for mix in extremes)
         return UsageError(
             f"--target-bits {asked.bits:g}: the choices reach from {low:.4f} to {high:.4f} bits"
         )
     assert asked.size is not None
-    low, high = least + target.outside, most + target.outside
+    low, high = (_size_for(target, mix) for mix in extremes)
+    rest = low - extremes[0].nbytes
     return UsageError(
         f"--target-size {format_bytes(asked.size)}: the choices reach from {format_bytes(low)} to "
-        f"{format_bytes(high)}, and {format_bytes(target.outside)} of it are not quantized"
+        f"{format_bytes(high)}, and {format_bytes(rest)} of it are not quantized"
     )
 
 

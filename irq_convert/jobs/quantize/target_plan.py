@@ -6,14 +6,16 @@ import json
 import re
 import shutil
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from irq_convert.artifact.manifest import describe_source
-from irq_convert.artifact.sensitivity import Sensitivity, write_sensitivity
-from irq_convert.checkpoint.system import os_errors
+from irq_convert.artifact.sensitivity import write_sensitivity
+from irq_convert.artifact.source_identity import source_identity
+from irq_convert.checkpoint.layout import LOCK_NAME
+from irq_convert.checkpoint.lock import Held, take_folder
+from irq_convert.checkpoint.system import format_bytes, os_errors
 from irq_convert.core.codebook import FAMILIES
 from irq_convert.core.objective import ZeroPoint
 from irq_convert.core.spec import QuantSpec
@@ -21,9 +23,7 @@ from irq_convert.errors import UsageError
 from irq_convert.hf.layered import LayeredModel, NotLayered, open_layered
 from irq_convert.jobs.calibration.options import SELF, CalibrationOptions
 from irq_convert.jobs.calibration.sites import find_sites
-from irq_convert.jobs.calibration.source import (
-    longest_context,
-)
+from irq_convert.jobs.calibration.source import longest_context
 from irq_convert.jobs.calibration.text import Windows
 from irq_convert.jobs.quantize.importance import Weighing
 from irq_convert.jobs.quantize.options import QuantizeOptions
@@ -32,7 +32,7 @@ from irq_convert.jobs.quantize.sensitivity_file import SensitivityFile
 from irq_convert.jobs.quantize.windows import read_windows
 from irq_convert.jobs.sizing.choices import BLOCKS, DENSE, Choice, quantized_choices
 from irq_convert.jobs.sizing.measure import Subject, measure_sensitivity
-from irq_convert.jobs.sizing.mix import Market
+from irq_convert.jobs.sizing.mix import Bytes, Market
 from irq_convert.jobs.sizing.options import TargetOptions
 from irq_convert.jobs.sizing.rules import Group, make_groups
 from irq_convert.progress import Progress
@@ -98,6 +98,9 @@ def plan_target(
             asked,
             _fixed(options, list(quantized)),
         )
+        outside = whole_bytes(plan, options) - sum(tensor.nbytes for tensor in quantized.values())
+        nbytes = _nbytes(options, quantized)
+        _refuse_all_dense(plan, options, groups, outside, nbytes)
         windows = _windows(plan, options, layered, progress)
         weigh: Any = None if weighing is None else weighing.values
         weigh = MEASURED if options.calibrate is not None else weigh
@@ -105,7 +108,7 @@ def plan_target(
             layered, tuple(quantized), windows, options.spec, weigh, asked.seed, options.threads
         )
         settings = _settings(options, weighing, windows)
-        source = describe_source(plan.checkpoint, model)
+        source = source_identity(plan.checkpoint, model)
         file = SensitivityFile.of(asked.file, out, settings, source, choices)
         found = file.read(quantized, progress)
         if found is None:
@@ -113,9 +116,7 @@ def plan_target(
             if keep or file.named:
                 write_sensitivity(file.path, found)
                 progress.note(f"sensitivities are kept in {file.path}, for other sizes")
-    market = _market(plan, options, groups, quantized, found)
-    taken = sum(tensor.nbytes for tensor in quantized.values())
-    return Target(plan, options, market, subject, whole_bytes(plan, options) - taken)
+    return Target(plan, options, Market(groups, found, nbytes), subject, outside)
 
 
 def whole_bytes(plan: QuantizePlan, options: QuantizeOptions) -> int:
@@ -123,13 +124,8 @@ def whole_bytes(plan: QuantizePlan, options: QuantizeOptions) -> int:
     return plan.bytes_at_most + len(json.dumps({"options": options.to_dict()}, indent=2))
 
 
-def _market(
-    plan: QuantizePlan,
-    options: QuantizeOptions,
-    groups: tuple[Group, ...],
-    quantized: Mapping[str, TensorPlan],
-    found: Sensitivity,
-) -> Market:
+def _nbytes(options: QuantizeOptions, quantized: Mapping[str, TensorPlan]) -> Bytes:
+    """What a tensor takes with a choice, remembered."""
     known: dict[tuple[str, Choice], int] = {}
 
     def nbytes(name: str, choice: Choice) -> int:
@@ -138,7 +134,34 @@ def _market(
             known[key] = replace(quantized[name], spec=choice.spec(options.spec)).nbytes
         return known[key]
 
-    return Market(groups, found, nbytes)
+    return nbytes
+
+
+def _refuse_all_dense(
+    plan: QuantizePlan,
+    options: QuantizeOptions,
+    groups: tuple[Group, ...],
+    outside: int,
+    nbytes: Bytes,
+) -> None:
+    """Raise `UsageError` where the best mix, found without measuring, is to quantize nothing."""
+    asked = target_of(options)
+    if plan.tables or any(DENSE not in group.choices for group in groups):
+        return
+    if all(group.choices == (DENSE,) for group in groups):
+        raise UsageError("--at-least leaves every weight as it is: nothing would be quantized")
+    whole = sum(nbytes(name, DENSE) for group in groups for name in group.tensors)
+    weights = sum(plan_of.info.numel for plan_of in plan.quantized if plan_of.spec)
+    if asked.size is not None and whole + outside <= asked.size:
+        raise UsageError(
+            f"--target-size {format_bytes(asked.size)}: the model takes "
+            f"{format_bytes(whole + outside)} as it is, so nothing would be quantized; ask for less"
+        )
+    if asked.bits is not None and 8 * whole <= asked.bits * weights:
+        raise UsageError(
+            f"--target-bits {asked.bits:g}: the model has {8 * whole / weights:g} as it is, so "
+            "nothing would be quantized; ask for less"
+        )
 
 
 def target_of(options: QuantizeOptions) -> TargetOptions:
@@ -212,24 +235,33 @@ def _windows(
 
 @contextmanager
 def scratch_folder(out: Path) -> Iterator[Path]:
-    """A folder beside `out` for hidden states, gone afterwards.
+    """A folder beside `out` for hidden states, gone afterwards, with parents that were not there.
 
-    What a killed run has left there is removed first; `UsageError` where it holds anything else.
+    What a killed run has left there is removed first; `UsageError` where it holds anything else, or
+    another run works in it.
     """
     real = out.expanduser().resolve()
-    folder = real.with_name(f"{real.name}.states")
-    with os_errors("create it", folder):
-        there = folder.iterdir() if folder.is_dir() else ()
-        if folder.exists() and not (
-            folder.is_dir() and all(path.name.startswith(STATE_NAMES) for path in there)
-        ):
-            raise UsageError(f"{folder}: hidden states would lie there; remove it, or choose OUT")
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+    folder, held, mine = real.with_name(f"{real.name}.states"), Held(), False
+    new = [parent for parent in folder.parents if not parent.exists()]
     try:
+        with os_errors("create it", folder):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+        take_folder(folder, held)
+        with os_errors("clear it", folder):
+            left = [path for path in folder.iterdir() if path.name != LOCK_NAME]
+            if not all(path.name.startswith(STATE_NAMES) for path in left):
+                raise UsageError(f"{folder}: hidden states would lie there; remove it")
+            for path in left:
+                path.unlink()
+        mine = True
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if mine:
+            shutil.rmtree(folder, ignore_errors=True)
+        held.release()
+        for parent in new:
+            with suppress(OSError):
+                parent.rmdir()
 
 
 @contextmanager

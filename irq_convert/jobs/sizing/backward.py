@@ -131,11 +131,16 @@ class _OutputSquares:
             y.register_hook(heard)
 
     def of(self, site: Site, stored: StoredRows, tokens: int) -> np.ndarray:
-        """Mean squares over `tokens` of the rows of `stored`; 0 where nothing came."""
+        """Mean squares over `tokens` of the rows of `stored`; 0 where nothing came.
+
+        An expert that no token has reached has the mean of those of its layer.
+        """
         sums: Mapping[int, torch.Tensor] = self._sums[site.key]
         parts = []
         for rows in stored.rows:
             own = sums.get(rows.matrix)
+            if own is None and sums:
+                own = torch.stack([*sums.values()]).mean(0)
             count = rows.stop - rows.start
             parts.append(np.zeros(count) if own is None else own[rows.start : rows.stop].numpy())
         found: np.ndarray = np.concatenate(parts) / tokens

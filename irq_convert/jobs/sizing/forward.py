@@ -51,6 +51,8 @@ class Forward:
     keep_states: bool = False
     means: dict[str, np.ndarray] = field(default_factory=dict, init=False)
     """Mean squares of inputs, by tensor, of the windows that are not held out."""
+    unreached: int = field(default=0, init=False)
+    """How many experts no token of these windows has reached."""
 
     def run(self, behind: Callable[[StateFile], None] | None = None) -> dict[str, MeanEstimate]:
         """KL divergence to the source of every stream, on the held-out windows.
@@ -121,6 +123,7 @@ class Forward:
                 with listening(model, sites, squares.listen if start < first else _deaf):
                     self._move(number, current[""], following[""], start, stop)
             squares.forget()
+            self.unreached += squares.unreached
             self.means |= squares.means(model.source.checkpoint)
             for name in self.streams:
                 with self._quantized(sites, self.streams[name]):

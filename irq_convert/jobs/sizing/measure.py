@@ -54,7 +54,8 @@ def measure_sensitivity(
     """The expected damage of all `choices` at every tensor, and what each width costs in truth.
 
     States wait in `folder`, which exists: 4 bytes x tokens x width for every layer. A tensor that
-    the text does not reach has damage 0. Raises `IrqError` and `NotLayered` as the passes do.
+    the text does not reach has damage 0, but an expert the mean of its layer's. Raises `IrqError`
+    and `NotLayered` as the passes do.
     """
     model, layers = subject.model, len(subject.model.layers)
     progress.phase("measuring", 2 * layers, 2 * _all_bytes(model))
@@ -92,6 +93,11 @@ def measure_sensitivity(
 
         seen = forward.run(behind)
         back.run(damage)
+    if forward.unreached:
+        progress.note(
+            f"{forward.unreached} experts were reached by no token and count as much as the mean "
+            "of their layer's: more --target-tokens help"
+        )
     names = tuple(str(choice) for choice in choices)
     known = {bits: choice for bits, choice in widths.items() if choice is not None}
     return Sensitivity(found, names, _widths(found, names, known, seen), settings, source)

@@ -61,10 +61,11 @@ class Market:
         return self.options(1.0)
 
     @property
-    def extent(self) -> tuple[int, int]:
-        """Bytes of the smallest and of the largest mix."""
+    def extremes(self) -> tuple[Mix, Mix]:
+        """The smallest and the largest mix."""
         sizes = [[option.nbytes for option in options] for options in self.table]
-        return sum(map(min, sizes)), sum(map(max, sizes))
+        least, most = ([own.index(pick(own)) for own in sizes] for pick in (min, max))
+        return self._mix(least), self._mix(most)
 
     def best(self, room: int, caution: float = 1.0) -> Mix | None:
         """The mix that damages least in `room` bytes; None where nothing fits."""

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
 import irq_convert
 from irq_convert.artifact.contents import open_artifact
 from irq_convert.artifact.manifest import MANIFEST_NAME
+from irq_convert.checkpoint.layout import LOCK_NAME
 from irq_convert.errors import UsageError
 from irq_convert.hf.layered import NotLayered
 from irq_convert.jobs.calibration import source as text_source
@@ -22,6 +26,7 @@ from irq_convert.jobs.quantize import target as targeting
 from irq_convert.jobs.quantize import target_plan as planning
 from irq_convert.jobs.quantize.estimate import estimate_quantize
 from irq_convert.jobs.quantize.options import QuantizeOptions
+from irq_convert.jobs.quantize.plan import KEPT, LEFT
 from irq_convert.jobs.quantize.quantize import quantize
 from irq_convert.jobs.quantize.report import QuantizeReport
 from irq_convert.jobs.sizing.options import TargetOptions
@@ -215,6 +220,8 @@ def test_a_dry_run_shows_the_frontier_and_writes_nothing(
     assert sizes == sorted(sizes)
     assert expected == sorted(expected, reverse=True)
     assert expected[-1] == 0
+    (near,) = (point for point in found.frontier if point.nearest)
+    assert near.bits == min((p.bits for p in found.frontier), key=lambda bits: abs(bits - 3.0))
 
 
 def test_what_cannot_be_is_said_before_anything_is_written(
@@ -226,8 +233,14 @@ def test_what_cannot_be_is_said_before_anything_is_written(
     out = tmp_path / "out"
     with pytest.raises(UsageError, match=r"--target-bits 1.5: the choices reach from 2\.\d+ to 32"):
         sized(source, out, text, bits=1.5, file=kept)
-    with pytest.raises(UsageError, match=r"--target-size 9000 bytes .*: the choices reach from"):
+    with pytest.raises(UsageError, match=r"--target-size 9000 bytes .*: the choices re") as error:
         sized(source, out, text, size=9000, file=kept)
+    least = int(re.findall(r"reach from (\d+) bytes", str(error.value))[0])
+    too_much: tuple[dict[str, Any], ...]
+    too_much = {"size": 10**9}, {"bits": 32.0}, {"bits": 3.0, "at_least": ((".", 16),)}
+    for much in too_much:
+        with pytest.raises(UsageError, match="nothing would be quantized"):
+            sized(source, out, text, **much)
     with pytest.raises(UsageError, match="the target chooses the bits"):
         QuantizeOptions.of(bits=3, target=TargetOptions(bits=3.0))
     assert QuantizeOptions.of(target="3kB").target == TargetOptions(size=3000)
@@ -241,6 +254,9 @@ def test_what_cannot_be_is_said_before_anything_is_written(
     with pytest.raises(UsageError, match="is no folder; name a file"):
         sized(source, out, text, bits=3.0, file=tmp_path / "no" / "s.safetensors")
     assert listing(tmp_path) == before
+    sized(source, tmp_path / "least", text, size=least, file=kept)
+    assert folder_size(tmp_path / "least") <= least
+    before = listing(tmp_path)
 
     def refuse(*args: Any) -> Any:
         raise NotLayered("it is not")
@@ -259,6 +275,9 @@ def test_a_folder_for_states_that_is_not_ours_is_left_alone(
     source, states = make("Llama 2"), tmp_path / "out.states"
     states.mkdir()
     (states / "mine.txt").write_text("kept")
+    with pytest.raises(UsageError, match=r"out\.states: exists, not empty, not made by a run"):
+        sized(source, tmp_path / "out", text, bits=3.0)
+    (states / LOCK_NAME).touch()
     with pytest.raises(UsageError, match=r"out\.states: hidden states would lie there"):
         sized(source, tmp_path / "out", text, bits=3.0)
     assert (states / "mine.txt").read_text() == "kept"
@@ -267,10 +286,36 @@ def test_a_folder_for_states_that_is_not_ours_is_left_alone(
     assert not states.exists()
 
 
+def test_states_of_a_run_are_left_alone_by_another(tmp_path: Path) -> None:
+    out = tmp_path / "new" / "more" / "out"
+    with planning.scratch_folder(out) as states:
+        (states / "source-00000").write_text("kept")
+        with (
+            pytest.raises(UsageError, match=r"out\.states: in use by a run that is not finished"),
+            planning.scratch_folder(out),
+        ):
+            pass
+        assert (states / "source-00000").read_text() == "kept"
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_target_leaves_as_it_is(make: Make, text: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"bits": 12.0, "at_least": (("down_proj", 16),)}
+    report = sized(make("Llama 2"), tmp_path / "out", text, **options)
+    assert LEFT in report.kept
+    assert KEPT not in report.kept
+
+
 def test_sensitivities_of_another_model_are_refused(make: Make, text: Path, tmp_path: Path) -> None:
     kept = tmp_path / "kept.safetensors"
     first = make("Llama 2")
     sized(first, tmp_path / "any", text, bits=3.0, file=kept)
+    tuned = shutil.copytree(first, tmp_path / "tuned" / "source")
+    weights = load_file(tuned / "model.safetensors")
+    metadata = {"format": "pt"}
+    save_file({n: 1.5 * w for n, w in weights.items()}, tuned / "model.safetensors", metadata)
+    with pytest.raises(UsageError, match="measured on source, whose files are not those of this"):
+        sized(tuned, tmp_path / "out", text, bits=3.0, file=kept)
     first.rename(tmp_path / "first")
     other = make("Qwen 2")
     with pytest.raises(UsageError, match="measured on source, whose files are not those of this"):

@@ -16,6 +16,7 @@ from irq_convert.core.dequantize import dequantize_tensor
 from irq_convert.core.quantize import quantize_tensor
 from irq_convert.core.spec import QuantSpec
 from irq_convert.hf.layered import open_layered
+from irq_convert.jobs.calibration.sites import Rows, Site, StoredRows
 from irq_convert.jobs.calibration.text import Windows
 from irq_convert.jobs.sizing import backward, forward
 from irq_convert.jobs.sizing.choices import Choice
@@ -148,6 +149,19 @@ def test_experts_are_measured_by_the_tokens_that_reach_them(
     assert len(experts) in (2 * 2, 2 * 4 * 3)  # stacks of all of a layer, or a tensor each
     assert sum(v[0] for v in experts) > sum(v[2] for v in experts) > 0
     assert all(np.isfinite(v).all() and (v >= 0).all() for v in found.damages.values())
+
+
+def test_an_expert_that_nothing_reaches_is_worth_the_mean_of_its_layer() -> None:
+    rows = tuple(Rows(matrix, 0, 2) for matrix in range(3))
+    site = Site("experts", "weight", 3, 4, True, False, (StoredRows("all", rows),))
+    squares = backward._OutputSquares((site,))
+    for expert, value in ((0, 1.0), (2, 3.0)):
+        y = torch.full((5, 2), value, requires_grad=True)
+        heard = y * 1
+        squares.listen(site.key, expert, heard)
+        heard.backward(y.detach())
+    found = squares.of(site, site.stored[0], 10).reshape(3, 2)
+    assert found.tolist() == [[0.5, 0.5], [2.5, 2.5], [4.5, 4.5]]
 
 
 def test_candidates_are_compared_on_the_same_windows(make: Make, tmp_path: Path) -> None:

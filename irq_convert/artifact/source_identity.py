@@ -1,4 +1,4 @@
-"""Which dense model a run learns from, so that it is not continued with another."""
+"""Which dense model something was made from, so that it is not used with another."""
 
 from __future__ import annotations
 
