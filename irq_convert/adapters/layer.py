@@ -192,7 +192,10 @@ class IecLoraLinear(MovesStatistics, LoraLinear):
 
     def _densify(self, base: IrqLinear, names: list[str]) -> nn.Module:
         moving = self._moving(names)
-        weight = dequantize_tensor(self._moved(base, moving) if moving else base.quantized())
+        q = self._moved(base, moving) if moving else base.quantized()
+        if moving:
+            require_scales(q.scale, moving)
+        weight = dequantize_tensor(q)
         for name in names:
             if self._variant(name).low_rank:
                 weight += self._variant(name).delta(self, name).to(weight.dtype)

@@ -156,11 +156,13 @@ def print_report(report: FinetuneReport) -> None:
         ("trained", f"{report.step:,} steps, {report.trainable:,} parameters"),
     ]
     if report.before is not None and report.after is not None:
+        losses = report.before, report.start, report.after
         change, se = report.after.change_from(report.before)
         rows += [
             (
                 f"held-out {_short(report.recipe)}",
-                f"{report.before.mean:.4f} -> {report.after.mean:.4f}",
+                " -> ".join(f"{each.mean:.4f}" for each in losses if each is not None)
+                + (", the second where training began" if report.start is not None else ""),
             ),
             ("  change", f"{change:+.4f}" + ("" if se is None else f" ±{se:.4f}")),
             _in_other_words(report, report.before.mean, report.after.mean),

@@ -34,8 +34,9 @@ def moved_statistics(
         tau = tau + scale * _sum(offsets, dtype)
     if factors:
         scale = scale * (1 + _sum(factors, dtype))
-    if rounded is not None:
-        scale, tau = _stored(scale, rounded), _stored(tau, rounded)
+    if rounded is not None:  # what nothing has moved stays as it is stored
+        scale = _stored(scale, rounded) if factors else scale
+        tau = _stored(tau, rounded) if offsets else tau
     return scale, tau
 
 

@@ -21,7 +21,7 @@ from irq_convert.adapters.layer import IecLoraLinear
 from irq_convert.artifact.adapter_kinds import AdapterKind
 from irq_convert.artifact.adapter_statistics import SCALE, TAU
 from irq_convert.core.codebook import CODEBOOKS, get_codebook
-from irq_convert.core.moved import with_statistics
+from irq_convert.core.moved import moved_statistics, with_statistics
 from irq_convert.core.packing import unpack_codes
 from irq_convert.core.scales import expand_statistic
 from irq_convert.errors import IrqError, UsageError
@@ -166,6 +166,19 @@ def test_a_second_derivative() -> None:
     assert bool(second.any())
 
 
+def test_what_is_not_moved_is_not_rounded() -> None:
+    q = random_sample(3, 6, 40, "nf2", 16).q
+    scale, tau = (torch.rand(6, 3) for _ in range(2))
+    q = with_statistics(q, scale, tau)
+    move = [torch.full((6, 3), 0.01)]
+    kept, moved = moved_statistics(q, [], move, torch.float16)
+    assert torch.equal(kept, scale)
+    assert torch.equal(moved, (tau + 0.01 * scale).half().float())
+    moved, kept = moved_statistics(q, move, [], torch.float16)
+    assert torch.equal(kept, tau)
+    assert torch.equal(moved, (scale * 1.01).half().float())
+
+
 @pytest.mark.parametrize("stored", ["uint8", "float16"])
 def test_training_sees_what_will_be_stored(stored: str) -> None:
     layer = adapted(base_layer("packed")[0], **ALONE)
@@ -231,6 +244,11 @@ def test_a_scale_below_zero_is_not_merged() -> None:
         layer.lora_irq_scale["default"].weight.fill_(-1.5)
     with pytest.raises(IrqError, match=r"driven a scale below 0"):
         layer.merge()
+    beside = adapted(base_layer("packed")[0], **{**ALONE, "r": 4})
+    with torch.no_grad():
+        beside.lora_irq_scale["default"].weight.fill_(-1.5)
+    with pytest.raises(IrqError, match=r"driven a scale below 0"):
+        beside.merge()
 
 
 @pytest.mark.parametrize("seed", [0])

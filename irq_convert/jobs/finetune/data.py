@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -72,6 +73,17 @@ class Data:
     heldout: Split | None
     file: FileFacts
     eval_file: FileFacts | None
+
+    @property
+    def tokens_sha256(self) -> str:
+        """Of all that is read and learned, in its order."""
+        digest = hashlib.sha256()
+        for split in (self.train, self.heldout):
+            for example in split.examples if split is not None else ():
+                digest.update(len(example.ids).to_bytes(8, "little"))
+                for part in (example.ids, example.labels):
+                    digest.update(part.numpy().astype("<i8").tobytes())
+        return digest.hexdigest()
 
     @property
     def unused(self) -> tuple[str, ...]:

@@ -139,6 +139,7 @@ def _open(
         "base": base["sha256"],
         "data": plan.data.file.sha256,
         "eval_data": plan.data.eval_file and plan.data.eval_file.sha256,
+        "tokens": plan.data.tokens_sha256,
         "recipe": plan.recipe.to_dict(),
     }
     old = folder.read(RUN) if folder.resuming else None
@@ -148,6 +149,8 @@ def _open(
     what = {"base": "the base model", "data": "the data file", "eval_data": "the held-out file"}
     changed = [f"{what[key]} is another one" for key in what if old.get(key) != settings[key]]
     changed += recipe_differences(old.get("recipe") or {}, settings["recipe"])
+    if not changed and old.get("tokens", settings["tokens"]) != settings["tokens"]:
+        changed = ["the tokenizer makes other tokens of the data"]
     if changed:
         raise UsageError(
             f"{out}: holds an unfinished run of another kind: {'; '.join(changed)}; ask for the "

@@ -44,6 +44,8 @@ class RunFolder:
 
     path: Path
     resuming: bool
+    older: bool = False
+    """Whether a finished adapter lies there, which the run is to replace."""
 
     @property
     def state(self) -> Path:
@@ -98,9 +100,7 @@ class RunFolder:
         """Give up the run: its state goes but for a teacher's logits, and an adapter that it has
         put there when it was interrupted."""
         _empty_state(self.state)
-        note = self.path / NOTE_FILE
-        ended = read_json_object(note).get("training", {}).get("end") if note.is_file() else None
-        if ended == INTERRUPTED:
+        if not _finished(self.path):
             with os_errors("remove it", self.path):
                 for name in (CONFIG_FILE, WEIGHTS_FILE, NOTE_FILE, CSV_NAME, PNG_NAME):
                     (self.path / name).unlink(missing_ok=True)
@@ -109,6 +109,13 @@ class RunFolder:
         """Remove the state: the run has nothing left to do."""
         with os_errors("remove it", self.state):
             shutil.rmtree(self.state)
+
+
+def _finished(path: Path) -> bool:
+    """Whether the adapter in `path`, if there is one, is not what an interruption has left."""
+    note = path / NOTE_FILE
+    ended = read_json_object(note).get("training", {}).get("end") if note.is_file() else None
+    return ended != INTERRUPTED and (path / CONFIG_FILE).is_file()
 
 
 def newest_checkpoint(path: Path) -> Path | None:
@@ -158,7 +165,7 @@ def run_folder(out: Path, base: Path, *, resume: Resume, overwrite: bool) -> Ite
     real = out.resolve()
     made = _make(real / STATE)
     lock = _lock(real, out)
-    folder = RunFolder(real, resuming)
+    folder = RunFolder(real, resuming, _finished(real))
     try:
         _tidy(folder)
         yield folder

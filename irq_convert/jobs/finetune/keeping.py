@@ -8,17 +8,21 @@ from irq_convert.jobs.finetune.folder import LOGITS, RunFolder
 from irq_convert.jobs.finetune.progress import TrainingProgress
 from irq_convert.jobs.finetune.report import FINISHED, FinetuneReport
 
+_NOTHING = 1e-4
+"""What is no change, as part of a figure."""
+
 
 def withdraw_unless_lower(
     report: FinetuneReport, folder: RunFolder | None, progress: TrainingProgress
 ) -> None:
-    """Raise `IrqError`, and give the run up, where KL to the teacher is not lower than before.
+    """Raise `IrqError`, and give the run up, where KL to the teacher is not lower than it was where
+    training began.
 
     Nothing happens to a run without a teacher, or one that has not come to its end. Where nothing
     is held out it is said that nobody knows. `folder` is given in the first process; in the others
     the error is `FailedElsewhere`.
     """
-    recipe, before, after = report.recipe, report.before, report.after
+    recipe, before, after = report.recipe, report.start or report.before, report.after
     if recipe.teacher is None or report.end != FINISHED:
         return
     if before is None or after is None:
@@ -28,17 +32,19 @@ def withdraw_unless_lower(
                 "better or not"
             )
         return
-    if after.mean < before.mean:
+    # Of a start there is something to keep, if it was not made worse.
+    if after.mean < before.mean * (1 if report.start is None else 1 + _NOTHING):
         return
     if folder is None:
         raise FailedElsewhere("the adapter is not kept")
     folder.withdraw()
+    began = "" if report.start is None else "where it started "
     logits = folder.state / LOGITS
     waiting = (
         f"; the teacher's logits wait in {logits} for the next run" if logits.is_file() else ""
     )
     raise IrqError(
         f"no adapter is kept: {recipe.measure} on held-out data was {before.mean:.4f} nats a token "
-        f"and is {after.mean:.4f} after training: lower --learning-rate ({recipe.learning_rate:g}) "
-        f"or --steps ({recipe.steps:,}), or give more data{waiting}"
+        f"{began}and is {after.mean:.4f} after training: lower {recipe.rate_in_words()} or --steps "
+        f"({recipe.steps:,}), or give more data{waiting}"
     )

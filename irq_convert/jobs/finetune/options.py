@@ -175,6 +175,10 @@ class FinetuneOptions:
             )
         if self.statistics_rate is not None and not self.trains_statistics:
             raise UsageError("--statistics-rate: no statistics are trained; add --statistics both")
+        if not self.lora.low_rank and self.statistics_rate and self.learning_rate:
+            raise UsageError(
+                f"--lora {self.lora} has one rate: give --learning-rate or --statistics-rate"
+            )
         if self.beta_rate is not None and self.connection == Connection.NONE:
             raise UsageError("--beta-rate: --connection none has no betas; leave one of them out")
         if self.beta_rate is not None and not self.lora.connected:

@@ -76,7 +76,7 @@ def prepare(
         names = ", ".join(map(repr, found.unused))
         progress.note(f"{data}: nothing reads these fields of its rows: {names}")
     found, teacher = _taught(options, found, encoder, config, progress)
-    start = find_start(options, found.train.examples, Path(data).name)
+    start = find_start(options, artifact, found.train.examples, Path(data).name, progress)
     recipe = decide(
         options,
         base,

@@ -12,6 +12,7 @@ from irq_convert.errors import UsageError
 from irq_convert.jobs.common.options import option_name
 from irq_convert.jobs.finetune.options import (
     FinetuneOptions,
+    Init,
     Optimizer,
     Schedule,
     TrainDtype,
@@ -107,6 +108,15 @@ class Recipe:
         """What a step lowers, in words."""
         return self.measure if self.teacher_weight in (None, 1) else "mixed loss"
 
+    def rate_in_words(self, of_statistics: bool = False) -> str:
+        """The option to lower where training breaks or does harm, and what it is."""
+        found = []
+        if self.rank and not of_statistics:
+            found.append(f"--learning-rate ({self.learning_rate:g})")
+        if self.statistics_rate is not None:
+            found.append(f"--statistics-rate ({self.statistics_rate:g})")
+        return " or ".join(found)
+
     def to_dict(self) -> dict[str, Any]:
         """All settings, ready for JSON."""
         raw = asdict(self)
@@ -191,7 +201,7 @@ def decide(
         optimizer=_optimizer(options.optimizer, device),
         device=device,
         gradient_checkpointing=options.gradient_checkpointing,
-        init=str(options.start),
+        init=str(Init.DEFAULT if start is None else Init.ERROR),
         init_sha256=start,
         teacher=name,
         teacher_sha256=sha256,

@@ -21,6 +21,8 @@ class FinetuneReport:
 
     `end` is `finished`, `interrupted` (by signal `signal`; can be resumed) or `diverged`; `step`
     is the step whose adapter lies in the folder, `resumed_from` where this process took over.
+    Held-out losses are `before`, of the artifact, at the `start` of an adapter that starts at an
+    error, and `after`.
     """
 
     out: str
@@ -33,6 +35,7 @@ class FinetuneReport:
     base: dict[str, Any]
     trainable: int
     before: Loss | None
+    start: Loss | None
     after: Loss | None
     curve: tuple[Point, ...]
     seconds: float
@@ -60,6 +63,7 @@ class FinetuneReport:
             "losses": {
                 "measure": self.recipe.measure,
                 "heldout_before": _loss(self.before),
+                "heldout_start": _loss(self.start),
                 "heldout_after": _loss(self.after),
                 "heldout_change": self._change(),
                 "last_training": _finite(losses[-1]) if losses else None,

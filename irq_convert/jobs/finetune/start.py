@@ -17,6 +17,7 @@ import torch
 from irq_convert.artifact.contents import Artifact
 from irq_convert.artifact.source_identity import source_identity
 from irq_convert.checkpoint.locate import Fetch, open_source
+from irq_convert.checkpoint.source import Checkpoint
 from irq_convert.errors import UsageError
 from irq_convert.jobs.calibration.importance_file import ImportanceFile, read_importance_file
 from irq_convert.jobs.calibration.text import Windows
@@ -64,20 +65,34 @@ class Start:
             )
 
 
-def find_start(options: FinetuneOptions, examples: Sequence[Example], name: str) -> Start | None:
+def find_start(
+    options: FinetuneOptions,
+    artifact: Artifact,
+    examples: Sequence[Example],
+    name: str,
+    progress: Progress,
+) -> Start | None:
     """The start that `options` ask for; `name` is that of the data.
 
-    Raises `UsageError` where the examples hold less than a window, and as opening a source or a
-    file of importance does.
+    A teacher that is another model than `artifact` was made from gives none, where nobody asked for
+    one. Raises `UsageError` for any other such source, where the examples hold less than a window,
+    and as opening a source or a file of importance does.
     """
     source = options.source or options.teacher
     if not options.from_error or source is None:
         return None
     checkpoint = open_source(source, None, Fetch.HEADERS)
     try:
-        identity = source_identity(checkpoint, source)
+        other = _other_model(checkpoint, artifact)
+        if other is None:
+            identity = source_identity(checkpoint, source)
     finally:
         checkpoint.fetcher.close(done=False)
+    if other is not None:
+        if options.init is not None or options.source is not None:
+            raise UsageError(f"{other}: give the source that the artifact was made from")
+        progress.note(f"adapters start at no change, as the artifact is of another model: {other}")
+        return None
     inputs: ImportanceFile | Windows
     if options.importance is not None:
         inputs = read_importance_file(options.importance)
@@ -87,6 +102,16 @@ def find_start(options: FinetuneOptions, examples: Sequence[Example], name: str)
         told = inputs.sha256
     digest = hashlib.sha256(json.dumps([identity, told], sort_keys=True).encode()).hexdigest()
     return Start(source, checkpoint.revision, inputs, digest)
+
+
+def _other_model(checkpoint: Checkpoint, artifact: Artifact) -> str | None:
+    """The first tensor of `artifact` that `checkpoint` lacks or has of another shape."""
+    for tensor in artifact.quantized:
+        info = checkpoint.tensors.get(tensor.name)
+        if info is None or info.shape != tensor.source_shape:
+            what = "lacks it" if info is None else f"has {list(info.shape)}"
+            return f"{tensor.name} {list(tensor.source_shape)}: {checkpoint.folder} {what}"
+    return None
 
 
 def example_windows(examples: Sequence[Example], name: str) -> Windows:

@@ -33,6 +33,8 @@ TOP = 64
 LEAST = -65504.0
 """The lowest log-probability in float16; its mass is 0 in float32."""
 _CHECKED_ROWS = 1 << 16
+_ROUNDING = 0.01
+"""What float16 may make of the sum of a row's probabilities, and more."""
 _AGAIN = "name another --teacher-logits, or remove it to have it made again"
 
 
@@ -235,5 +237,7 @@ def _check_values(logits: TeacherLogits, wanted: Contents) -> None:
         ids, log_p = logits.rows(at, min(_CHECKED_ROWS, wanted.rows - at))
         if not bool(log_p.isfinite().all()):
             raise IrqError(f"{logits.path}: has NaN or infinite log-probabilities: {_AGAIN}")
+        if not bool(((log_p.float().exp().sum(1) - 1).abs() < _ROUNDING).all()):
+            raise IrqError(f"{logits.path}: has probabilities that are not 1 together: {_AGAIN}")
         if int(ids.min()) < 0 or int(ids.max()) >= wanted.vocabulary:
             raise IrqError(f"{logits.path}: has ids beyond the vocabulary: {_AGAIN}")

@@ -36,11 +36,11 @@ NOT_FINITE = "the loss or a gradient became NaN or infinite"
 
 
 class Diverged(Exception):
-    """Training broke at `step`, and `why`; caught by the job."""
+    """Training broke at `step`, and `why`; perhaps by the rate `of_statistics`."""
 
-    def __init__(self, step: int, why: str = NOT_FINITE) -> None:
+    def __init__(self, step: int, why: str = NOT_FINITE, of_statistics: bool = False) -> None:
         super().__init__(step)
-        self.step, self.why = step, why
+        self.step, self.why, self.of_statistics = step, why, of_statistics
 
 
 @dataclass
@@ -184,8 +184,11 @@ class _Guard(TrainerCallback):
         self._every = 1 if trainer.args.device.type == "cpu" else SNAPSHOT_STEPS_ON_GPU
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        watch = self._trainer.watch
         if state.is_world_process_zero:
-            self._trainer.watch.progress.start(state.global_step, state.max_steps)
+            watch.progress.start(state.global_step, state.max_steps)
+        if watch.processes.first:  # also of a run that goes on from a checkpoint
+            take_snapshot(self._trainer.model, watch, state.global_step)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer, watch = self._trainer, self._trainer.watch
@@ -196,13 +199,14 @@ class _Guard(TrainerCallback):
         )
         if broken:
             raise Diverged(state.global_step + 1)
-        if lowest_scale(trainer.model) < 0:
-            raise Diverged(state.global_step, "training has driven a scale below 0")
         watch.stopped_by = number
-        if watch.processes.first and (not watch.snapshot or state.global_step % self._every == 0):
+        if watch.processes.first and state.global_step % self._every == 0:
             take_snapshot(trainer.model, watch, state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if lowest_scale(self._trainer.model) < 0:  # before anything of it is measured or saved
+            why = "training has driven a scale below 0"
+            raise Diverged(state.global_step, why, of_statistics=True)
         if self._trainer.watch.stopped_by:
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False

@@ -59,6 +59,7 @@ class Run:
         self.plan, self.base, self.out = plan, base, out
         self.progress, self.begun, self.logits = progress, begun, logits
         self.before: Loss | None = None
+        self.start: Loss | None = None
         self.resumed_from = 0
 
     def work(self, folder: RunFolder | None) -> FinetuneReport:
@@ -114,28 +115,34 @@ class Run:
         return model
 
     def _measure_before(self, trainer: AdapterTrainer, folder: RunFolder | None) -> None:
-        """The held-out loss of the base, taken from the state when a run is continued."""
+        """The held-out loss of the base, and of an adapter with a start of its own there; taken
+        from the state when a run is continued."""
         processes = self.plan.processes
         found = folder.read(BEFORE) if folder is not None else None
         found = processes.same(found)
         if found is not None:
-            self.before = Loss(tuple(found["sums"]), tuple(found["counts"]))
+            self.before, self.start = (
+                None if each is None else Loss(tuple(each["sums"]), tuple(each["counts"]))
+                for each in (found, found.get("start") or None)
+            )
         elif self.plan.data.heldout is not None:
             self.progress.stage("measuring the base")
-            self.before = self._measure_base(trainer)
+            model: Any = trainer.model
+            with model.disable_adapter():
+                self.before = self._measure_untrained(trainer)
+            if self.plan.start is not None:
+                self.progress.stage("measuring the start")
+                self.start = self._measure_untrained(trainer)
             if folder is not None:
-                sums, counts = list(self.before.sums), list(self.before.counts)
-                folder.write(BEFORE, {"sums": sums, "counts": counts})
-        if self.before is not None and processes.first:
-            self.progress.heldout(0, self.before.mean)
+                folder.write(BEFORE, _kept(self.before) | {"start": _kept(self.start)})
+        first = self.start or self.before
+        if first is not None and processes.first:
+            self.progress.heldout(0, first.mean)
 
-    def _measure_base(self, trainer: AdapterTrainer) -> Loss:
-        """What the artifact gives without the adapter, which may have a start of its own."""
-        model: Any = trainer.model
+    def _measure_untrained(self, trainer: AdapterTrainer) -> Loss:
         assert self.plan.data.heldout is not None
         try:
-            with model.disable_adapter():
-                loss = trainer.measure(list(self.plan.data.heldout.examples))
+            loss = trainer.measure(list(self.plan.data.heldout.examples))
         except Stopped:
             _leave(trainer.watch.stop)
         if not loss.finite:
@@ -204,7 +211,7 @@ class Run:
         watch, step = trainer.watch, trainer.state.global_step
         if end == DIVERGED:
             step = watch.snapshot_step
-        before = None if self.before is None else self.before.mean
+        first = self.start or self.before
         log = [
             entry
             for entry in trainer.state.log_history
@@ -221,20 +228,26 @@ class Run:
             base=self.base,
             trainable=count_trainable(trainer.model),  # type: ignore[arg-type]
             before=self.before,
+            start=self.start,
             after=after,
-            curve=tuple(points(log, before)),
+            curve=tuple(points(log, None if first is None else first.mean)),
             seconds=time.perf_counter() - self.begun,
         )
         withdraw_unless_lower(report, folder, self.progress)
-        if folder is not None:
+        if folder is not None and end == DIVERGED and not step and folder.older:
+            folder.finish()  # an adapter that is better than none stays
+        elif folder is not None:
             self._write(trainer, folder, report)
         self.plan.processes.wait()
         if broken is not None:
+            held = f"{self.out} holds the adapter of step {step}, the last good one"
+            if not step:
+                held = f"{self.out} holds an untrained adapter"
+            if folder is not None and folder.older and not step:
+                held = f"{self.out} still holds the older adapter"
             raise IrqError(
-                f"{broken.why} at step {broken.step} of "
-                f"{self.plan.recipe.steps}: lower --learning-rate "
-                f"({self.plan.recipe.learning_rate:g}); {self.out} holds the adapter of step "
-                f"{step}{'' if step else ' (untrained)'}, the last good one"
+                f"{broken.why} at step {broken.step} of {self.plan.recipe.steps}: lower "
+                f"{self.plan.recipe.rate_in_words(broken.of_statistics)}; {held}"
             )
         return report
 
@@ -255,6 +268,11 @@ class Run:
             )
         if report.end != INTERRUPTED:
             folder.finish()
+
+
+def _kept(loss: Loss | None) -> dict[str, Any]:
+    """`loss` for the state of the run."""
+    return {} if loss is None else {"sums": list(loss.sums), "counts": list(loss.counts)}
 
 
 @contextmanager

@@ -26,6 +26,8 @@ from irq_convert.jobs.finetune.moves import round_statistics
 from irq_convert.jobs.finetune.options import Connection
 from irq_convert.jobs.finetune.progress import TrainingProgress
 from irq_convert.jobs.finetune.report import FinetuneReport
+from irq_convert.jobs.finetune.trainer import AdapterTrainer
+from tests.folders import change_json, listing
 
 from .base import quick, write_tales
 
@@ -196,7 +198,7 @@ def test_divergence_keeps_the_last_good_adapter(
 ) -> None:
     """The first step is taken from where LoRA begins, so that its loss is the base's."""
     out = tmp_path / "out"
-    says = r"at step 2 of 6: lower --learning-rate .*holds the adapter of step 0"
+    says = r"at step 2 of 6: lower --learning-rate .*holds an untrained adapter"
     with pytest.raises(IrqError, match=says):
         finetune(artifact, tales, out, quick(learning_rate=1e30, eval_every=6))
     found = weights(out)
@@ -205,6 +207,47 @@ def test_divergence_keeps_the_last_good_adapter(
     note = json.loads((out / "irq_adapter.json").read_text())["training"]
     assert (note["end"], note["step"]) == ("diverged", 0)
     assert not (out / STATE).exists()
+
+
+def test_one_that_breaks_leaves_an_older_adapter(
+    artifact: Path, tales: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    finetune(artifact, tales, out, quick(steps=1))
+    before = listing(out)
+    with pytest.raises(IrqError, match="out still holds the older adapter"):
+        finetune(artifact, tales, out, quick(learning_rate=1e30), overwrite=True)
+    assert listing(out) == before
+
+
+def test_one_that_breaks_when_it_is_continued(
+    artifact: Path, tales: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    finetune(artifact, tales, out, quick(), progress=stop_at(2))
+    before = weights(out)
+    step = json.loads((out / "irq_adapter.json").read_text())["training"]["step"]
+    own = AdapterTrainer.training_step
+
+    def broken(self: AdapterTrainer, *given: Any) -> torch.Tensor:
+        loss = own(self, *given)
+        self.loss_seen = self.loss_seen * torch.nan
+        return loss
+
+    monkeypatch.setattr(AdapterTrainer, "training_step", broken)
+    says = f"at step {step + 1} of 6: .* holds the adapter of step {step}, the last good one"
+    with pytest.raises(IrqError, match=says):
+        finetune(artifact, tales, out, quick())
+    after = weights(out)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_other_tokens_are_another_run(artifact: Path, tales: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    finetune(artifact, tales, out, quick(), progress=stop_at(2))
+    change_json(out / STATE / "run.json", lambda raw: raw.update(tokens="of another tokenizer"))
+    with pytest.raises(UsageError, match="the tokenizer makes other tokens of the data"):
+        finetune(artifact, tales, out, quick())
 
 
 def test_the_last_good_adapter_is_the_one_before_the_step_that_broke(

@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import irq_convert
 from irq_convert.artifact.adapter_kinds import AdapterKind
 from irq_convert.errors import UsageError
 from irq_convert.jobs.finetune import start as room
+from irq_convert.jobs.finetune.estimate import estimate_finetune
 from irq_convert.jobs.finetune.finetune import finetune
 from irq_convert.jobs.finetune.options import FinetuneOptions
 from irq_convert.jobs.finetune.start import example_windows
 from irq_convert.jobs.measure.measure import measure
+from tests.folders import change_json
 from tests.paths import DEMO
 
 from .base import quick
 from .teaching import taught
-from .test_job import stop_at
+from .test_job import Listener, stop_at
 
 
 def started(**changes: Any) -> FinetuneOptions:
@@ -46,6 +49,10 @@ def test_the_loss_falls_before_any_training(
     out, report = run
     plain = finetune(int2, tales, tmp_path / "plain", taught(AdapterKind.PLAIN, steps=1))
     assert report.before == plain.before
+    assert report.start is not None
+    assert report.start.mean == pytest.approx(report.after.mean, rel=1e-3)
+    assert report.curve[0].heldout_loss == report.start.mean
+    assert report.training()["losses"]["heldout_start"]["value"] == report.start.mean
     assert report.after.mean < 0.6 * report.before.mean
     assert report.recipe.init_sha256
     model = PeftModel.from_pretrained(irq_convert.load(int2, dtype=torch.float32), str(out))
@@ -72,6 +79,34 @@ def test_a_continued_run_keeps_its_start(
     finetune(int2, tales, parts, options)
     one, other = (load_file(each / "adapter_model.safetensors") for each in (out, parts))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_teacher_of_other_shapes_starts_nothing(int2: Path, tales: Path, tmp_path: Path) -> None:
+    """It teaches all the same; who asks for the start is told before the teacher has run."""
+    other = shutil.copytree(DEMO, tmp_path / "other")
+    weights = load_file(other / "model.safetensors")
+    for name, weight in weights.items():
+        if ".mlp.gate" in name or ".mlp.up" in name:
+            weights[name] = weight[: len(weight) // 2].clone()
+        elif ".mlp.down" in name:
+            weights[name] = weight[:, : weight.shape[1] // 2].clone()
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    change_json(
+        other / "config.json",
+        lambda raw: raw.update(intermediate_size=raw["intermediate_size"] // 2),
+    )
+    listener = Listener()
+    report = finetune(
+        int2, tales, tmp_path / "out", taught(teacher=str(other), steps=1, holdout=0.0),
+        progress=listener,
+    )  # fmt: skip
+    assert report.recipe.init == "default"
+    assert report.start is None
+    assert any(
+        "start at no change, as the artifact is of another model" in n for n in listener.notes
+    )
+    with pytest.raises(UsageError, match="give the source that the artifact was made from"):
+        estimate_finetune(int2, tales, taught(teacher=str(other), init="error"))
 
 
 def test_by_importance(int2: Path, tales: Path, run: tuple[Path, Any], tmp_path: Path) -> None:

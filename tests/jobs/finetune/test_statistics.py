@@ -130,10 +130,17 @@ def test_counted_before_it_is_trained(int2: Path, tales: Path, run: tuple[Path, 
 def test_a_scale_below_zero_ends_the_run(int2: Path, tales: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     options = taught(ALONE, teacher=None, learning_rate=1.5, schedule=Schedule.CONSTANT)
-    with pytest.raises(IrqError, match=r"scale below 0 at step 1 of 6: .* the last good one"):
+    says = r"scale below 0 at step 1 of 6: lower --statistics-rate \(1.5\); .* an untrained adapter"
+    with pytest.raises(IrqError, match=says):
         finetune(int2, tales, out, options)
     kept = load_file(out / "adapter_model.safetensors")
     assert not any(bool(tensor.any()) for tensor in kept.values())
+
+
+def test_the_last_step_may_not_drive_it_there(int2: Path, tales: Path, tmp_path: Path) -> None:
+    options = taught(ALONE, teacher=None, learning_rate=1.5, schedule=Schedule.CONSTANT, steps=1)
+    with pytest.raises(IrqError, match="scale below 0 at step 1 of 1"):
+        finetune(int2, tales, tmp_path / "out", options)
 
 
 @pytest.mark.parametrize(
@@ -142,6 +149,7 @@ def test_a_scale_below_zero_ends_the_run(int2: Path, tales: Path, tmp_path: Path
         ({"lora": "statistics", "connection": "both"}, "--lora statistics has no elastic"),
         ({"lora": "plain", "statistics_rate": 1e-3}, "--statistics-rate: no statistics"),
         ({"lora": "plain", "statistics": "all"}, "statistics"),
+        ({"lora": "statistics", "statistics_rate": 1.0, "learning_rate": 1.0}, "has one rate: giv"),
         ({"lora": "statistics", "statistics_rate": -1.0}, "--statistics-rate -1"),
         ({"lora": "plain", "beta_rate": 1e-2}, "--beta-rate: --lora plain has no betas"),
         ({"connection": "none", "beta_rate": 1e-2}, "--connection none has no betas"),

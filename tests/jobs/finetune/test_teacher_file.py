@@ -173,6 +173,7 @@ def cut(path: Path) -> None:
         (cut, IrqError, "cut off, damaged, or not safetensors: name another --teacher-logits"),
         (change("log_p", float("nan")), IrqError, "has NaN or infinite log-probabilities"),
         (change("ids", 60_000), IrqError, "ids beyond the vocabulary"),
+        (change("log_p", 0.0), IrqError, "has probabilities that are not 1 together"),
         (lambda path: shutil.copy(DEMO / "model.safetensors", path), UsageError, "no file of a"),
     ],
 )
