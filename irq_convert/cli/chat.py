@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING
 import typer
 
 from irq_convert.cli.generate_show import figures, show
+from irq_convert.errors import UsageError
 from irq_convert.jobs.generate.generate import begin, opening, report_of
 
 if TYPE_CHECKING:
     from irq_convert.jobs.generate.models import Writer
     from irq_convert.jobs.generate.options import GenerateOptions
     from irq_convert.jobs.generate.prompt import Message
+    from irq_convert.jobs.generate.stream import TextStream
 
 
 def talk_with(writers: Sequence[Writer], system: str | None, options: GenerateOptions) -> None:
@@ -26,15 +28,29 @@ def talk_with(writers: Sequence[Writer], system: str | None, options: GenerateOp
     typer.echo("Ctrl-C stops an answer, Ctrl-D ends the conversation.", err=True)
     said: list[list[Message]] = [[] for _ in writers]
     while (message := _ask()) is not None:
+        before = any(said)
         for messages in said:
             messages += opening(system if not messages else None, message)
-        pairs = zip(writers, said, strict=True)
-        streams = [begin(writer, message, messages, options) for writer, messages in pairs]
+        try:
+            streams = _answers(writers, said, options)
+        except UsageError as error:
+            if not before:
+                raise
+            typer.echo(f"irq-convert: {error}; the conversation begins anew", err=True)
+            said = [opening(system, message) for _ in writers]
+            streams = _answers(writers, said, options)
         show(streams)
         report = report_of(message, streams)
         figures(report)
         for messages, stream in zip(said, streams, strict=True):
             messages.append({"role": "assistant", "content": stream.result().text})
+
+
+def _answers(
+    writers: Sequence[Writer], said: Sequence[list[Message]], options: GenerateOptions
+) -> list[TextStream]:
+    pairs = zip(writers, said, strict=True)
+    return [begin(writer, "", messages, options) for writer, messages in pairs]
 
 
 def _ask() -> str | None:

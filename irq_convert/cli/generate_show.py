@@ -133,9 +133,12 @@ def _speed(found: Generated) -> str:
 
 
 def _told_apart(names: Sequence[str]) -> list[str]:
-    """Last parts of paths where these differ."""
+    """Last parts of paths where these differ; numbers where whole names do not."""
     short = [PurePath(name).name or name for name in names]
-    return short if len({*short}) == len(short) else list(names)
+    for found in (short, list(names)):
+        if len({*found}) == len(found):
+            return found
+    return [f"{name} ({number})" for number, name in enumerate(short, 1)]
 
 
 def _safe(text: str) -> str:

@@ -48,7 +48,6 @@ from irq_convert.core.codebook import (
 from irq_convert.core.objective import Objective, ZeroPoint
 from irq_convert.jobs.calibration.options import CORRECTION, DAMPING, TOKENS, WINDOW
 from irq_convert.jobs.common.resume import Resume
-from irq_convert.jobs.sizing.options import TOKENS as TARGET_TOKENS
 
 if TYPE_CHECKING:
     from irq_convert.jobs.calibration.options import CalibrationOptions
@@ -131,7 +130,7 @@ def quantize_command(
         ),
     ] = None,
     target_text: TargetText = None,
-    target_tokens: TargetTokens = TARGET_TOKENS,
+    target_tokens: TargetTokens = None,
     sensitivity: SensitivityOption = None,
     uniform_within: UniformWithin = None,
     at_least: AtLeast = None,

@@ -32,7 +32,10 @@ TargetText = Annotated[
     ),
 ]
 TargetTokens = Annotated[
-    int, typer.Option(help="With a target: most tokens to measure on, in windows of 512.")
+    int | None,
+    typer.Option(
+        help="With a target: most tokens to measure on, in windows of 512.  \\[default: 16384]"
+    ),
 ]
 SensitivityOption = Annotated[
     Path | None,
@@ -62,7 +65,7 @@ def target_options(
     size: str | None,
     bits: float | None,
     text: str | None,
-    tokens: int,
+    tokens: int | None,
     file: Path | None,
     within: list[str] | None,
     at_least: list[str] | None,
@@ -72,17 +75,18 @@ def target_options(
 
     Raises `UsageError` for options of a target without one, and as `TargetOptions` does.
     """
-    from irq_convert.jobs.sizing.options import WINDOW, TargetOptions, parse_size
+    from irq_convert.jobs.sizing.options import TOKENS, WINDOW, TargetOptions, parse_size
 
     if size is None and bits is None:
         given = {
-            "--target-text": text, "--sensitivity": file, "--uniform-within": within,
-            "--at-least": at_least, "--at-most": at_most,
+            "--target-text": text, "--target-tokens": tokens, "--sensitivity": file,
+            "--uniform-within": within, "--at-least": at_least, "--at-most": at_most,
         }  # fmt: skip
         for option, value in given.items():
             if value:
                 raise UsageError(f"{option} goes with --target-size or --target-bits: give one")
         return None
+    tokens = TOKENS if tokens is None else tokens
     return TargetOptions(
         size=None if size is None else parse_size(size),
         bits=bits,

@@ -11,16 +11,21 @@ import signal
 import termios
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
+from irq_convert.cli.chat import talk_with
+from irq_convert.cli.generate_show import _told_apart
 from irq_convert.cli.main import app
 from irq_convert.errors import UsageError
 from irq_convert.jobs.generate.generate import generate
+from irq_convert.jobs.generate.models import load_writers
+from irq_convert.jobs.generate.options import GenerateOptions
 from tests.folders import change_json
-from tests.jobs.generate.test_generate import PROMPT, TEMPLATE
+from tests.jobs.generate.test_generate import PROMPT, TEMPLATE, with_template
 from tests.paths import DEMO
 
 from .process import Commands
@@ -82,6 +87,30 @@ def test_two_columns_grow_at_a_terminal(irq: Commands, demo_nf3: Path) -> None:
     assert len(texts[0].split()) < len(texts[-1].split())
     columns = texts[-1].splitlines()[:-3]  # below them how fast both were
     assert max(map(len, columns)) <= 80
+
+
+def test_a_conversation_that_outgrows_the_positions(
+    demo_nf3: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
+) -> None:
+    talk = with_template(tmp_path / "talk")
+    options = GenerateOptions(max_tokens=4)
+    writers = load_writers(demo_nf3, tokenizer=talk, options=options)
+    lines = iter(["Tell me of the cat and the dog. " * 12, "And then? " * 40, "What?"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines, None) or _end())
+    talk_with(writers, None, options)
+    told = capsys.readouterr().err
+    assert told.count("the conversation begins anew") == 1
+    assert told.count("tokens a second") == 3
+
+
+def _end() -> str:
+    raise EOFError
+
+
+def test_names_are_told_apart() -> None:
+    assert _told_apart(["a/model", "b/other"]) == ["model", "other"]
+    assert _told_apart(["a/model", "b/model"]) == ["a/model", "b/model"]
+    assert _told_apart(["a/model", "a/model"]) == ["model (1)", "model (2)"]
 
 
 @pytest.mark.parametrize(

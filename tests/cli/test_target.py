@@ -75,6 +75,7 @@ def test_a_bar_is_of_all_that_lies_in_a_layer(quantized: int, nbytes: int, bar: 
     [
         (("--target-size", "3.5"), "--target-size '3.5': write a size with its unit"),
         (("--target-size", "1GB", "--target-bits", "3"), "give one of --target-size and --target"),
+        (("--target-tokens", "512"), "--target-tokens goes with --target-size or --target-bits"),
         (("--target-bits", "3", "--bits", "3"), "--bits 3 and a target: the target chooses"),
         (("--at-least", "q=4"), "--at-least goes with --target-size or --target-bits"),
         (("--sensitivity", "s.safetensors"), "--sensitivity goes with --target-size or"),

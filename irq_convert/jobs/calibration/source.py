@@ -8,11 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from irq_convert.checkpoint.files import copy_file_atomic, write_bytes_atomic
 from irq_convert.checkpoint.source import Checkpoint
-from irq_convert.errors import UsageError
 from irq_convert.hf.causal_lm import load_tokenizer
 
 _FOR_TOKENIZERS = (
@@ -54,27 +51,3 @@ def checkpoint_tokenizer(checkpoint: Checkpoint) -> Any:
         made = {} if found is None else tokenizer_files(found, checkpoint.config)
     config = checkpoint.config or {}
     return source_tokenizer(checkpoint.folder, made, checkpoint.other_files, config)
-
-
-def longest_context(config: Any) -> int | None:
-    """The most tokens that a model of `config` takes at once, where it says."""
-    most = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return most if most is not None and most > 0 else None
-
-
-def check_context(config: Any, window: int, option: str) -> None:
-    """Raise `UsageError` naming `option` for a window longer than a model of `config` takes."""
-    most = longest_context(config)
-    if most is not None and most < window:
-        raise UsageError(f"{option} {window} is longer than the model's context of {most} tokens")
-
-
-def check_vocabulary(model: Any, ids: torch.Tensor) -> None:
-    """Raise `UsageError` for tokens that the embeddings of `model` do not have."""
-    size = model.get_input_embeddings().weight.shape[0]
-    largest = int(ids.max())
-    if largest >= size:
-        raise UsageError(
-            f"the tokenizer gives id {largest}, but the model's embedding has {size} rows: the "
-            "tokenizer belongs to another model"
-        )

@@ -5,15 +5,10 @@ from typing import Any
 
 import torch
 
-from irq_convert.adapters.put_on import CheckedAdapter, check_adapter, put_on
+from irq_convert.adapters.put_on import CheckedAdapter
+from irq_convert.adapters.runnable import check_runnable
 from irq_convert.errors import UsageError
-from irq_convert.hf.causal_lm import (
-    check_device,
-    load_causal_lm,
-    load_config,
-    load_tokenizer,
-    require_causal_lm,
-)
+from irq_convert.hf.limits import longest_context
 from irq_convert.jobs.common.options import chosen
 from irq_convert.jobs.common.text import cut_windows, encode_stream, read_text, split_text
 from irq_convert.jobs.evaluate.options import EvalOptions
@@ -43,43 +38,33 @@ def evaluate(
     what `check_adapter` returned for it, it is put on the model first, and must have been trained
     on it unless `any_base`.
     Everything cheap is checked before weights are loaded. Without `tokenizer` each model must
-    bring one, and the two must have the same vocabulary; with it, it serves both models.
+    bring one (an adapter may, for its base), and the two must have the same vocabulary; with it, it
+    serves both models.
 
     Raises `UsageError` where options, text and models do not fit together; `IrqError` where a file
     or model cannot be read, or a model gives NaN or infinite logits.
     """
     options = chosen(EvalOptions, options, settings)
-    check_device(options.device)
-    if adapter is not None and not isinstance(adapter, CheckedAdapter):
-        adapter = check_adapter(adapter, model, any_base)
     with remote_code(options.trust_remote_code):
-        return _evaluate(model, text, adapter, against, tokenizer, options, progress)
-
-
-def _evaluate(
-    model: str | Path,
-    text: str | Path,
-    adapter: CheckedAdapter | None,
-    against: str | Path | None,
-    tokenizer: str | Path | None,
-    options: EvalOptions,
-    progress: Progress | None,
-) -> EvalReport:
-    kept = split_text(read_text(text), options.from_fraction)[1]
-    sources = [model] if against is None else [model, against]
-    configs = [load_config(source) for source in sources]
-    for source, config in zip(sources, configs, strict=True):
-        require_causal_lm(source, config)
-    context = choose_context(configs, options.context)
-    encoder = load_tokenizer(tokenizer or model)
-    if against is not None and tokenizer is None:
-        require_one_vocabulary(encoder, load_tokenizer(against))
-    windows = cut_windows(encode_stream(encoder, kept, options.max_tokens), context)
-    dtype = getattr(torch, options.dtype)
-    loaded = [load_causal_lm(source, dtype, options.device) for source in sources]
-    reference = None if against is None else loaded[1]
-    measured = loaded[0] if adapter is None else put_on(loaded[0], adapter)
-    return evaluate_windows(measured, windows, options, reference, progress)
+        kept = split_text(read_text(text), options.from_fraction)[1]
+        models = check_runnable(
+            model,
+            adapter=adapter,
+            against=against,
+            tokenizer=tokenizer,
+            any_base=any_base,
+            device=options.device,
+        )
+        context = choose_context([each.config for each in models], options.context)
+        encoder = models[0].tokenizer
+        if against is not None and tokenizer is None:
+            require_one_vocabulary(encoder, models[1].tokenizer)
+        windows = cut_windows(encode_stream(encoder, kept, options.max_tokens), context)
+        dtype = getattr(torch, options.dtype)
+        loaded = [each.load(dtype, options.device) for each in models]
+        return evaluate_windows(
+            loaded[0], windows, options, None if against is None else loaded[1], progress
+        )
 
 
 def choose_context(configs: list[Any], asked: int | None) -> int:
@@ -87,8 +72,7 @@ def choose_context(configs: list[Any], asked: int | None) -> int:
 
     Raises `UsageError` where more is asked for than a model has positions.
     """
-    positions = [getattr(c.get_text_config(), "max_position_embeddings", None) for c in configs]
-    most = min((p for p in positions if p is not None and p > 0), default=None)
+    most = min((p for p in map(longest_context, configs) if p is not None), default=None)
     if asked is None:
         return min(most or LONGEST_DEFAULT_CONTEXT, LONGEST_DEFAULT_CONTEXT)
     if most is not None and asked > most:

@@ -80,12 +80,20 @@ class Tasks:
     def load(self) -> list[Any]:
         """The tasks and groups, with their data, as lm-eval has them.
 
-        Raises `IrqError` naming the task whose data cannot be downloaded or read, and the way out.
+        Raises `IrqError` naming the task whose data cannot be downloaded or read, and the way out;
+        `UsageError` for one that was named twice, by itself or by its groups.
         """
         built: list[Any] = []
+        inside: dict[str, str] = {}
         for name in self.names:
             with _one_line_errors(name):
                 found = self._load(name)
+            for task in found["tasks"]:
+                if task in inside:
+                    raise UsageError(
+                        f"--tasks: {inside[task]} and {name} both ask for {task}: name it once"
+                    )
+                inside[task] = name
             groups = found.get("groups") or {}
             inner = {child for group in groups.values() for child in group.child_names}
             tops = [group for key, group in groups.items() if key not in inner]

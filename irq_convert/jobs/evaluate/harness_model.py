@@ -9,6 +9,8 @@ from typing import Any
 
 from lm_eval.models.huggingface import HFLM
 
+from irq_convert.errors import UsageError
+from irq_convert.hf.limits import check_vocabulary
 from irq_convert.jobs.evaluate.task_options import TaskOptions
 from irq_convert.progress import Progress
 
@@ -40,18 +42,41 @@ class HarnessModel(HFLM):
         return super().loglikelihood_rolling(requests, disable_tqdm=True)
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> Any:
+        longest = max((self._written(request) for request in requests), default=0)
+        room = self.max_length - longest
+        if room < 1:
+            raise UsageError(
+                f"--tasks: an answer may take {longest:,} tokens, and with the question there is "
+                f"room for {self.max_length:,}: leave this task out, or raise --context"
+            )
+        self._tell_cut([len(self.tok_encode(request.args[0])) for request in requests], room)
         self._begin(requests)
         return super().generate_until(requests, disable_tqdm=True)
 
     def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = True, **more: Any) -> Any:
-        most = self.max_length + 1
-        cut = sum(len(before or ()) + len(after) > most for _, before, after in requests)
+        lengths = [len(before or ()) + len(after) - 1 for _, before, after in requests]
+        self._tell_cut(lengths, self.max_length)
+        return super()._loglikelihood_tokens(requests, disable_tqdm=True, **more)
+
+    def _model_call(self, inps: Any, *others: Any, **more: Any) -> Any:
+        check_vocabulary(self.model, inps)
+        return super()._model_call(inps, *others, **more)
+
+    def _model_generate(self, context: Any, *others: Any, **more: Any) -> Any:
+        check_vocabulary(self.model, context)
+        return super()._model_generate(context, *others, **more)
+
+    def _written(self, request: Any) -> int:
+        """How many tokens an answer may have."""
+        return int(request.args[1].get("max_gen_toks", self.max_gen_toks))
+
+    def _tell_cut(self, lengths: list[int], most: int) -> None:
+        cut = sum(length > most for length in lengths)
         if cut:
             self._progress.note(
-                f"{cut:,} of {len(requests):,} requests are longer than {self.max_length:,} tokens "
-                "and lose their beginning: lower --fewshot"
+                f"{cut:,} of {len(lengths):,} requests are longer than {most:,} tokens and lose "
+                "their beginning: lower --fewshot"
             )
-        return super()._loglikelihood_tokens(requests, disable_tqdm=True, **more)
 
     def _begin(self, requests: list[Any]) -> None:
         self._progress.phase("requests", len(requests), len(requests))

@@ -10,16 +10,11 @@ from typing import Any
 
 import torch
 
-from irq_convert.adapters.put_on import CheckedAdapter, check_adapter, put_on
+from irq_convert.adapters.put_on import CheckedAdapter
+from irq_convert.adapters.runnable import Runnable, check_runnable
 from irq_convert.artifact.scores import keep_scores, keeps_scores
 from irq_convert.errors import IrqError, UsageError, one_line
-from irq_convert.hf.causal_lm import (
-    check_device,
-    load_causal_lm,
-    load_config,
-    load_tokenizer,
-    require_causal_lm,
-)
+from irq_convert.hf.limits import check_context
 from irq_convert.jobs.common.options import chosen
 from irq_convert.jobs.evaluate.harness import Tasks, answer, harness_version, no_bars
 from irq_convert.jobs.evaluate.task_options import TaskOptions
@@ -53,42 +48,44 @@ def evaluate_tasks(
     """
     options, progress = chosen(TaskOptions, options, settings), progress or Progress()
     harness = harness_version()
-    check_device(options.device)
-    if adapter is not None and not isinstance(adapter, CheckedAdapter):
-        adapter = check_adapter(adapter, model, any_base)
     names = [tasks] if isinstance(tasks, str) else list(tasks)
-    sources = [model] if against is None else [model, against]
     with remote_code(options.trust_remote_code), no_bars():
-        for source in sources:
-            require_causal_lm(source, load_config(source))
-            _check_chat(source, load_tokenizer(tokenizer or source), options)
+        models = check_runnable(
+            model,
+            adapter=adapter,
+            against=against,
+            tokenizer=tokenizer,
+            any_base=any_base,
+            device=options.device,
+        )
+        for each in models:
+            _check_chat(each, options)
+            if options.context is not None:
+                check_context(each.config, options.context, "--context")
         progress.stage("reading tasks")
         known = Tasks(names, options)
         first = known.load()
         found = []
-        for number, source in enumerate(sources):
+        for number, each in enumerate(models):
             built = first if number == 0 else known.load()
-            on_it = adapter if number == 0 else None
-            found.append(_run(source, on_it, tokenizer, built, known, options, progress))
+            found.append(_run(each, built, known, options, progress))
     rows = found[0].scores() if against is None else compare(found[0], found[1])
     report = TaskReport(tuple(rows), shown_scores(found[0], rows), harness)
     if not options.keep:
         return report
-    return _kept(report, model, adapter, against, options, progress)
+    return _kept(report, models[0], against, options, progress)
 
 
-def _check_chat(source: str | Path, tokenizer: Any, options: TaskOptions) -> None:
-    if options.chat and not getattr(tokenizer, "chat_template", None):
+def _check_chat(model: Runnable, options: TaskOptions) -> None:
+    if options.chat and not getattr(model.tokenizer, "chat_template", None):
         raise UsageError(
-            f"{source}: its tokenizer has no chat template: leave --chat out, or name a tokenizer "
-            "that has one by --tokenizer"
+            f"{model.source}: its tokenizer has no chat template: leave --chat out, or name a "
+            "tokenizer that has one by --tokenizer"
         )
 
 
 def _run(
-    source: str | Path,
-    adapter: CheckedAdapter | None,
-    tokenizer: str | Path | None,
+    model: Runnable,
     built: list[Any],
     known: Tasks,
     options: TaskOptions,
@@ -98,12 +95,9 @@ def _run(
     from irq_convert.jobs.evaluate.harness_model import HarnessModel
 
     progress.stage("loading")
-    loaded: Any = load_causal_lm(source, getattr(torch, options.dtype), options.device)
-    if adapter is not None:
-        loaded = put_on(loaded, adapter)
-    encoder = load_tokenizer(tokenizer or source)
+    loaded, source = model.load(getattr(torch, options.dtype), options.device), model.source
     try:
-        lm = HarnessModel(loaded, encoder, options, progress)
+        lm = HarnessModel(loaded, model.tokenizer, options, progress)
         return Found(answer(lm, built, known.manager, options))
     except IrqError:
         raise
@@ -119,14 +113,13 @@ def _run(
 
 def _kept(
     report: TaskReport,
-    model: str | Path,
-    adapter: CheckedAdapter | None,
+    model: Runnable,
     against: str | Path | None,
     options: TaskOptions,
     progress: Progress,
 ) -> TaskReport:
     """Write the scores beside what they are of; a disk that refuses costs the file, not the run."""
-    folder = Path(model if adapter is None else adapter.folder)
+    folder = Path(model.source if model.adapter is None else model.adapter.folder)
     if not folder.is_dir() or not keeps_scores(folder):
         return report
     said = {

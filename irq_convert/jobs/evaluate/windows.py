@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from irq_convert.errors import IrqError, UsageError
+from irq_convert.hf.limits import check_vocabulary
 from irq_convert.jobs.common.metrics import token_scores
 from irq_convert.jobs.evaluate.options import EvalOptions
 from irq_convert.jobs.evaluate.report import EvalReport, WindowSums, summarize_windows
@@ -36,7 +37,8 @@ def evaluate_windows(
     if not windows:
         raise UsageError("there are no windows to evaluate: give more text")
     models = [model] if reference is None else [model, reference]
-    _check_ids(models, windows)
+    for each in models:
+        check_vocabulary(each, torch.stack([window.max() for window in windows]))
     sums: list[WindowSums] = []
     progress = progress or Progress()
     with _evaluating(models), torch.no_grad():
@@ -102,18 +104,6 @@ def _evaluating(models: Sequence[PreTrainedModel]) -> Iterator[None]:
     finally:
         for model, mode in zip(models, training, strict=True):
             model.train(mode)
-
-
-def _check_ids(models: Sequence[PreTrainedModel], windows: Sequence[Tensor]) -> None:
-    """An id beyond the embedding would be an index error (on a GPU, a dead context)."""
-    largest = max(int(window.max()) for window in windows)
-    for model in models:
-        size = getattr(model.config.get_text_config(), "vocab_size", None)
-        if size is not None and largest >= size:
-            raise UsageError(
-                f"the tokenizer gives id {largest} but the model's vocabulary has {size}: "
-                "use the model's own tokenizer"
-            )
 
 
 def _check_widths(widths: Sequence[int]) -> None:

@@ -14,12 +14,9 @@ from irq_convert.checkpoint.source import Checkpoint
 from irq_convert.core.error_start import LowRank
 from irq_convert.errors import UsageError
 from irq_convert.hf.layered import NotLayered, open_layered
+from irq_convert.hf.limits import check_context, check_vocabulary
 from irq_convert.jobs.calibration.importance_file import MEASURE, ColumnValues, ImportanceFile
-from irq_convert.jobs.calibration.source import (
-    check_context,
-    check_vocabulary,
-    checkpoint_tokenizer,
-)
+from irq_convert.jobs.calibration.source import checkpoint_tokenizer
 from irq_convert.jobs.calibration.text import TextChoice, Windows, take_windows, tokenize_source
 from irq_convert.jobs.finetune.start_layers import AdaptedLayer, Weights, adapted_layers
 from irq_convert.jobs.finetune.start_text import TextStart

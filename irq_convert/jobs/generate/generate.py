@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from irq_convert.adapters.put_on import CheckedAdapter
+from irq_convert.hf.limits import check_vocabulary
 from irq_convert.jobs.common.options import chosen
 from irq_convert.jobs.generate.models import Writer, load_writers
 from irq_convert.jobs.generate.options import GenerateOptions
@@ -78,6 +79,7 @@ def begin(
         ids = encode_text(writer.tokenizer, prompt, writer.name)
     else:
         ids = encode_chat(writer.tokenizer, messages, writer.name)
+    check_vocabulary(writer.model, ids)
     return TextStream(writer, ids, options)
 
 

@@ -9,19 +9,12 @@ from typing import Any
 
 import torch
 
-from irq_convert.adapters.put_on import CheckedAdapter, check_adapter, put_on
-from irq_convert.hf.causal_lm import (
-    check_device,
-    load_causal_lm,
-    load_config,
-    load_tokenizer,
-    require_causal_lm,
-)
+from irq_convert.adapters.put_on import CheckedAdapter
+from irq_convert.adapters.runnable import check_runnable
+from irq_convert.hf.limits import longest_context
 from irq_convert.jobs.generate.options import GenerateDtype, GenerateOptions
 from irq_convert.progress import Progress
 from irq_convert.remote_code import remote_code
-
-_OF_A_TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 
 
 @dataclass(frozen=True)
@@ -36,8 +29,7 @@ class Writer:
     @property
     def positions(self) -> int | None:
         """How many tokens it can take together, prompt and text; None where it does not say."""
-        found = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        return found if found and found > 0 else None
+        return longest_context(self.model.config)
 
 
 def load_writers(
@@ -58,37 +50,26 @@ def load_writers(
     no causal language models, `IrqError` where a file or a model cannot be read.
     """
     progress = progress or Progress()
-    check_device(options.device)
-    if adapter is not None and not isinstance(adapter, CheckedAdapter):
-        adapter = check_adapter(adapter, model, any_base)
-    if adapter is not None and adapter.doubt:
-        progress.note(adapter.doubt)
-    sources = [model] if against is None else [model, against]
     with remote_code(options.trust_remote_code):
-        configs = [load_config(source) for source in sources]
-        for source, config in zip(sources, configs, strict=True):
-            require_causal_lm(source, config)
-        own = [_own_tokenizer(model, adapter), *sources[1:]]
-        tokenizers = [load_tokenizer(tokenizer or source) for source in own]
+        models = check_runnable(
+            model,
+            adapter=adapter,
+            against=against,
+            tokenizer=tokenizer,
+            any_base=any_base,
+            device=options.device,
+        )
+        on_it = models[0].adapter
+        if on_it is not None and on_it.doubt:
+            progress.note(on_it.doubt)
         writers = []
-        for number, (source, config) in enumerate(zip(sources, configs, strict=True)):
+        for each in models:
             progress.stage("loading")
-            loaded: Any = load_causal_lm(source, _dtype(options, config), options.device)
-            ends = _ends(loaded, tokenizers[number])
+            loaded = each.load(_dtype(options, each.config), options.device)
+            ends = _ends(loaded, each.tokenizer)
             _plain_settings(loaded, ends)
-            if number == 0 and adapter is not None:
-                loaded = put_on(loaded, adapter)
-            writers.append(Writer(str(source), loaded, tokenizers[number], ends))
+            writers.append(Writer(each.name, loaded, each.tokenizer, ends))
     return writers
-
-
-def _own_tokenizer(model: str | Path, adapter: CheckedAdapter | None) -> str | Path:
-    """An adapter that was trained with new tokens or a template brings them."""
-    if adapter is not None:
-        folder = Path(adapter.folder)
-        if all((folder / name).is_file() for name in _OF_A_TOKENIZER):
-            return folder
-    return model
 
 
 def _dtype(options: GenerateOptions, config: Any) -> torch.dtype:

@@ -13,13 +13,10 @@ from irq_convert.checkpoint.system import os_errors
 from irq_convert.errors import IrqError, UsageError
 from irq_convert.hf.causal_lm import load_config, require_causal_lm
 from irq_convert.hf.layered import LayeredModel, NotLayered, open_layered
+from irq_convert.hf.limits import check_context, check_vocabulary
 from irq_convert.hf.linears import find_linears
 from irq_convert.hf.usable import refuse_unusable
-from irq_convert.jobs.calibration.source import (
-    check_context,
-    check_vocabulary,
-    checkpoint_tokenizer,
-)
+from irq_convert.jobs.calibration.source import checkpoint_tokenizer
 from irq_convert.jobs.calibration.text import Windows, take_windows, tokenize_source
 from irq_convert.jobs.measure.options import MeasureOptions
 from irq_convert.progress import Progress

@@ -18,8 +18,8 @@ from irq_convert.errors import IrqError
 from irq_convert.hf.causal_lm import load_causal_lm
 from irq_convert.hf.layer_weights import WeightSource
 from irq_convert.hf.layered import LayeredModel
+from irq_convert.hf.limits import check_vocabulary
 from irq_convert.jobs.calibration.sites import Site, find_sites, listening, sites_below
-from irq_convert.jobs.calibration.source import check_vocabulary
 from irq_convert.jobs.calibration.squares import Squares
 from irq_convert.jobs.calibration.states import StateFile, chunks, state_file
 from irq_convert.jobs.common.memory import available_memory

@@ -11,6 +11,7 @@ from typing import Any
 
 from irq_convert.errors import UsageError
 from irq_convert.hf.layered import LayeredModel, NotLayered, open_layered
+from irq_convert.hf.limits import check_context
 from irq_convert.jobs.calibration.judge import Judgement
 from irq_convert.jobs.calibration.loop import (
     Calibrated,
@@ -20,9 +21,6 @@ from irq_convert.jobs.calibration.loop import (
     layer_files,
 )
 from irq_convert.jobs.calibration.options import CalibrationOptions, Choice
-from irq_convert.jobs.calibration.source import (
-    check_context,
-)
 from irq_convert.jobs.calibration.text import Windows
 from irq_convert.jobs.calibration.workspace import Workspace, calibration_folder, workspace
 from irq_convert.jobs.common.records import read_run, read_shard_record

@@ -21,9 +21,9 @@ from irq_convert.core.objective import ZeroPoint
 from irq_convert.core.spec import QuantSpec
 from irq_convert.errors import UsageError
 from irq_convert.hf.layered import LayeredModel, NotLayered, open_layered
+from irq_convert.hf.limits import longest_context
 from irq_convert.jobs.calibration.options import SELF, CalibrationOptions
 from irq_convert.jobs.calibration.sites import find_sites
-from irq_convert.jobs.calibration.source import longest_context
 from irq_convert.jobs.calibration.text import Windows
 from irq_convert.jobs.quantize.importance import Weighing
 from irq_convert.jobs.quantize.options import QuantizeOptions

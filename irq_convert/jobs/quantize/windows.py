@@ -7,9 +7,10 @@ import torch
 from irq_convert.core.threads import torch_threads
 from irq_convert.errors import UsageError
 from irq_convert.hf.layered import LayeredModel
+from irq_convert.hf.limits import check_vocabulary
 from irq_convert.jobs.calibration.options import SELF, CalibrationOptions
 from irq_convert.jobs.calibration.sampled import sample_tokens
-from irq_convert.jobs.calibration.source import check_vocabulary, source_tokenizer
+from irq_convert.jobs.calibration.source import source_tokenizer
 from irq_convert.jobs.calibration.text import Windows, choose_windows, tokenize_source
 from irq_convert.jobs.quantize.options import QuantizeOptions
 from irq_convert.jobs.quantize.plan import QuantizePlan

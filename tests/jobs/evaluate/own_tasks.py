@@ -25,6 +25,24 @@ metric_list:
 metadata:
   version: 1
 """
+WRITTEN = """task: written
+dataset_path: json
+dataset_kwargs:
+  cache_dir: {cache}
+  data_files:
+    test: homes.jsonl
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{start}}}}"
+doc_to_target: "{{{{endings[label]}}}}"
+generation_kwargs:
+  until: ["."]
+  max_gen_toks: 8
+metric_list:
+  - metric: exact_match
+metadata:
+  version: 1
+"""
 GROUP = """group: tales
 task:
   - endings
@@ -53,12 +71,13 @@ HOMES = [
 
 
 def write_tasks(folder: Path) -> Path:
-    """Files of the tasks `endings`, `homes` and of the group `tales`."""
+    """Files of the tasks `endings` and `homes`, of their group `tales`, and of `written`."""
     folder.mkdir()
     for name, rows in (("endings", ENDINGS), ("homes", HOMES)):
         (folder / f"{name}.yaml").write_text(TASK.format(name=name, cache=folder / "cache"))
         write_rows(folder / f"{name}.jsonl", rows)
     (folder / "tales.yaml").write_text(GROUP)
+    (folder / "written.yaml").write_text(WRITTEN.format(cache=folder / "cache"))
     return folder
 
 

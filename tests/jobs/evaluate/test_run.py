@@ -185,7 +185,7 @@ def test_vocabularies_must_have_one_size(windows: list[torch.Tensor]) -> None:
 
 
 def test_ids_must_lie_in_the_vocabulary(windows: list[torch.Tensor]) -> None:
-    with pytest.raises(UsageError, match=r"gives id \d+ but the model's vocabulary has 200"):
+    with pytest.raises(UsageError, match=r"gives id \d+, but the model's embedding has 200 rows"):
         evaluate_windows(make_model(0, vocabulary=200), windows, OPTIONS)
 
 

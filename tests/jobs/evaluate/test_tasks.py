@@ -27,6 +27,7 @@ from irq_convert.jobs.evaluate.tasks import evaluate_tasks
 from irq_convert.jobs.push.push import push
 from irq_convert.progress import Progress
 from tests.folders import assert_one_line
+from tests.jobs.generate.test_generate import with_more_words
 from tests.paths import DEMO
 
 from .own_tasks import ENDINGS, HOMES, write_rows, write_tasks
@@ -226,6 +227,39 @@ def test_data_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_without_lm_eval(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harness, "find_spec", lambda name: None)
     assert_one_line(refused(UsageError, "endings", folder), "irq-convert[tasks]")
+
+
+def test_what_is_written_has_room(folder: Path, tmp_path: Path) -> None:
+    """And a request that is cut for it is told of."""
+    said: list[str] = []
+
+    class Notes(Progress):
+        def note(self, text: str) -> None:
+            said.append(text)
+
+    how: dict[str, Any] = {"task_paths": (folder,), "limit": 2, "keep": False}
+    found = evaluate_tasks(DEMO, "written", context=12, progress=Notes(), **how)
+    assert [score.metric for score in found.scores] == ["exact_match"]
+    assert any("longer than 4 tokens and lose their beginning" in line for line in said)
+    says = refused(UsageError, "written", folder, context=8)
+    assert_one_line(says, "an answer may take 8 tokens", "raise --context")
+
+
+def test_a_task_in_two_of_those_asked_for(folder: Path) -> None:
+    with pytest.raises(UsageError, match="tales and endings both ask for endings: name it once"):
+        evaluate_tasks(DEMO, ["tales", "endings"], task_paths=(folder,))
+
+
+def test_a_context_beyond_the_positions(folder: Path) -> None:
+    says = refused(UsageError, "homes", folder, context=100_000)
+    assert_one_line(says, "--context 100000 is longer than the model's context of 256 tokens")
+
+
+def test_a_tokenizer_of_another_model(folder: Path, tmp_path: Path) -> None:
+    other = with_more_words(tmp_path / "other")
+    for task in ("homes", "written"):
+        says = refused(UsageError, task, folder, tokenizer=other)
+        assert_one_line(says, "the tokenizer belongs to another model")
 
 
 def test_no_chat_template(folder: Path) -> None:

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 import irq_convert
 from irq_convert.adapters.kinds import adapter_config
+from irq_convert.adapters.runnable import check_runnable
 from irq_convert.artifact.adapter_kinds import AdapterKind
 from irq_convert.errors import IrqError, UsageError
 from irq_convert.jobs.generate.generate import begin, generate, in_turns
@@ -158,17 +159,41 @@ def test_adapters_of_every_kind(
         assert found != expected(adapted, tokenizer, 8)
 
 
-def with_template(tokenizer: Any, folder: Path, template: str = TEMPLATE) -> Path:
+def with_template(folder: Path, template: str = TEMPLATE) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(DEMO)
     tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)
     return folder
 
 
+def with_more_words(folder: Path) -> Path:
+    """The demo's tokenizer with words of its own at the end, which stories are full of."""
+    tokenizer = AutoTokenizer.from_pretrained(DEMO)
+    tokenizer.add_tokens(["the", "Once", "The", "At", "upon"])
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_tokenizer_of_another_model(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="the tokenizer belongs to another model"):
+        generate(DEMO, "Once upon a time", tokenizer=with_more_words(tmp_path / "other"))
+
+
+def test_an_adapter_brings_its_own_tokenizer(demo_nf3: Path, tmp_path: Path) -> None:
+    """For all that run it: here the template is the adapter's."""
+    folder = make_adapter(demo_nf3, AdapterKind.PLAIN, tmp_path / "adapter")
+    with_template(folder)
+    (own, against) = check_runnable(demo_nf3, adapter=folder, against=DEMO)
+    assert own.tokenizer.chat_template == TEMPLATE
+    assert against.tokenizer.chat_template is None
+    assert own.name == f"{demo_nf3} + adapter"
+    assert generate(demo_nf3, "Hi.", adapter=folder, chat=True, max_tokens=2).generated.tokens
+
+
 def test_a_conversation_goes_through_the_template(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    talk = with_template(tokenizer, tmp_path / "talk")
+    talk = with_template(tmp_path / "talk")
     found = generate(DEMO, "Hi.", chat=True, system="Be kind.", tokenizer=talk, max_tokens=8)
     written = "system: Be kind.\nuser: Hi.\nassistant:"
     ids = tokenizer(written, add_special_tokens=False)["input_ids"]
@@ -187,7 +212,7 @@ def test_a_conversation_goes_through_the_template(
 def test_templates_that_do_not_serve(
     template: str | None, says: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    folder = DEMO if template is None else with_template(tokenizer, tmp_path / "t", template)
+    folder = DEMO if template is None else with_template(tmp_path / "t", template)
     with pytest.raises(UsageError) as caught:
         generate(DEMO, "Hi.", chat=True, tokenizer=folder)
     assert_one_line(str(caught.value), says, str(DEMO))
