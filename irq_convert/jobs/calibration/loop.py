@@ -24,7 +24,7 @@ from irq_convert.core.threads import torch_threads
 from irq_convert.hf.layered import LayeredModel
 from irq_convert.jobs.calibration.judge import Judgement, judge
 from irq_convert.jobs.calibration.layer import LayerCalibrator, LayerOptions, LayerResult
-from irq_convert.jobs.calibration.options import Choice
+from irq_convert.jobs.calibration.options import LoopOptions
 from irq_convert.jobs.calibration.sites import find_sites
 from irq_convert.jobs.calibration.states import StateFile, state_file
 from irq_convert.jobs.calibration.text import Windows
@@ -88,7 +88,7 @@ class Calibration:
     model: LayeredModel
     specs: Mapping[str, QuantSpec]
     windows: Windows
-    choice: Choice
+    choice: LoopOptions
     layers: tuple[LayerFile, ...]
     work: Workspace
     progress: Progress

@@ -16,7 +16,7 @@ SELF = "self"
 
 
 @dataclass(frozen=True)
-class Choice:
+class LoopOptions:
     """What one run of the loop goes by.
 
     `correction`: how much of what earlier layers got wrong is corrected for, 0 to 1. `ridge` (mean
@@ -48,7 +48,7 @@ class CalibrationOptions:
 
     `text`: a file, the name of a Hub dataset, or "self". `tokens` at most, in windows of `window`
     tokens, chosen by `seed` where the text has more. One window in `held_out` judges the result.
-    The others are fields of `Choice`; of several values of `correction` and `damping` every pair is
+    The others are fields of `LoopOptions`; of several values of `correction` and `damping` every pair is
     tried, and the one with the lowest KL on the held-out windows is kept.
     Raises `UsageError` for numbers out of range.
     """
@@ -87,10 +87,10 @@ class CalibrationOptions:
             raise UsageError("ridge has to be above 0, rounds and refine from 0 to 100")
 
     @property
-    def choices(self) -> tuple[Choice, ...]:
+    def choices(self) -> tuple[LoopOptions, ...]:
         """Everything that is tried."""
         return tuple(
-            Choice(correction, self.ridge, damping, self.rounds, self.refine, self.sweep)
+            LoopOptions(correction, self.ridge, damping, self.rounds, self.refine, self.sweep)
             for correction in dict.fromkeys(self.correction)
             for damping in dict.fromkeys(self.damping)
         )

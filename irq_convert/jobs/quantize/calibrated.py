@@ -20,7 +20,7 @@ from irq_convert.jobs.calibration.loop import (
     collect,
     layer_files,
 )
-from irq_convert.jobs.calibration.options import CalibrationOptions, Choice
+from irq_convert.jobs.calibration.options import CalibrationOptions, LoopOptions
 from irq_convert.jobs.calibration.text import Windows
 from irq_convert.jobs.calibration.workspace import Workspace, calibration_folder, workspace
 from irq_convert.jobs.common.records import read_run, read_shard_record
@@ -165,14 +165,14 @@ class Tried:
     """A choice and what has come of it."""
 
     number: int
-    choice: Choice
+    choice: LoopOptions
     found: Calibrated
 
 
 def _run(
     plan: QuantizePlan,
     calibration: CalibrationPlan,
-    choice: Choice,
+    choice: LoopOptions,
     work: Workspace,
     threads: int | None,
     progress: Progress,

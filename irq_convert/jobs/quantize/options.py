@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from irq_convert.core.objective import Objective
 from irq_convert.core.spec import QuantSpec
 from irq_convert.errors import UsageError
 from irq_convert.jobs.calibration.options import CalibrationOptions
+from irq_convert.jobs.common.expressions import check_expression
 from irq_convert.jobs.common.options import MAX_SHARD_BYTES, check_sizes, fix_choices
 from irq_convert.jobs.common.resume import Resume
 from irq_convert.jobs.sizing.options import TargetOptions, parse_size
@@ -127,9 +127,9 @@ class QuantizeOptions:
     def __post_init__(self) -> None:
         fix_choices(self, resume=Resume)
         for pattern in self.keep:
-            _check_expression("--keep", pattern)
+            check_expression("--keep", pattern)
         for pattern, bits in self.bits_for:
-            _check_expression("--bits-for", pattern)
+            check_expression("--bits-for", pattern)
             codebook_name(self.spec.book.kind, bits, f"--bits-for {pattern!r} =")
         check_sizes(self.threads, self.max_shard_bytes, self.tile_weights)
         if self.llama_version not in (None, *VERSIONS):
@@ -182,10 +182,3 @@ def _limited(
         families=target.families if codebook is None else (codebook,),
         blocks=target.blocks if block_size is None else (block_size,),
     )
-
-
-def _check_expression(option: str, pattern: str) -> None:
-    try:
-        re.compile(pattern)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise UsageError(f"{option} {pattern!r} is not a regular expression: {error}") from None

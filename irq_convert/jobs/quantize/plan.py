@@ -25,6 +25,7 @@ from irq_convert.core.spec import QuantSpec
 from irq_convert.errors import IrqError
 from irq_convert.hf.linears import Linears, find_linears
 from irq_convert.hf.usable import refuse_unusable
+from irq_convert.jobs.common.expressions import last_match
 from irq_convert.jobs.quantize.made_files import MadeFiles, make_files
 from irq_convert.jobs.quantize.options import QuantizeOptions, codebook_name
 from irq_convert.jobs.quantize.refusals import (
@@ -249,11 +250,8 @@ def _spec_of(info: TensorInfo, options: QuantizeOptions) -> QuantSpec | None:
         )
     if len(info.shape) not in (2, 3):
         raise IrqError(f"{info.name} {list(info.shape)} is not a matrix: keep it with --keep")
-    spec = options.spec
-    for pattern, bits in options.bits_for:
-        if re.search(pattern, info.name):
-            spec = replace(spec, codebook=codebook_name(spec.book.kind, bits))
-    return spec
+    spec, bits = options.spec, last_match(options.bits_for, info.name)
+    return spec if bits is None else replace(spec, codebook=codebook_name(spec.book.kind, bits))
 
 
 def _format(spec: QuantSpec, transposed: bool = False) -> ModuleFormat:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -25,6 +24,7 @@ from irq_convert.hf.limits import longest_context
 from irq_convert.jobs.calibration.options import SELF, CalibrationOptions
 from irq_convert.jobs.calibration.sites import find_sites
 from irq_convert.jobs.calibration.text import Windows
+from irq_convert.jobs.common.expressions import last_match
 from irq_convert.jobs.quantize.importance import Weighing
 from irq_convert.jobs.quantize.options import QuantizeOptions
 from irq_convert.jobs.quantize.plan import QuantizePlan, TensorPlan
@@ -193,10 +193,8 @@ def _choices(options: QuantizeOptions) -> tuple[Choice, ...]:
 
 def _fixed(options: QuantizeOptions, names: list[str]) -> dict[str, int]:
     """Bits that --bits-for gives."""
-    found: dict[str, int] = {}
-    for pattern, bits in options.bits_for:
-        found |= {name: bits for name in names if re.search(pattern, name)}
-    return found
+    found = {name: last_match(options.bits_for, name) for name in names}
+    return {name: bits for name, bits in found.items() if bits is not None}
 
 
 def _settings(

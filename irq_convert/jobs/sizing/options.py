@@ -10,6 +10,7 @@ from typing import Any
 from irq_convert.core.codebook import WIDTHS, in_words
 from irq_convert.errors import UsageError
 from irq_convert.jobs.calibration.options import SELF
+from irq_convert.jobs.common.expressions import check_expression
 from irq_convert.jobs.sizing.choices import DENSE_BITS
 
 TOKENS, WINDOW = 16_384, 512
@@ -69,10 +70,10 @@ class TargetOptions:
                 "to measure and one to judge"
             )
         for pattern in self.within:
-            _check(f"--uniform-within {pattern!r}", pattern)
+            check_expression("--uniform-within", pattern)
         for option, pairs in (("--at-least", self.at_least), ("--at-most", self.at_most)):
             for pattern, bits in pairs:
-                _check(f"{option} {pattern!r}", pattern)
+                check_expression(option, pattern)
                 if bits not in (*WIDTHS, DENSE_BITS):
                     known = in_words([*map(str, WIDTHS), str(DENSE_BITS)])
                     raise UsageError(f"{option} {pattern!r} = {bits}: choose {known}")
@@ -89,10 +90,3 @@ class TargetOptions:
         for name in ("families", "blocks", "within", "at_least", "at_most"):
             found[name] = [list(each) if isinstance(each, tuple) else each for each in found[name]]
         return found
-
-
-def _check(option: str, pattern: str) -> None:
-    try:
-        re.compile(pattern)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise UsageError(f"{option} is not a regular expression: {error}") from None

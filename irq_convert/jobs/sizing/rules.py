@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from irq_convert.errors import UsageError
+from irq_convert.jobs.common.expressions import last_match
 from irq_convert.jobs.sizing.choices import Choice
 from irq_convert.jobs.sizing.options import TargetOptions
 
@@ -59,13 +60,14 @@ def make_groups(
 
 def _bits(rules: Sequence[tuple[str, int]], option: str, tensors: Sequence[str]) -> dict[str, int]:
     """What the last rule that matches says, by tensor."""
-    found: dict[str, int] = {}
-    for pattern, bits in rules:
-        matched = [name for name in tensors if re.search(pattern, name)]
-        if not matched:
-            raise UsageError(f"{option} {pattern!r} matches no weight that is quantized")
-        found |= dict.fromkeys(matched, bits)
-    return found
+    for pattern, _ in rules:
+        if not any(re.search(pattern, name) for name in tensors):
+            raise UsageError(
+                f"{option} {pattern!r} matches no weight that there is a choice for: those of the "
+                "layers that are quantized"
+            )
+    found = {name: last_match(rules, name) for name in tensors}
+    return {name: bits for name, bits in found.items() if bits is not None}
 
 
 def _allowed(
