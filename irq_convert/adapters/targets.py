@@ -54,7 +54,7 @@ def not_linear(model: nn.Module) -> str | None:
 _FORWARDS = (nn.Linear.forward, IrqLinear.forward)
 
 
-def _packed(model: Any) -> set[str]:
+def packed_modules(model: Any) -> set[str]:
     """Modules whose statistics can be trained: packed linears but the head, and stacks."""
     head = model.get_output_embeddings()
     return {
@@ -67,7 +67,7 @@ def _packed(model: Any) -> set[str]:
 
 def _all_packed(model: nn.Module, config: LoraConfig) -> None:
     """Make `config` target all that is packed: by its names, each number standing for any."""
-    names = _packed(model)
+    names = packed_modules(model)
     patterns = {f"(.*\\.)?{_any_number(name)}" for name in names}
     target = re.compile("|".join(sorted(patterns)))
     others = (name for name, _ in model.named_modules() if name not in names)

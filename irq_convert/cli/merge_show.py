@@ -66,7 +66,7 @@ def print_report(report: MergeReport) -> None:
 _WAYS = {
     "dense": "dense",
     "tau": "by moving tau: codes and scales untouched",
-    "statistics": "by moving scale and tau: codes untouched",
+    "statistics": "by moving what was trained of scale and tau: codes untouched",
     "requantized": "quantized again",
     "unchanged": "unchanged",
     "folded": "folded",

@@ -48,8 +48,8 @@ class CalibrationOptions:
 
     `text`: a file, the name of a Hub dataset, or "self". `tokens` at most, in windows of `window`
     tokens, chosen by `seed` where the text has more. One window in `held_out` judges the result.
-    The others are fields of `LoopOptions`; of several values of `correction` and `damping` every pair is
-    tried, and the one with the lowest KL on the held-out windows is kept.
+    The others are fields of `LoopOptions`; of several values of `correction` and `damping` every
+    pair is tried, and the one with the lowest KL on the held-out windows is kept.
     Raises `UsageError` for numbers out of range.
     """
 

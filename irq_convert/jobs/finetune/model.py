@@ -50,14 +50,27 @@ def attach_adapter(model: Any, recipe: Recipe) -> Any:
     Raises `UsageError` where a target module is not in the model, or the adapter does not fit one.
     """
     from irq_convert.adapters.attach import attach
+    from irq_convert.adapters.targets import packed_modules
 
     check_targets(recipe.target_modules, (name for name, _ in model.named_modules()))
+    if not recipe.rank:
+        _check_packed(recipe.target_modules, packed_modules(model))
     sizes = {m.fmt.block_size for m in model.modules() if isinstance(m, IrqLinear)}
     config = recipe_config(recipe, sizes.pop() if len(sizes) == 1 else None)
     try:
         return attach(model, config, gradient_checkpointing=recipe.gradient_checkpointing)
     except ValueError as error:
         raise UsageError(f"the adapter cannot be attached: {one_line(error)}") from error
+
+
+def _check_packed(targets: Iterable[str] | None, packed: Iterable[str]) -> None:
+    names = list(packed)
+    for target in targets or ():
+        if not any(_targeted(name, (target,)) for name in names):
+            raise UsageError(
+                f"--target-modules {target}: is not packed, and --lora statistics trains scale and "
+                "tau of packed layers: leave it out"
+            )
 
 
 def check_targets(targets: Iterable[str] | None, modules: Iterable[str]) -> None:

@@ -128,7 +128,8 @@ def _how(config: StoredConfig, options: MergeOptions) -> str:
         return "adding"
     if config.rank and not config.pooled:
         return "quantizing again"
-    return "moving tau" if config.statistics in (None, "tau") else "moving scale and tau"
+    moved = {None: "tau", "both": "scale and tau"}.get(config.statistics, config.statistics)
+    return f"moving {moved}"
 
 
 def _check(inputs: Inputs, options: MergeOptions) -> str:

@@ -137,6 +137,12 @@ def test_a_scale_below_zero_ends_the_run(int2: Path, tales: Path, tmp_path: Path
     assert not any(bool(tensor.any()) for tensor in kept.values())
 
 
+def test_what_is_not_packed_has_none_to_train(int2: Path, tales: Path, tmp_path: Path) -> None:
+    options = taught(ALONE, teacher=None, target_modules=("embed_tokens",), steps=1)
+    with pytest.raises(UsageError, match="--target-modules embed_tokens: is not packed"):
+        finetune(int2, tales, tmp_path / "out", options)
+
+
 def test_the_last_step_may_not_drive_it_there(int2: Path, tales: Path, tmp_path: Path) -> None:
     options = taught(ALONE, teacher=None, learning_rate=1.5, schedule=Schedule.CONSTANT, steps=1)
     with pytest.raises(IrqError, match="scale below 0 at step 1 of 1"):
