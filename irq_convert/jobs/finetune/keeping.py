@@ -15,14 +15,14 @@ _NOTHING = 1e-4
 def withdraw_unless_lower(
     report: FinetuneReport, folder: RunFolder | None, progress: TrainingProgress
 ) -> None:
-    """Raise `IrqError`, and give the run up, where KL to the teacher is not lower than it was where
-    training began.
+    """Raise `IrqError`, and give the run up, where KL to the teacher is not lower than before, or
+    training has made the start of an adapter worse.
 
     Nothing happens to a run without a teacher, or one that has not come to its end. Where nothing
     is held out it is said that nobody knows. `folder` is given in the first process; in the others
     the error is `FailedElsewhere`.
     """
-    recipe, before, after = report.recipe, report.start or report.before, report.after
+    recipe, before, after = report.recipe, report.before, report.after
     if recipe.teacher is None or report.end != FINISHED:
         return
     if before is None or after is None:
@@ -32,19 +32,21 @@ def withdraw_unless_lower(
                 "better or not"
             )
         return
-    # Of a start there is something to keep, if it was not made worse.
-    if after.mean < before.mean * (1 if report.start is None else 1 + _NOTHING):
+    lower, start = after.mean < before.mean, report.start
+    if lower and (start is None or after.mean <= start.mean * (1 + _NOTHING)):
         return
     if folder is None:
         raise FailedElsewhere("the adapter is not kept")
     folder.withdraw()
-    began = "" if report.start is None else "where it started "
+    was, began = f"{before.mean:.4f}", ""
+    if lower and start is not None:
+        was, began = f"{start.mean:.4f}", "where it started "
     logits = folder.state / LOGITS
     waiting = (
         f"; the teacher's logits wait in {logits} for the next run" if logits.is_file() else ""
     )
     raise IrqError(
-        f"no adapter is kept: {recipe.measure} on held-out data was {before.mean:.4f} nats a token "
+        f"no adapter is kept: {recipe.measure} on held-out data was {was} nats a token "
         f"{began}and is {after.mean:.4f} after training: lower {recipe.rate_in_words()} or --steps "
         f"({recipe.steps:,}), or give more data{waiting}"
     )

@@ -15,10 +15,14 @@ from safetensors.torch import load_file, save_file
 import irq_convert
 from irq_convert.artifact.adapter_kinds import AdapterKind
 from irq_convert.errors import UsageError
+from irq_convert.jobs.common.torchrun import FailedElsewhere
 from irq_convert.jobs.finetune import start as room
 from irq_convert.jobs.finetune.estimate import estimate_finetune
 from irq_convert.jobs.finetune.finetune import finetune
+from irq_convert.jobs.finetune.keeping import withdraw_unless_lower
+from irq_convert.jobs.finetune.loss import Loss
 from irq_convert.jobs.finetune.options import FinetuneOptions
+from irq_convert.jobs.finetune.progress import TrainingProgress
 from irq_convert.jobs.finetune.start import example_windows
 from irq_convert.jobs.measure.measure import measure
 from tests.folders import change_json
@@ -60,6 +64,16 @@ def test_the_loss_falls_before_any_training(
     ids = torch.arange(3, 20)[None]
     with torch.no_grad(), model.disable_adapter():
         assert torch.equal(model(input_ids=ids).logits, base(input_ids=ids).logits)
+
+
+def test_a_start_that_training_makes_worse_is_not_kept(run: tuple[Path, Any]) -> None:
+    _, report = run
+    start = report.start
+    worse = Loss(tuple(1.01 * each for each in start.sums), start.counts)
+    assert worse.mean < report.before.mean
+    withdraw_unless_lower(dataclasses.replace(report, after=start), None, TrainingProgress())
+    with pytest.raises(FailedElsewhere):
+        withdraw_unless_lower(dataclasses.replace(report, after=worse), None, TrainingProgress())
 
 
 def test_a_continued_run_keeps_its_start(
