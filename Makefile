@@ -16,7 +16,7 @@ test: lint types
 	$(PYTEST)
 
 quick: lint
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow" --hypothesis-profile quick
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -20,6 +20,7 @@ from tests.fresh import Forks
 from tests.warm import compile_others, compile_search
 
 settings.register_profile("irq", deadline=None, max_examples=60)
+settings.register_profile("quick", deadline=None, max_examples=12)
 settings.load_profile("irq")
 
 

@@ -271,6 +271,7 @@ def test_a_pooled_a_starts_as_wide_as_loras(pool: str | None) -> None:
     assert a.requires_grad
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pool", [None, "block"])
 @pytest.mark.parametrize("connection", ["both", "none"])
 def test_compiled(pool: str | None, connection: str) -> None:

@@ -94,6 +94,7 @@ def test_the_note_says_the_base_of_a_plain_lora(tmp_path: Path) -> None:
     assert open_adapter(folder).config.base_sha256 is None
 
 
+@pytest.mark.slow
 def test_nothing_heavy_is_imported(adapter: Path) -> None:
     code = (
         "import sys; from irq_convert.artifact.adapter import open_adapter; "

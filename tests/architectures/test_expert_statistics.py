@@ -44,6 +44,7 @@ def moved(model: Any, seed: int = 0) -> Any:
     return adapted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_the_whole_way(name: str, tmp_path: Path) -> None:
     kind = BY_NAME[name]

@@ -52,6 +52,7 @@ def test_every_tensor_is_that_of_the_whole_conversion(tmp_path: Path, model: Met
     assert checkpoint.config["num_key_value_heads"] == model.keys
 
 
+@pytest.mark.slow
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=15)
 @given(data=st.data())
 def test_any_tile_and_any_piece_of_bytes(tmp_path: Path, data: st.DataObject) -> None:

@@ -67,6 +67,7 @@ def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
     )
 
 
+@pytest.mark.slow
 @settings(max_examples=150)
 @given(contents(TORCH), st.integers(1, 40))
 def test_reference_library_reads_what_we_write(
@@ -319,6 +320,7 @@ def test_missing_folder_is_one_line(tmp_path: Path) -> None:
         assert_one_line(str(caught.value), str(path))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="must be able to become nobody")
 def test_folder_without_permission_is_one_line() -> None:
     code = (

@@ -37,6 +37,7 @@ def words(work: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_report_and_what_inspect_shows(
     irq: Commands, work: Path, calibration_source: Path, words: Path
 ) -> None:

@@ -110,6 +110,7 @@ def test_shards_and_overwriting(irq: Commands, artifact: Path, tmp_path: Path) -
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("merged", [False, True])
 def test_gguf_by_commands_alone(irq: Commands, tmp_path: Path, merged: bool) -> None:
     """Quantize, merge and export; then the packages gguf and transformers read what is there."""

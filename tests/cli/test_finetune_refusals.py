@@ -98,6 +98,7 @@ def test_models_that_are_no_artifact(irq: Commands, artifact: Path, tmp_path: Pa
     )
 
 
+@pytest.mark.slow
 def test_adapters_of_eval(irq: Commands, artifact: Path, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("the cat sat on the mat. " * 40)
     train = ["--steps", 1, "--batch-size", 1, "--rank", 4, "--sequence-length", 32]

@@ -41,6 +41,7 @@ def copy_of_demo(folder: Path, **config: Any) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_run(irq: Commands, command: list[object], tmp_path: Path) -> None:
     """A file that is made, found, and refused for another teacher and for other data."""
     run = [*command, "--teacher", DEMO, "--teacher-logits", "logits"]

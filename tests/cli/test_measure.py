@@ -32,6 +32,7 @@ def text(work: Path) -> Path:
     return work / "tales.txt"
 
 
+@pytest.mark.slow
 def test_from_a_text_to_an_artifact(irq: Commands, work: Path, text: Path) -> None:
     file, out = work / "importance.safetensors", work / "out"
     result = irq("measure", DEMO, file, "--text", text, *SMALL)
@@ -75,6 +76,7 @@ def test_a_dry_run_writes_nothing(irq: Commands, work: Path, text: Path) -> None
     assert found["memory"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_a_run_that_is_stopped_leaves_nothing(irq: Commands, work: Path, number: int) -> None:
     write_tales(work / "tales.txt", 2000)

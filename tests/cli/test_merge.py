@@ -106,6 +106,7 @@ def test_a_dry_run_writes_nothing(
     assert found["memory"] > 0
 
 
+@pytest.mark.slow
 def test_only_our_own_folders_are_overwritten(
     irq: Commands, artifact: Path, block: Path, tmp_path: Path
 ) -> None:

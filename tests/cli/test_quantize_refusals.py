@@ -83,6 +83,7 @@ def test_what_cannot_be_parsed(irq: Commands, tmp_path: Path, args: list[str]) -
     assert "Usage" in result.err or "Error" in result.err
 
 
+@pytest.mark.slow
 def test_outputs_that_cannot_be_used(irq: Commands, tmp_path: Path, source: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").write_text("x")
@@ -110,6 +111,7 @@ def test_outputs_that_cannot_be_used(irq: Commands, tmp_path: Path, source: Path
         assert_fails(irq("quantize", ".", cwd=source), USAGE, "inside the source")
 
 
+@pytest.mark.slow
 def test_models_that_are_not_there(irq: Commands, tmp_path: Path, source: Path) -> None:
     (tmp_path / "file").write_text("x")
     cases = [

@@ -24,6 +24,7 @@ def model(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_from_a_dry_run_to_an_artifact(irq: Commands, model: Path, tmp_path: Path) -> None:
     asked = ("--target-text", tmp_path / "words.txt", "--target-tokens", 512, "--codebook", "int")
     kept = tmp_path / "kept.safetensors"

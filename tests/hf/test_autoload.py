@@ -59,6 +59,7 @@ print(type(model.model.layers[0].mlp.up_proj).__name__)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "imports", ["import irq_convert", *(pytest.param(o, marks=SLOW) for o in ORDERS)]
 )

@@ -314,6 +314,7 @@ def test_offloading(tmp_path: Path, where: str) -> None:
     assert torch.equal(irq_convert.load(tmp_path / "b")(IDS).logits, wanted)
 
 
+@pytest.mark.slow
 def test_adapters_train_on_top(tmp_path: Path) -> None:
     from peft import LoraConfig
 

@@ -125,6 +125,7 @@ def test_nobody_is_there_to_speak(monkeypatch: pytest.MonkeyPatch) -> None:
     assert str(outcomes[1]) == "process 1 of 2: damaged"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dead", [0, 1])
 def test_a_death_is_noticed(monkeypatch: pytest.MonkeyPatch, dead: int) -> None:
     """No sign of life for too long: nobody waits for ever."""

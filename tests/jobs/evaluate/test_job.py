@@ -174,6 +174,7 @@ def test_one_window_says_why_there_is_no_error(model_folder: Path, text_file: Pa
     assert "31 tokens in 1 window of 32" in output
 
 
+@pytest.mark.slow
 def test_threads_are_set(model_folder: Path, text_file: Path) -> None:
     before = torch.get_num_threads()
     try:

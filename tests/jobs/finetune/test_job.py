@@ -59,6 +59,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "adapter_model.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", list(AdapterKind))
 def test_each_kind_trains_and_is_whole(
     artifact: Path, tales: Path, tokenizer: Any, tmp_path: Path, lora: AdapterKind
@@ -209,6 +210,7 @@ def test_divergence_keeps_the_last_good_adapter(
     assert not (out / STATE).exists()
 
 
+@pytest.mark.slow
 def test_one_that_breaks_leaves_an_older_adapter(
     artifact: Path, tales: Path, tmp_path: Path
 ) -> None:
@@ -220,6 +222,7 @@ def test_one_that_breaks_leaves_an_older_adapter(
     assert listing(out) == before
 
 
+@pytest.mark.slow
 def test_one_that_breaks_when_it_is_continued(
     artifact: Path, tales: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

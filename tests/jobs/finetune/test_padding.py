@@ -6,11 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from irq_convert.artifact.adapter_kinds import AdapterKind
 from irq_convert.jobs.finetune.finetune import finetune
 from tests.jobs.finetune.base import quick
 
 
+@pytest.mark.slow
 def test_padding_beyond_the_embedding_changes_nothing(
     artifact: Path, tokenizer: Any, tmp_path: Path
 ) -> None:

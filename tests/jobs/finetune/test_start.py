@@ -46,6 +46,7 @@ def run(int2: Path, tales: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
     return out, finetune(int2, tales, out, started(steps=3))
 
 
+@pytest.mark.slow
 def test_the_loss_falls_before_any_training(
     run: tuple[Path, Any], int2: Path, tales: Path, tmp_path: Path
 ) -> None:
@@ -76,6 +77,7 @@ def test_a_start_that_training_makes_worse_is_not_kept(run: tuple[Path, Any]) ->
         withdraw_unless_lower(dataclasses.replace(report, after=worse), None, TrainingProgress())
 
 
+@pytest.mark.slow
 def test_a_continued_run_keeps_its_start(
     run: tuple[Path, Any], int2: Path, tales: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -47,6 +47,7 @@ def moved(logits: Path, **changes: Any) -> FinetuneOptions:
     return taught(ALONE, **given | changes)
 
 
+@pytest.mark.slow
 def test_what_is_lowered_is_what_the_merged_artifact_keeps(
     run: tuple[Path, Any], int2: Path, tales: Path, tmp_path: Path
 ) -> None:
@@ -71,6 +72,7 @@ def test_what_is_lowered_is_what_the_merged_artifact_keeps(
     assert kls[1] < 0.97 * kls[0]
 
 
+@pytest.mark.slow
 def test_the_merged_artifact_has_the_measured_kl(
     run: tuple[Path, Any], int2: Path, tales: Path, logits: Path, tmp_path: Path
 ) -> None:
@@ -82,6 +84,7 @@ def test_the_merged_artifact_has_the_measured_kl(
     assert again.before.mean == pytest.approx(report.after.mean, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_stopped_and_continued_it_is_the_same(
     run: tuple[Path, Any], int2: Path, tales: Path, logits: Path, tmp_path: Path
 ) -> None:

@@ -101,6 +101,7 @@ def test_the_card_of_the_adapter_calls_it_so(run: tuple[Path, FinetuneReport]) -
     assert "held-out loss" not in table
 
 
+@pytest.mark.slow
 def test_plain_lora_and_logits_that_are_there(
     int2: Path, tales: Path, logits: Path, run: Any, tmp_path: Path, monkeypatch: Any
 ) -> None:
@@ -135,6 +136,7 @@ def test_passes_divide_a_step_without_changing_it(
         torch.testing.assert_close(tensor, found[1][0][name], rtol=1e-3, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_weight_0_trains_on_labels_alone(int2: Path, tales: Path, tmp_path: Path) -> None:
     """By transformers' own loss, up to rounding."""
     settings: dict[str, Any] = {"steps": 2, "holdout": 0.0}
@@ -147,6 +149,7 @@ def test_weight_0_trains_on_labels_alone(int2: Path, tales: Path, tmp_path: Path
         assert next(csv.reader(file))[:3] == ["step", "loss", "heldout_kl"]
 
 
+@pytest.mark.slow
 def test_what_is_not_nearer_is_not_kept(
     int2: Path, tales: Path, logits: Path, run: Any, tmp_path: Path
 ) -> None:
@@ -162,6 +165,7 @@ def test_what_is_not_nearer_is_not_kept(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_its_logits_wait_in_the_state_for_the_next_try(
     int2: Path, tales: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
@@ -176,6 +180,7 @@ def test_its_logits_wait_in_the_state_for_the_next_try(
     assert not (out / STATE).exists()
 
 
+@pytest.mark.slow
 def test_those_of_other_data_are_made_again(int2: Path, tales: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     (out / STATE).mkdir(parents=True)
@@ -186,6 +191,7 @@ def test_those_of_other_data_are_made_again(int2: Path, tales: Path, tmp_path: P
     assert any("KL to model was not measured" in note for note in listener.notes)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_ends_like_one_that_was_not(
     int2: Path, tales: Path, run: tuple[Path, FinetuneReport], tmp_path: Path, monkeypatch: Any
 ) -> None:

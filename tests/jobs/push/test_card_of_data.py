@@ -8,6 +8,8 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
+import pytest
+
 from irq_convert.jobs.push.card_body import card_body
 from irq_convert.jobs.push.command_again import command_again
 from irq_convert.jobs.push.pushed_folder import open_pushed_folder
@@ -43,6 +45,7 @@ def test_the_command_and_the_judgement(tmp_path: Path) -> None:
     assert "| calibrated with | words.txt, 512 tokens |" in body
 
 
+@pytest.mark.slow
 def test_the_command_of_a_target_makes_it_again(tmp_path: Path) -> None:
     source = write_source(tmp_path / "source", llama_tensors(), LLAMA)
     write_word_tokenizer(source, VOCABULARY)
