@@ -27,6 +27,7 @@ from transformers.utils import logging
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from irq_convert.core.spec import QuantSpec
 from irq_convert.core.threads import torch_threads
+from irq_convert.errors import IrqError
 from irq_convert.hf.causal_lm import load_causal_lm, load_tokenizer
 from irq_convert.jobs.calibration.options import CalibrationOptions
 from irq_convert.jobs.common.text import cut_windows, encode_stream, read_text
@@ -84,7 +85,11 @@ class Bench:
         for kind in asked.kinds.split(","):
             for seed in range(asked.seeds):
                 begun = time.perf_counter()
-                found = self.trained(folder, kind, seed)
+                try:
+                    found = self.trained(folder, kind, seed)
+                except IrqError as error:  # towards a teacher and no nearer to it
+                    print(f"| {name} | {kind} | {seed} | | {error} | | |", flush=True)
+                    continue
                 seconds = time.perf_counter() - begun
                 cells = f"{kind} | {seed} | {seconds:.0f} | {_figures(found, before)}"
                 print(f"| {name} | {cells} |", flush=True)
