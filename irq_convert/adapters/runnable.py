@@ -65,10 +65,11 @@ def check_runnable(
     configs = [load_config(source) for source in sources]
     for source, config in zip(sources, configs, strict=True):
         require_causal_lm(source, config)
-    own = [_own_tokenizer(model, adapter), *sources[1:]]
-    tokenizers = [load_tokenizer(tokenizer or each) for each in own]
-    adapters = [adapter, None]
-    return [Runnable(*parts) for parts in zip(sources, configs, tokenizers, adapters, strict=False)]
+    found = []
+    for source, config, on_it in zip(sources, configs, (adapter, None), strict=False):
+        encoder = load_tokenizer(tokenizer or _own_tokenizer(source, on_it))
+        found.append(Runnable(source, config, encoder, on_it))
+    return found
 
 
 def _own_tokenizer(model: str | Path, adapter: CheckedAdapter | None) -> str | Path:

@@ -37,8 +37,9 @@ def evaluate_windows(
     if not windows:
         raise UsageError("there are no windows to evaluate: give more text")
     models = [model] if reference is None else [model, reference]
+    largest = torch.stack([window.max() for window in windows])
     for each in models:
-        check_vocabulary(each, torch.stack([window.max() for window in windows]))
+        check_vocabulary(each, largest)
     sums: list[WindowSums] = []
     progress = progress or Progress()
     with _evaluating(models), torch.no_grad():

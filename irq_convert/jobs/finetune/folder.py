@@ -113,8 +113,9 @@ class RunFolder:
 
 def _finished(path: Path) -> bool:
     """Whether the adapter in `path`, if there is one, is not what an interruption has left."""
-    note = path / NOTE_FILE
-    ended = read_json_object(note).get("training", {}).get("end") if note.is_file() else None
+    ended = None
+    with contextlib.suppress(IrqError):  # no note, or a damaged one: none of an interruption
+        ended = read_json_object(path / NOTE_FILE).get("training", {}).get("end")
     return ended != INTERRUPTED and (path / CONFIG_FILE).is_file()
 
 

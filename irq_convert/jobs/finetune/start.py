@@ -24,6 +24,7 @@ from irq_convert.jobs.calibration.text import Windows
 from irq_convert.jobs.finetune.encode import Example
 from irq_convert.jobs.finetune.options import FinetuneOptions
 from irq_convert.jobs.finetune.start_error import StartReport, start_from_error
+from irq_convert.jobs.finetune.start_layers import other_shape
 from irq_convert.progress import Progress
 
 START_TOKENS = 65_536
@@ -107,10 +108,9 @@ def find_start(
 def _other_model(checkpoint: Checkpoint, artifact: Artifact) -> str | None:
     """The first tensor of `artifact` that `checkpoint` lacks or has of another shape."""
     for tensor in artifact.quantized:
-        info = checkpoint.tensors.get(tensor.name)
-        if info is None or info.shape != tensor.source_shape:
-            what = "lacks it" if info is None else f"has {list(info.shape)}"
-            return f"{tensor.name} {list(tensor.source_shape)}: {checkpoint.folder} {what}"
+        other = other_shape(checkpoint, tensor)
+        if other is not None:
+            return other
     return None
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from irq_convert.artifact.contents import Artifact, read_quantized
+from irq_convert.artifact.contents import Artifact, StoredTensor, read_quantized
 from irq_convert.checkpoint.columns import row_tiles
 from irq_convert.checkpoint.float_dtypes import FLOATS
 from irq_convert.checkpoint.header import TensorInfo
@@ -22,6 +22,15 @@ from irq_convert.nn.linear import IrqLinear
 
 TILE_ROWS = 256
 """Rows of a source that are read at once, about: whole groups are taken."""
+
+
+def other_shape(source: Checkpoint, stored: StoredTensor) -> str | None:
+    """Half a sentence where `source` lacks a tensor of an artifact, or has it of another shape."""
+    info = source.tensors.get(stored.name)
+    if info is not None and info.shape == stored.source_shape:
+        return None
+    what = "lacks it" if info is None else f"has {list(info.shape)}"
+    return f"{stored.name} {list(stored.source_shape)}: {source.folder} {what}"
 
 
 @dataclass(frozen=True)
@@ -109,13 +118,10 @@ class Weights:
             stored, info = self._stored.get(name), self.source.tensors.get(name)
             if stored is None:
                 raise UsageError(f"{name}: the model has it quantized, and the artifact has not")
-            if info is None or info.shape != stored.source_shape:
-                what = "lacks it" if info is None else f"has {list(info.shape)}"
-                raise UsageError(
-                    f"{name} {list(stored.source_shape)}: {self.source.folder} {what}: give the "
-                    "source that the artifact was made from"
-                )
-            if info.dtype not in FLOATS:
+            other = other_shape(self.source, stored)
+            if other is not None:
+                raise UsageError(f"{other}: give the source that the artifact was made from")
+            if info is not None and info.dtype not in FLOATS:
                 raise UsageError(
                     f"{name} is {info.dtype} in {self.source.folder}, which is quantized itself: "
                     "give the source that the artifact was made from"

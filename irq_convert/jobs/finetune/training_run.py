@@ -234,8 +234,9 @@ class Run:
             seconds=time.perf_counter() - self.begun,
         )
         withdraw_unless_lower(report, folder, self.progress)
-        if folder is not None and end == DIVERGED and not step and folder.older:
-            folder.finish()  # an adapter that is better than none stays
+        stays = folder is not None and folder.older and end == DIVERGED and not step
+        if folder is not None and stays:
+            folder.finish()
         elif folder is not None:
             self._write(trainer, folder, report)
         self.plan.processes.wait()
@@ -243,7 +244,7 @@ class Run:
             held = f"{self.out} holds the adapter of step {step}, the last good one"
             if not step:
                 held = f"{self.out} holds an untrained adapter"
-            if folder is not None and folder.older and not step:
+            if stays:
                 held = f"{self.out} still holds the older adapter"
             raise IrqError(
                 f"{broken.why} at step {broken.step} of {self.plan.recipe.steps}: lower "

@@ -220,6 +220,9 @@ def test_one_that_breaks_leaves_an_older_adapter(
     with pytest.raises(IrqError, match="out still holds the older adapter"):
         finetune(artifact, tales, out, quick(learning_rate=1e30), overwrite=True)
     assert listing(out) == before
+    (out / "irq_adapter.json").write_text("damaged")
+    finetune(artifact, tales, out, quick(steps=1), overwrite=True)
+    assert listing(out).keys() == before.keys()
 
 
 @pytest.mark.slow
