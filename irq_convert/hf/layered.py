@@ -10,7 +10,7 @@ text. A class that does not is refused with `NotLayered`.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,40 +21,11 @@ from torch import nn
 from irq_convert.checkpoint.fetcher import ReadOrder
 from irq_convert.checkpoint.source import Checkpoint
 from irq_convert.hf.empty_model import NoModel, named_class, quiet_transformers
+from irq_convert.hf.layer_calls import Call, Enough, NotLayered, Recorder, hidden_of, same_inputs
 from irq_convert.hf.layer_weights import WeightSource
 from irq_convert.hf.linears import linears_of
 
 _LAYER = re.compile(r"^((?:[^.]+\.)*?[^.]+)\.(\d+)(?:\.|$)")
-
-
-class NotLayered(Exception):
-    """The model cannot be run layer by layer; the message says why, in half a sentence."""
-
-
-@dataclass(frozen=True)
-class Call:
-    """How the model calls a layer, besides the hidden states: the same for every window."""
-
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    keyword: str | None
-    """The name under which hidden states are given, None when they are the first argument."""
-
-    def run(self, layer: nn.Module, states: torch.Tensor) -> torch.Tensor:
-        """The hidden states behind `layer`."""
-        if self.keyword is None:
-            found = layer(states, *self.args, **self.kwargs)
-        else:
-            found = layer(*self.args, **{self.keyword: states}, **self.kwargs)
-        return first_of(found)
-
-
-def first_of(found: Any) -> torch.Tensor:
-    """The hidden states in what a layer returns: itself, or the first of several."""
-    states = found[0] if isinstance(found, tuple | list) else found
-    if not isinstance(states, torch.Tensor):
-        raise NotLayered(f"a layer returns {type(states).__name__}, not hidden states")
-    return states
 
 
 @dataclass
@@ -101,12 +72,19 @@ class LayeredModel:
             yield self.module(self.layers[number])
 
     def plan_reading(
-        self, first: int, passes: int, *, finish: bool = True, back: bool = False
+        self,
+        first: int,
+        passes: int,
+        *,
+        finish: bool = True,
+        back: bool = False,
+        to_start: bool = False,
     ) -> ReadOrder:
         """The files in the order of a run: outside, the layers from `first` on, outside again.
 
         Each layer is loaded in so many `passes`; a run that does not `finish` ends with the last,
-        and one that goes `back` with the first, after all others in reverse.
+        and one that goes `back` with the first, after all others in reverse, or `to_start` with
+        what is outside once more.
         """
         outside = self.source.tensors(self.model, self._is_outside)
         infos = [*outside]
@@ -115,6 +93,7 @@ class LayeredModel:
         infos += outside if finish else []
         for number in reversed(range(first, len(self.layers)) if back else ()):
             infos += self.source.tensors(self.model, self._is_of(number))
+        infos += outside if to_start else []
         return self.source.checkpoint.read_order(infos)
 
     @property
@@ -140,11 +119,11 @@ class LayeredModel:
 
         Called inside `outside`. Raises `NotLayered`.
         """
-        recorder = _Recorder(len(self.layers))
+        recorder = Recorder(len(self.layers))
         with self._standing_in(recorder.stub):
             try:
                 self.model(input_ids=ids.to(self.device), use_cache=False)
-            except _Enough:
+            except Enough:
                 pass
             except NotLayered:
                 raise
@@ -192,64 +171,6 @@ class LayeredModel:
         finally:
             for module in modules:
                 module.__dict__.pop("forward", None)
-
-
-class _Enough(Exception):
-    """All layers have been called."""
-
-
-def hidden_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[torch.Tensor, str | None]:
-    """The hidden states that a layer is given, and under which keyword."""
-    if args:
-        return args[0], None
-    return kwargs["hidden_states"], "hidden_states"
-
-
-class _Recorder:
-    """Stands in for all layers: notes how they are called, and hands hidden states on."""
-
-    def __init__(self, count: int) -> None:
-        self._count = count
-        self._calls: list[Call] = []
-        self._states: torch.Tensor | None = None
-
-    def stub(self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if number != len(self._calls):
-            raise NotLayered(f"its layers are not called one after the other ({number})")
-        try:
-            states, keyword = hidden_of(args, kwargs)
-        except KeyError:
-            raise NotLayered("its layers are not given hidden states") from None
-        if not isinstance(states, torch.Tensor) or states.dim() != 3:
-            raise NotLayered("its layers are not given one tensor of hidden states")
-        if self._states is not None and states is not self._states:
-            raise NotLayered("it changes hidden states between two layers")
-        self._states = states
-        rest = {name: value for name, value in kwargs.items() if name != keyword}
-        self._calls.append(Call(args[1:] if keyword is None else args, rest, keyword))
-        if len(self._calls) == self._count:
-            raise _Enough
-        return states
-
-    def finish(self) -> tuple[list[Call], torch.Tensor]:
-        if self._states is None or len(self._calls) != self._count:
-            raise NotLayered(f"it calls {len(self._calls)} of its {self._count} layers")
-        return self._calls, self._states
-
-
-def same_inputs(one: Any, other: Any) -> bool:
-    """Whether two inputs of a layer are the same, tensors by value."""
-    if isinstance(one, torch.Tensor):
-        return isinstance(other, torch.Tensor) and torch.equal(one, other)
-    if isinstance(one, tuple | list):
-        same = isinstance(other, type(one)) and len(one) == len(other)
-        return same and all(map(same_inputs, one, other))
-    if isinstance(one, dict):
-        same = isinstance(other, dict) and one.keys() == other.keys()
-        return same and all(same_inputs(one[key], other[key]) for key in one)
-    if one is None or isinstance(one, bool | int | float | str | torch.dtype):
-        return bool(one == other)
-    return type(one) is type(other)
 
 
 def open_layered(checkpoint: Checkpoint, device: str = "cpu") -> LayeredModel:

@@ -11,7 +11,7 @@ import ast
 import functools
 import inspect
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,7 +50,7 @@ def find_tables(model: Any, stored: Mapping[str, str], precise: Any) -> Tables:
     found: dict[str, tuple[str, ...]] = {}
     reasons: dict[str, str] = {}
     groups, apart = tied_groups(model), False
-    for name in _names(model):
+    for name in filter(None, ends(model)):
         keys = next((g for g in groups if f"{name}.weight" in g), frozenset({f"{name}.weight"}))
         modules = tuple(sorted(module_name(key) for key in keys))
         there = {module: stored[module] for module in modules if module in stored}
@@ -67,16 +67,17 @@ def find_tables(model: Any, stored: Mapping[str, str], precise: Any) -> Tables:
     return Tables(found, reasons, apart)
 
 
-def _names(model: Any) -> Iterator[str]:
-    """Names of the input embeddings and the output head, as far as the class has them."""
+def ends(model: Any) -> tuple[str | None, str | None]:
+    """Names of the input embeddings and the output head, None for what the class does not have."""
     names = {id(module): name for name, module in model.named_modules()}
-    for ask in (model.get_input_embeddings, model.get_output_embeddings):
+
+    def named(ask: Callable[[], Any]) -> str | None:
         try:
-            name = names.get(id(ask()))
+            return names.get(id(ask()))
         except (NotImplementedError, AttributeError):
-            continue
-        if name is not None:
-            yield name
+            return None
+
+    return named(model.get_input_embeddings), named(model.get_output_embeddings)
 
 
 def _why_not(model: Any, modules: tuple[str, ...], precise: Any) -> str | None:

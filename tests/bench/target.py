@@ -126,7 +126,8 @@ class Bench:
             settings["calibrate"] = CalibrationOptions(
                 self.asked.text, tokens=self.asked.tokens, window=self.asked.context
             )
-        quantize(self.asked.model, out, QuantizeOptions.of(threads=self.asked.threads, **settings))
+        settings |= {"threads": self.asked.threads, "include_embeddings": self.asked.embeddings}
+        quantize(self.asked.model, out, QuantizeOptions.of(**settings))
         return out
 
     def importance(self) -> Path:
@@ -170,6 +171,9 @@ def _parse() -> argparse.Namespace:
         help="what one choice for all may be, as nf3/64,int3/64; by default anything",
     )
     parser.add_argument("--ways", default="plain,importance,calibrated")
+    parser.add_argument(
+        "--embeddings", action="store_true", help="quantize them, too, and the head"
+    )
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--windows", type=int, default=24, help="to judge by")

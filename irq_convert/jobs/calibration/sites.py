@@ -88,7 +88,7 @@ def sites_below(model: LayeredModel, top: str, tensors: Collection[str]) -> tupl
         if isinstance(module, nn.Linear | Conv1D):
             tensor = model.source.plain.get(f"{name}.weight")
             if tensor in tensors and tensor is not None:
-                found.append(_linear(name, module, tensor))
+                found.append(linear_site(name, module, tensor))
     for stack in model.source.stacks.values():
         weight = stack.weight
         if not weight.module.startswith(prefix) or not set(stack.tensors) & set(tensors):
@@ -117,7 +117,8 @@ def sites_below(model: LayeredModel, top: str, tensors: Collection[str]) -> tupl
     return tuple(found)
 
 
-def _linear(name: str, module: nn.Module, tensor: str) -> Site:
+def linear_site(name: str, module: nn.Module, tensor: str) -> Site:
+    """The site of a linear `module` called `name`, whose weight is all of `tensor`."""
     weight = module.get_parameter("weight")
     transposed = isinstance(module, Conv1D)
     rows, cols = weight.shape[::-1] if transposed else weight.shape

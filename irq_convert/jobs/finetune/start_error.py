@@ -13,7 +13,8 @@ from irq_convert.artifact.contents import Artifact
 from irq_convert.checkpoint.source import Checkpoint
 from irq_convert.core.error_start import LowRank
 from irq_convert.errors import UsageError
-from irq_convert.hf.layered import NotLayered, open_layered
+from irq_convert.hf.layer_calls import NotLayered
+from irq_convert.hf.layered import open_layered
 from irq_convert.hf.limits import check_context, check_vocabulary
 from irq_convert.jobs.calibration.importance_file import MEASURE, ColumnValues, ImportanceFile
 from irq_convert.jobs.calibration.source import checkpoint_tokenizer

@@ -14,7 +14,7 @@ from irq_convert.checkpoint.disk import require_space
 from irq_convert.checkpoint.locate import Fetch, open_source
 from irq_convert.checkpoint.system import existing_parent, os_errors
 from irq_convert.errors import IrqError
-from irq_convert.hf.layered import NotLayered
+from irq_convert.hf.layer_calls import NotLayered
 from irq_convert.jobs.common.torchrun import RunProcesses
 from irq_convert.jobs.finetune.folder import LOGITS, STATE, RunFolder
 from irq_convert.jobs.finetune.prepare import Preparation

@@ -18,7 +18,8 @@ from irq_convert.checkpoint.locate import Fetch, find_folder, open_source
 from irq_convert.checkpoint.source import Checkpoint
 from irq_convert.checkpoint.system import os_errors
 from irq_convert.errors import IrqError, UsageError
-from irq_convert.hf.layered import LayeredModel, NotLayered, open_layered
+from irq_convert.hf.layer_calls import NotLayered
+from irq_convert.hf.layered import LayeredModel, open_layered
 from irq_convert.hf.usable import refuse_unusable
 from irq_convert.jobs.calibration.source import checkpoint_tokenizer
 from irq_convert.jobs.finetune.data import Data

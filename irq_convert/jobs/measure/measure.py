@@ -16,7 +16,7 @@ from irq_convert.checkpoint.source import Checkpoint
 from irq_convert.checkpoint.system import free_bytes
 from irq_convert.errors import IrqError, UsageError
 from irq_convert.hf.causal_lm import check_device
-from irq_convert.hf.layered import NotLayered
+from irq_convert.hf.layer_calls import NotLayered
 from irq_convert.jobs.common.options import chosen
 from irq_convert.jobs.common.ranks import Ranks
 from irq_convert.jobs.measure.options import MeasureOptions

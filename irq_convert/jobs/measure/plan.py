@@ -12,7 +12,8 @@ from irq_convert.checkpoint.source import Checkpoint
 from irq_convert.checkpoint.system import os_errors
 from irq_convert.errors import IrqError, UsageError
 from irq_convert.hf.causal_lm import load_config, require_causal_lm
-from irq_convert.hf.layered import LayeredModel, NotLayered, open_layered
+from irq_convert.hf.layer_calls import NotLayered
+from irq_convert.hf.layered import LayeredModel, open_layered
 from irq_convert.hf.limits import check_context, check_vocabulary
 from irq_convert.hf.linears import find_linears
 from irq_convert.hf.usable import refuse_unusable

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from irq_convert.errors import UsageError
-from irq_convert.hf.layered import LayeredModel, NotLayered, open_layered
+from irq_convert.hf.layer_calls import NotLayered
+from irq_convert.hf.layered import LayeredModel, open_layered
 from irq_convert.hf.limits import check_context
 from irq_convert.jobs.calibration.judge import Judgement
 from irq_convert.jobs.calibration.loop import (

@@ -75,7 +75,8 @@ class SensitivityFile:
             return f"lacks {len(missing)} of the weights, the first is {missing[0]}"
         if not set(self.choices) <= set(found.choices):
             return "made for other codebooks or block sizes"
-        for key, value in self.settings.items():
-            if found.settings.get(key) != value:
-                return f"made with {key} {found.settings.get(key)!r}, and this run has {value!r}"
+        for key in sorted({*self.settings, *found.settings}):
+            made, wanted = found.settings.get(key), self.settings.get(key)
+            if made != wanted:
+                return f"made with {key} {made!r}, and this run has {wanted!r}"
         return None

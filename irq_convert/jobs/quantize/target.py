@@ -77,11 +77,6 @@ def reach_target(
             f"{_word(uniform)} for all is better than the mix on held-out windows (KL "
             f"{seen['uniform'].value:.4f} against {seen['mix'].value:.4f}), and is kept"
         )
-    if plan.tables:
-        progress.note(
-            f"embeddings and heads are {options.spec.codebook} whatever the mix is, or as "
-            "--bits-for says, and its KL leaves them out"
-        )
     told = {
         "record": _record(target, mix, uniform, seen, "mix" if taken is mix else "uniform"),
         "choices": _named(taken),

@@ -19,7 +19,8 @@ from irq_convert.core.codebook import FAMILIES
 from irq_convert.core.objective import ZeroPoint
 from irq_convert.core.spec import QuantSpec
 from irq_convert.errors import UsageError
-from irq_convert.hf.layered import LayeredModel, NotLayered, open_layered
+from irq_convert.hf.layer_calls import NotLayered
+from irq_convert.hf.layered import LayeredModel, open_layered
 from irq_convert.hf.limits import longest_context
 from irq_convert.jobs.calibration.options import SELF, CalibrationOptions
 from irq_convert.jobs.calibration.sites import find_sites
@@ -35,6 +36,7 @@ from irq_convert.jobs.sizing.measure import Subject, measure_sensitivity
 from irq_convert.jobs.sizing.mix import Bytes, Market
 from irq_convert.jobs.sizing.options import TargetOptions
 from irq_convert.jobs.sizing.rules import Group, make_groups
+from irq_convert.jobs.sizing.tables import Tables
 from irq_convert.progress import Progress
 
 MEASURED = "measured"
@@ -88,7 +90,7 @@ def plan_target(
     with layers_or_refused(plan):
         layered = open_layered(plan.checkpoint, options.device)
         every = {tensor.name: tensor for tensor in plan.quantized}
-        names = set(_names_in_layers(layered, every))
+        names = {*_names_in_layers(layered, every), *Tables.of(layered, plan.tables).tensors}
         quantized = {name: tensor for name, tensor in every.items() if name in names}
         choices = _choices(options)
         groups = make_groups(
@@ -107,7 +109,7 @@ def plan_target(
         subject = Subject(
             layered, tuple(quantized), windows, options.spec, weigh, asked.seed, options.threads
         )
-        settings = _settings(options, weighing, windows)
+        settings = _settings(options, weighing, windows, names & plan.tables)
         source = source_identity(plan.checkpoint, model)
         file = SensitivityFile.of(asked.file, out, settings, source, choices)
         found = file.read(quantized, progress)
@@ -146,7 +148,7 @@ def _refuse_all_dense(
 ) -> None:
     """Raise `UsageError` where the best mix, found without measuring, is to quantize nothing."""
     asked = target_of(options)
-    if plan.tables or any(DENSE not in group.choices for group in groups):
+    if any(DENSE not in group.choices for group in groups):
         return
     if all(group.choices == (DENSE,) for group in groups):
         raise UsageError("--at-least leaves every weight as it is: nothing would be quantized")
@@ -198,7 +200,10 @@ def _fixed(options: QuantizeOptions, names: list[str]) -> dict[str, int]:
 
 
 def _settings(
-    options: QuantizeOptions, weighing: Weighing | None, windows: Windows
+    options: QuantizeOptions,
+    weighing: Weighing | None,
+    windows: Windows,
+    tables: Collection[str],
 ) -> dict[str, Any]:
     """What a file of sensitivities holds for."""
     weighed = MEASURED if options.calibrate is not None else None
@@ -211,6 +216,7 @@ def _settings(
         "weighed": weighed,
         **windows.describe(),
         "seed": target_of(options).seed,
+        **({"tables": sorted(tables)} if tables else {}),
     }
 
 

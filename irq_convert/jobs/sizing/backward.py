@@ -23,32 +23,40 @@ import torch
 from irq_convert.errors import IrqError
 from irq_convert.hf.layered import LayeredModel
 from irq_convert.jobs.calibration.sites import Site, StoredRows, find_sites, listening
+from irq_convert.jobs.calibration.squares import Squares
 from irq_convert.jobs.calibration.states import StateFile, chunks, state_file
 from irq_convert.jobs.calibration.text import Windows
 from irq_convert.jobs.common.memory import give_back_memory
 from irq_convert.jobs.sizing.forward import layer_bytes
+from irq_convert.jobs.sizing.tables import Tables, embedding_squares
 from irq_convert.progress import Progress
 
-Damage = Callable[[str, torch.Tensor, np.ndarray], None]
-"""Called with a tensor's name, its weights `[rows, cols]`, and b of its rows, float64."""
+Damage = Callable[[str, torch.Tensor, np.ndarray | None, np.ndarray], None]
+"""Called with a tensor's name, its weights `[rows, cols]`, a of its columns `[matrices, cols]` or
+None where no token has reached it, and b of its rows. Of an embedding that is the head, twice."""
 
 
 @dataclass
 class Backward:
     """The way back over the windows that are not held out; `states(n)` is the file before layer n.
 
-    The gradients wait in a file in `folder`.
+    `means` are the mean squares of inputs by tensor. The gradients wait in a file in `folder`.
     """
 
     model: LayeredModel
     windows: Windows
     tensors: frozenset[str]
+    tables: Tables
+    means: Mapping[str, np.ndarray]
     states: Callable[[int], Path]
     folder: Path
     progress: Progress
 
-    def begin(self, behind: StateFile, files: ExitStack, seed: int) -> None:
-        """Draw labels, and note the gradient behind the last layer; inside `outside`."""
+    def begin(self, behind: StateFile, files: ExitStack, seed: int, damage: Damage) -> None:
+        """Draw labels, note the gradient behind the last layer, and tell `damage` of the head.
+
+        Called inside `outside`.
+        """
         count, tokens = self.windows.calibrating, self.windows.ids.shape[1]
         path = self.folder / "gradients"
         self._width = behind.width
@@ -56,9 +64,14 @@ class Backward:
             state_file(path, count, tokens, behind.width, new=True)
         )
         generator = torch.Generator().manual_seed(seed)
+        sites = () if self.tables.head is None else (self.tables.head,)
+        inputs, squares = Squares(sites), _OutputSquares(sites)
         for number in range(count):
             states = behind.read(number, number + 1).to(self.model.device).requires_grad_()
-            with torch.enable_grad():
+            with (
+                torch.enable_grad(),
+                listening(self.model, sites, inputs.listen, squares.listen),
+            ):
                 logits = self.model.finish(self.windows.ids[number : number + 1], states)[0].float()
             odds = logits.detach().softmax(-1)
             # What is drawn, and minus the gradient of its logarithm.
@@ -66,9 +79,12 @@ class Backward:
             slope = odds.scatter_add(1, drawn, -torch.ones_like(drawn, dtype=odds.dtype))
             (found,) = torch.autograd.grad(logits, states, slope)
             self._gradients.write(number, found)
+        means = inputs.means(self.model.source.checkpoint)
+        for site in sites:
+            self._tell(site, squares, means, damage)
 
     def run(self, damage: Damage) -> None:
-        """Go back through all layers, and tell `damage` of each weight.
+        """Go back through all layers and the embedding, and tell `damage` of each weight.
 
         Raises `IrqError` naming the layer for gradients that overflow.
         """
@@ -79,12 +95,28 @@ class Backward:
                 squares = _OutputSquares(sites)
                 self._through(number, sites, squares)
                 for site in sites:
-                    for stored in site.stored:
-                        weight = site.read(self.model, stored)
-                        damage(stored.tensor, weight, squares.of(site, stored, self._tokens))
+                    self._tell(site, squares, self.means, damage)
             self.states(number).unlink(missing_ok=True)
             give_back_memory()
             self.progress.advance(layer_bytes(self.model, number), finished=1)
+        if self.tables.embedding is not None:
+            module, tensor = self.tables.embedding
+            with self.model.outside():
+                f, g = embedding_squares(self.model, module, self.windows, self._gradients)
+                weight = self.model.module(module).get_parameter("weight")
+                damage(tensor, weight.data, g[None], f)
+
+    def _tell(
+        self,
+        site: Site,
+        squares: _OutputSquares,
+        means: Mapping[str, np.ndarray],
+        damage: Damage,
+    ) -> None:
+        for stored in site.stored:
+            name, weight = stored.tensor, site.read(self.model, stored)
+            inputs = None if name not in means else np.atleast_2d(means[name])
+            damage(name, weight, inputs, squares.of(site, stored, self._tokens))
 
     @property
     def _tokens(self) -> int:

@@ -22,29 +22,37 @@ def damages(
     outputs: np.ndarray,
     specs: Sequence[QuantSpec],
     *,
-    weighed: bool,
+    importance: np.ndarray | None,
     name: str,
     threads: int | None = None,
 ) -> np.ndarray:
     """Expected KL, nats a token, of quantizing `weight`, `[rows, cols]`, by each of `specs`.
 
     `inputs`: mean squares `[matrices, cols]` of matrices that lie one below the other; `outputs`:
-    mean squares of gradients, `[rows]`. `weighed`: whether the search goes by `inputs`, too. Of
-    many rows those in the middles of `ROWS` strata of `outputs` stand for all.
+    mean squares of gradients, `[rows]`. `importance`: what the search goes by, as `inputs`; None
+    for all columns alike. Of many rows those in the middles of `ROWS` strata of `outputs` stand for
+    all.
     """
     taken, counts = strata(outputs)
     chosen = weight[torch.from_numpy(taken)].float()
-    by_row = inputs[taken // (len(weight) // len(inputs))]
-    own = by_row if len(inputs) > 1 else inputs
-    columns = torch.from_numpy(by_row)
+    columns = torch.from_numpy(_by_row(inputs, taken, len(weight)))
+    own = importance
+    if own is not None and len(own) > 1:
+        own = _by_row(own, taken, len(weight))
     found = np.zeros(len(specs))
     for number, spec in enumerate(specs):
         shares = None
-        if weighed:
+        if own is not None:
             shares = column_shares(own, len(chosen) // len(own), spec.block_size, name)
         quantized, _ = quantize_with_stats(chosen, spec, shares=shares, threads=threads, name=name)
         error = dequantize_tensor(quantized).cpu().double() - chosen.cpu().double()
         found[number] = 0.5 * float(counts @ (error.square() * columns).sum(1).numpy())
+    return found
+
+
+def _by_row(values: np.ndarray, taken: np.ndarray, rows: int) -> np.ndarray:
+    """Of the matrix that each of the rows `taken` belongs to, its `values`."""
+    found: np.ndarray = values[taken // (rows // len(values))]
     return found
 
 

@@ -68,12 +68,33 @@ class Forward:
                 self.progress.advance(layer_bytes(self.model, number), finished=1)
             first = self.windows.calibrating
             at = {name: (file, 0 if name else first) for name, file in current.items()}
-            at["source"] = at.pop("")
+            source = at.pop("")
             with self.model.outside():
-                found = divergences(self.model, self.windows.ids[first:], at)
+                found = self._judged(source, at)
                 if behind is not None:
                     behind(current[""])
                 return found
+
+    def _judged(
+        self, source: tuple[StateFile, int], streams: Mapping[str, tuple[StateFile, int]]
+    ) -> dict[str, MeanEstimate]:
+        """How far each of `streams` is, with its own tables; without any, of all at once."""
+        ids = self.windows.ids[self.windows.calibrating :]
+        if not self.tensors & self.model.tables().keys():
+            return divergences(self.model, ids, {"source": source, **streams})
+        found: dict[str, MeanEstimate] = {}
+        for name, own in streams.items():
+            tables = self._tables(self.streams[name])
+            found |= divergences(self.model, ids, {"source": source, name: own}, tables)
+        return found
+
+    def _tables(self, specs: Mapping[str, QuantSpec | None]) -> dict[str, torch.Tensor]:
+        """Embeddings and heads as a stream has them; called inside `outside`."""
+        return {
+            name: self._rounded(name, weight, spec)
+            for name, weight in self.model.tables().items()
+            if (spec := specs.get(name)) is not None
+        }
 
     def states(self, number: int) -> Path:
         """Where the source's states before layer `number` are."""
@@ -90,8 +111,10 @@ class Forward:
                     self._width = states.shape[-1]
                     current = self._open(0, files)
                 current[""].write(start, states)
-                for name in self.streams if start >= first else ():
-                    current[name].write(start - first, states)
+            for name, specs in self.streams.items():
+                with self.model.source.replaced(self.model.model, self._tables(specs)):
+                    for start, stop in chunks(first, len(ids), ids.shape[1]):
+                        current[name].write(start - first, self.model.begin(ids[start:stop]))
         return current
 
     def _open(self, number: int, files: ExitStack) -> dict[str, StateFile]:

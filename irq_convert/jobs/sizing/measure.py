@@ -24,6 +24,7 @@ from irq_convert.jobs.sizing.backward import Backward
 from irq_convert.jobs.sizing.choices import Choice
 from irq_convert.jobs.sizing.damage import damages
 from irq_convert.jobs.sizing.forward import Forward, layer_bytes
+from irq_convert.jobs.sizing.tables import Tables
 from irq_convert.progress import Progress
 
 
@@ -58,8 +59,11 @@ def measure_sensitivity(
     and `NotLayered` as the passes do.
     """
     model, layers = subject.model, len(subject.model.layers)
+    tables = Tables.of(model, subject.tensors)
     progress.phase("measuring", 2 * layers, 2 * _all_bytes(model))
-    model.read_order = model.plan_reading(0, passes=1, back=True)
+    model.read_order = model.plan_reading(
+        0, passes=1, back=True, to_start=tables.embedding is not None
+    )
     widths = {str(bits): _of_width(choices, bits) for bits in WIDTHS}
     streams = {
         bits: dict.fromkeys(subject.tensors, choice.spec(subject.base))
@@ -71,25 +75,27 @@ def measure_sensitivity(
         keep_states=True,
     )  # fmt: skip
     back = Backward(
-        model, subject.windows, frozenset(subject.tensors), forward.states, folder, progress
-    )
+        model, subject.windows, frozenset(subject.tensors), tables, forward.means, forward.states,
+        folder, progress,
+    )  # fmt: skip
     found: dict[str, np.ndarray] = {}
     specs = [spec for spec in (choice.spec(subject.base) for choice in choices) if spec]
 
-    def damage(name: str, weight: torch.Tensor, outputs: np.ndarray) -> None:
-        inputs = forward.means.get(name)
-        if inputs is None:
-            found[name] = np.zeros(len(specs))
-            return
-        found[name] = damages(
-            weight, np.atleast_2d(inputs), outputs, specs, weighed=subject.weigh is not None,
-            name=name, threads=subject.threads,
-        )  # fmt: skip
+    def damage(
+        name: str, weight: torch.Tensor, inputs: np.ndarray | None, outputs: np.ndarray
+    ) -> None:
+        own = np.zeros(len(specs))
+        if inputs is not None:
+            own = damages(
+                weight, inputs, outputs, specs, importance=forward.importance(name), name=name,
+                threads=subject.threads,
+            )  # fmt: skip
+        found[name] = found.get(name, 0.0) + own
 
     with torch.no_grad(), torch_threads(subject.threads), full_precision(), ExitStack() as files:
 
         def behind(states: StateFile) -> None:
-            back.begin(states, files, subject.seed)
+            back.begin(states, files, subject.seed, damage)
 
         seen = forward.run(behind)
         back.run(damage)

@@ -18,7 +18,8 @@ import irq_convert
 from irq_convert.artifact.adapter_kinds import AdapterKind
 from irq_convert.errors import IrqError, UsageError
 from irq_convert.hf.causal_lm import load_causal_lm
-from irq_convert.hf.layered import LayeredModel, NotLayered
+from irq_convert.hf.layer_calls import NotLayered
+from irq_convert.hf.layered import LayeredModel
 from irq_convert.jobs.finetune.finetune import finetune
 from irq_convert.jobs.finetune.folder import LOGITS, STATE
 from irq_convert.jobs.finetune.prepare import prepare

@@ -18,7 +18,7 @@ from irq_convert.artifact.importance import read_importance
 from irq_convert.artifact.manifest import describe_source
 from irq_convert.checkpoint.source import open_checkpoint
 from irq_convert.errors import IrqError, UsageError
-from irq_convert.hf.layered import NotLayered
+from irq_convert.hf.layer_calls import NotLayered
 from irq_convert.hf.linears import find_linears
 from irq_convert.jobs.calibration.sites import Rows, Site, StoredRows
 from irq_convert.jobs.calibration.squares import Squares

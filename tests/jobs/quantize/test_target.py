@@ -19,7 +19,7 @@ from irq_convert.artifact.contents import open_artifact
 from irq_convert.artifact.manifest import MANIFEST_NAME
 from irq_convert.checkpoint.layout import LOCK_NAME
 from irq_convert.errors import UsageError
-from irq_convert.hf.layered import NotLayered
+from irq_convert.hf.layer_calls import NotLayered
 from irq_convert.jobs.calibration import source as text_source
 from irq_convert.jobs.calibration.options import CalibrationOptions
 from irq_convert.jobs.quantize import target as targeting
@@ -100,6 +100,28 @@ def test_a_mix_of_so_many_bits(make: Make, text: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.states"))
     model = irq_convert.load(out)
     assert model.config.quantization_config is not None
+
+
+@pytest.mark.parametrize("name", ["Llama 2", "Llama 3"])  # apart, and tied
+def test_embeddings_and_heads_are_in_the_choice(
+    make: Make, text: Path, tmp_path: Path, name: str
+) -> None:
+    source, kept = make(name), tmp_path / "kept.safetensors"
+    more = {"include_embeddings": True, "at_least": (("embed_tokens", 16),)}
+    sized(source, tmp_path / "dense", text, bits=16, file=kept, **more)
+    dense = {tensor.name for tensor in open_artifact(tmp_path / "dense").quantized}
+    assert "model.embed_tokens.weight" not in dense
+    assert ("lm_head.weight" in dense) == (name == "Llama 2")
+    settings = {"bits": 3.2, "include_embeddings": True, "at_most": (("embed_tokens", 2),)}
+    report = sized(source, tmp_path / "mixed", text, file=kept, **settings)
+    (table,) = (t for t in open_artifact(tmp_path / "mixed").quantized if "embed" in t.name)
+    assert table.format.bits == 2
+    assert report.target is not None
+    assert irq_convert.verify(tmp_path / "mixed", against=source).ok
+    model = irq_convert.load(tmp_path / "mixed")
+    assert model.get_input_embeddings().weight.dtype.is_floating_point is False
+    with pytest.raises(UsageError, match=r"--sensitivity .*: made with tables \[.*embed_tokens"):
+        sized(source, tmp_path / "without", text, bits=3.2, file=kept)
 
 
 def test_a_second_run_reads_what_was_measured(make: Make, text: Path, tmp_path: Path) -> None:

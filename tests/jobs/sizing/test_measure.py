@@ -22,6 +22,7 @@ from irq_convert.jobs.sizing import backward, forward
 from irq_convert.jobs.sizing.choices import Choice
 from irq_convert.jobs.sizing.damage import damages, strata
 from irq_convert.jobs.sizing.measure import Subject, compare, measure_sensitivity
+from irq_convert.jobs.sizing.tables import Tables
 from irq_convert.progress import Progress
 from tests.architectures.zoo import BY_NAME, make_model
 from tests.folders import open_without_a_name
@@ -31,12 +32,18 @@ CHOICES = (Choice("int2", 32), Choice("int3", 64), Choice("nf4", 32))
 BASE = QuantSpec("int4", 64, "mse")
 
 
-def subject(source: Path, ids: torch.Tensor, weigh: Any = "measured", held_out: int = 2) -> Subject:
+def subject(
+    source: Path,
+    ids: torch.Tensor,
+    weigh: Any = "measured",
+    held_out: int = 2,
+    tables: bool = False,
+) -> Subject:
     model = open_layered(open_checkpoint(source))
     names = tuple(
         name
         for name, info in model.source.checkpoint.tensors.items()
-        if ".layers." in name and len(info.shape) > 1 and "gate.weight" not in name
+        if (".layers." in name or tables) and len(info.shape) > 1 and "gate.weight" not in name
     )
     return Subject(model, names, Windows(ids, held_out, "words"), BASE, weigh, seed=5, threads=1)
 
@@ -102,6 +109,67 @@ def test_damage_is_half_the_fisher_weighted_error(
     assert checked == 14 * 3
     assert found.choices == ("int2/32", "int3/64", "nf4/32")
     assert sorted(tmp_path.glob("source-*")) == [tmp_path / "source-00002"]
+
+
+def squares_of_rows(model: Any, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the embedding's gradient, token by token and scaled as its class does: f and g."""
+    module = model.get_input_embeddings()
+    rows: list[torch.Tensor] = []
+    module.register_forward_hook(lambda _, args, found: rows.append(found) or found.retain_grad())
+    generator = torch.Generator().manual_seed(5)
+    total = torch.zeros(module.weight.shape[1], dtype=torch.float64)
+    scale = float(getattr(module, "embed_scale", 1.0))
+    for window in ids:
+        logits = model(input_ids=window[None]).logits[0]
+        labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+        torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
+        total += (scale * rows.pop().grad[0].double()).square().sum(0)
+    counts = torch.bincount(ids.flatten(), minlength=len(module.weight)).double()
+    return counts / ids.numel(), total / ids.numel()
+
+
+@pytest.mark.parametrize("name", ["Llama 2", "Llama 3", "Gemma 2"])
+def test_damage_of_embeddings_and_heads(make: Make, tmp_path: Path, name: str) -> None:
+    """The head's as of any linear, the embedding's by tokens; both where one tensor is both."""
+    source, ids = make(name), drawn_ids()
+    own = subject(source, ids, None, tables=True)
+    found = measure_sensitivity(own, CHOICES, {"a": 1}, {"b": 2}, tmp_path, Progress())
+    model, twin = make_model(BY_NAME[name]), make_model(BY_NAME[name])
+    inputs, outputs = by_autograd(model, ids[:6])
+    f, g = squares_of_rows(twin, ids[:6])
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    (key,) = (key for key in inputs if "lm_head" in key)
+    tables = {id(embedding): embedding, id(head): head}
+    names = Tables.of(own.model, own.tensors).tensors
+    assert len(names) == len(tables)
+    for table in names:
+        weight = head if "lm_head" in table else embedding
+        for choice, damage in zip(CHOICES, found.damages[table], strict=True):
+            stored = dequantize_tensor(quantize_tensor(weight.detach(), choice.spec(BASE)))
+            error = (stored - weight.detach()).double().square()
+            wanted = 0.5 * float(f @ (error @ g)) if weight is embedding else 0.0
+            if weight is head:
+                wanted += 0.5 * float(outputs[key] @ (error @ inputs[key]))
+            assert damage == pytest.approx(wanted, rel=2e-3)
+
+
+def test_a_width_in_truth_has_its_tables_too(make: Make, tmp_path: Path) -> None:
+    source, ids = make("Llama 2"), drawn_ids()
+    own = subject(source, ids, None, tables=True)
+    specs = {name: CHOICES[0].spec(BASE) for name in own.tensors}
+    found = compare(own, {"two": specs, "none": dict.fromkeys(specs)}, tmp_path, Progress())
+    model, twin = make_model(BY_NAME["Llama 2"]), make_model(BY_NAME["Llama 2"])
+    with torch.no_grad():
+        for name, spec in specs.items():
+            weight = twin.get_parameter(name)
+            weight.copy_(dequantize_tensor(quantize_tensor(weight, spec)))
+        logits = [
+            m(input_ids=ids[6:]).logits[:, :-1].double().log_softmax(-1) for m in (model, twin)
+        ]
+    kl = float((logits[0].exp() * (logits[0] - logits[1])).sum(-1).mean())
+    assert found["two"].value == pytest.approx(kl, rel=1e-3)
+    assert found["none"].value == 0
+    assert any("embed" in name for name in specs)
 
 
 def test_widths_are_what_they_cost_in_truth(
@@ -189,6 +257,6 @@ def test_some_rows_tell_of_all() -> None:
     weight = torch.randn(1024, 64, generator=generator)
     inputs, outputs = np.ones((1, 64)), np.random.default_rng(0).exponential(size=1024)
     specs = [QuantSpec("int3", 32, "mse")]
-    (found,) = damages(weight, inputs, outputs, specs, weighed=False, name="w")
+    (found,) = damages(weight, inputs, outputs, specs, importance=None, name="w")
     error = (dequantize_tensor(quantize_tensor(weight, specs[0])) - weight).double().square()
     assert found == pytest.approx(0.5 * float(torch.from_numpy(outputs) @ error.sum(1)), rel=0.05)
