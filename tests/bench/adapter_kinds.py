@@ -113,7 +113,9 @@ class Bench:
         which = "both" if "statistics" in more else None
         if lora == "statistics" and connection:
             which, connection = connection, ""
-        given: dict[str, Any] = {"dropout": asked.dropout, "learning_rate": asked.rate}
+        given: dict[str, Any] = {"learning_rate": asked.rate}
+        if lora != "statistics":
+            given |= {"dropout": asked.dropout, "rank": asked.rank}
         if not asked.labels:
             given |= {"teacher": asked.model, "teacher_logits": self.logits}
         given["init"] = "error" if "error" in more else "default"
@@ -123,8 +125,8 @@ class Bench:
             given["beta_rate"] = asked.beta_rate
         return FinetuneOptions(
             lora=lora, connection=connection or None, seed=seed, steps=asked.steps,
-            statistics=which, rank=asked.rank,
-            batch_size=4, sequence_length=asked.context, eval_every=asked.steps, **given,
+            statistics=which, batch_size=4, sequence_length=asked.context,
+            eval_every=asked.steps, **given,
         )  # fmt: skip
 
     def judge(self, folder: Path, adapter: Path | None = None) -> Any:

@@ -14,6 +14,8 @@ from irq_convert.artifact.adapter_kinds import AdapterKind, Connection, Statisti
 from irq_convert.errors import UsageError
 from irq_convert.jobs.common.options import fix_choices, option_name
 
+MATRICES = ("rank", "alpha", "rslora", "dropout")
+"""Options of low-rank adapters alone."""
 RATES = ("learning_rate", "statistics_rate", "beta_rate")
 MOST_LEARNING_RATE = 1e35  # Adam's first steps scale it by up to 10
 
@@ -173,6 +175,11 @@ class FinetuneOptions:
             raise UsageError(
                 f"--connection: --lora {self.lora} has no elastic connections; leave it out"
             )
+        for name in MATRICES if not self.lora.low_rank else ():
+            if getattr(self, name) != getattr(FinetuneOptions, name):
+                raise UsageError(
+                    f"{option_name(name)}: --lora {self.lora} has no matrices; leave it out"
+                )
         if self.statistics_rate is not None and not self.trains_statistics:
             raise UsageError("--statistics-rate: no statistics are trained; add --statistics both")
         if not self.lora.low_rank and self.statistics_rate and self.learning_rate:

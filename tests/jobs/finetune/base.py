@@ -20,7 +20,7 @@ def quick(lora: AdapterKind = AdapterKind.IEC, **changes: Any) -> FinetuneOption
     """Six small steps on the CPU."""
     settings: dict[str, Any] = {
         "lora": lora,
-        "rank": 4,
+        **({"rank": 4} if lora.low_rank else {}),
         "steps": 6,
         "batch_size": 4,
         "micro_batch": 2,

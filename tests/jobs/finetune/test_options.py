@@ -136,6 +136,10 @@ def test_holdout() -> None:
         ({"steps": 5, "epochs": 1.0}, "--steps and --epochs"),
         ({"lora": AdapterKind.PLAIN, "connection": Connection.BOTH}, "--lora plain has no elastic"),
         ({"target_modules": ("q_proj", "")}, "an empty name"),
+        ({"lora": "statistics", "rank": 8}, "--rank: --lora statistics has no matrices"),
+        ({"lora": "statistics", "alpha": 8.0}, "--alpha: --lora statistics has no"),
+        ({"lora": "statistics", "rslora": True}, "--rslora: --lora statistics has no"),
+        ({"lora": "statistics", "dropout": 0.0}, "--dropout: --lora statistics has no"),
     ],
 )
 def test_refused_options(changes: dict[str, Any], says: str) -> None:
