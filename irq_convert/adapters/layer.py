@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from irq_convert.adapters.statistics import MovesStatistics, require_finite, require_scales
 from irq_convert.adapters.variant import IecVariant, weight_of
+from irq_convert.artifact.adapter import BETA
 from irq_convert.artifact.adapter_statistics import SCALE, TAU
 from irq_convert.core.dequantize import dequantize_tensor
 from irq_convert.core.quantized import QuantizedTensor
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from irq_convert.adapters.config import IecLoraConfig
 
 
-OWN_PARTS = ("lora_iec_beta", SCALE, TAU)
+OWN_PARTS = (BETA, SCALE, TAU)
 
 
 class IecLoraLinear(MovesStatistics, LoraLinear):

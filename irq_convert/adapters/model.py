@@ -18,12 +18,10 @@ from irq_convert.adapters.experts import IecLoraExperts
 from irq_convert.adapters.layer import IecLoraLinear
 from irq_convert.adapters.statistics import refuse_mixed
 from irq_convert.adapters.targets import prepare_targets
+from irq_convert.artifact.adapter import BETA
 from irq_convert.errors import IrqError, UsageError
 from irq_convert.hf.identity import forget_identity, model_identity
 from irq_convert.nn.experts import IrqExperts
-
-BETA = "lora_iec_beta"
-"""What the betas of a layer are called in an adapter's file."""
 
 
 class IecLoraModel(LoraModel):

@@ -42,7 +42,7 @@ def _name_betas() -> None:
     ) -> Any:
         from transformers.core_model_loading import WeightRenaming
 
-        from irq_convert.adapters.model import BETA
+        from irq_convert.artifact.adapter import BETA
 
         found = stock(weight_conversions, adapter_name, peft_config=peft_config)
         if found and getattr(peft_config, "peft_type", None) == iec_lora():

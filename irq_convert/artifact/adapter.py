@@ -39,7 +39,9 @@ if TYPE_CHECKING:
     from irq_convert.checkpoint.reader import TileReader
 
 PREFIX = "base_model.model."
-_A, _B, _BETA = ".lora_A.weight", ".lora_B.weight", ".lora_iec_beta"
+BETA = "lora_iec_beta"
+"""What the betas of a layer are called in an adapter's file."""
+_A, _B, _BETA = ".lora_A.weight", ".lora_B.weight", f".{BETA}"
 _EMBEDDING_A, _EMBEDDING_B = ".lora_embedding_A", ".lora_embedding_B"
 _DAMAGED = "the adapter is damaged: save or download it again"
 _PACKED = (

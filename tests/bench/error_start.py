@@ -35,10 +35,11 @@ from irq_convert.jobs.calibration.options import CalibrationOptions
 from irq_convert.jobs.common.text import cut_windows, encode_stream, read_text
 from irq_convert.jobs.evaluate.options import EvalOptions
 from irq_convert.jobs.evaluate.windows import evaluate_windows
-from irq_convert.jobs.finetune.start_error import StartText, start_from_error, start_windows
+from irq_convert.jobs.finetune.start_error import start_from_error
 from irq_convert.jobs.measure.measure import measure
 from irq_convert.jobs.quantize.options import QuantizeOptions
 from irq_convert.jobs.quantize.quantize import quantize
+from tests.jobs.calibration.windows import text_windows
 
 
 def main() -> None:
@@ -106,7 +107,7 @@ class Bench:
                     asked.model, file, text=asked.text, tokens=asked.tokens, window=asked.context
                 )
             return read_importance_file(file)
-        return start_windows(self.source, StartText(asked.text, asked.tokens, asked.context))
+        return text_windows(self.source, asked.text, asked.tokens, asked.context)
 
     def score(self, model: Any) -> str:
         """KL to the source with its standard error."""

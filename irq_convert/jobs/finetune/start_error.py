@@ -17,8 +17,7 @@ from irq_convert.hf.layer_calls import NotLayered
 from irq_convert.hf.layered import open_layered
 from irq_convert.hf.limits import check_context, check_vocabulary
 from irq_convert.jobs.calibration.importance_file import MEASURE, ColumnValues, ImportanceFile
-from irq_convert.jobs.calibration.source import checkpoint_tokenizer
-from irq_convert.jobs.calibration.text import TextChoice, Windows, take_windows, tokenize_source
+from irq_convert.jobs.calibration.text import Windows
 from irq_convert.jobs.finetune.start_layers import AdaptedLayer, Weights, adapted_layers
 from irq_convert.jobs.finetune.start_text import TextStart
 from irq_convert.progress import Progress
@@ -63,25 +62,6 @@ class StartReport:
             "layers": {name: each.part for name, each in self.layers.items()},
             "unweighed": list(self.unweighed),
         }
-
-
-@dataclass(frozen=True)
-class StartText:
-    """Which text tells what reaches the adapters: a file or a Hub dataset, as `measure` has it."""
-
-    text: str
-    tokens: int = 65_536
-    window: int = 512
-    seed: int = 0
-
-
-def start_windows(source: Checkpoint, choice: TextChoice) -> Windows:
-    """The windows of a text for `start_from_error`, in tokens of the source.
-
-    Raises `UsageError` for a text of less than one window, and as reading it does.
-    """
-    ids, name = tokenize_source(choice, checkpoint_tokenizer(source))
-    return take_windows(ids, choice, name)
 
 
 def start_from_error(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from irq_convert.artifact.adapter import BETA
 from irq_convert.artifact.contents import Artifact, StoredTensor, read_quantized
 from irq_convert.checkpoint.columns import row_tiles
 from irq_convert.checkpoint.float_dtypes import FLOATS
@@ -74,7 +75,7 @@ class AdaptedLayer:
             b.zero_()
             a[:rank] = (found.a * half).to(a)
             b[:, :rank] = (found.b * half).to(b)
-            betas = getattr(self.layer, "lora_iec_beta", {})
+            betas = getattr(self.layer, BETA, {})
             if self.adapter in betas:
                 betas[self.adapter].weight.zero_()
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from irq_convert.adapters.model import BETA
+from irq_convert.artifact.adapter import BETA
 from irq_convert.artifact.adapter_statistics import SCALE, TAU
 from irq_convert.checkpoint.system import explain_os_error
 from irq_convert.errors import IrqError, one_line

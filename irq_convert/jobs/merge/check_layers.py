@@ -28,7 +28,7 @@ from irq_convert.core.elastic import block_sums, block_weights, elastic
 from irq_convert.core.quantized import QuantizedTensor
 from irq_convert.core.scales import expand_statistic
 from irq_convert.errors import IrqError
-from irq_convert.jobs.merge.moves import Moves
+from irq_convert.jobs.merge.moves import TensorMoves
 from irq_convert.jobs.merge.options import MergeTo
 from irq_convert.jobs.merge.plan import MergedTensor, MergePlan
 from irq_convert.progress import Progress
@@ -123,7 +123,7 @@ def _check(
     x, change = _change(reader, tensor, adapter)
     moves = None
     if tensor.statistics is not None:
-        moves = Moves.read(reader, tensor.name, tensor.statistics)
+        moves = TensorMoves.read(reader, tensor.name, tensor.statistics)
     exact, size = _Sums(change.abs()), float(x.norm())
     for start, stop, after, stored in _merged_tiles(reader, tensor, merged):
         rows = slice(start, stop)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from irq_convert.adapters.statistics import require_scales
 from irq_convert.artifact.adapter import read_finite
 from irq_convert.artifact.adapter_statistics import StoredStatistics
 from irq_convert.checkpoint.reader import TileReader
@@ -14,11 +15,10 @@ from irq_convert.core.elastic import repeat_blocks
 from irq_convert.core.moved import as_levels, moved_statistics
 from irq_convert.core.quantized import QuantizedTensor
 from irq_convert.core.scales import expand_statistic
-from irq_convert.errors import IrqError
 
 
 @dataclass(frozen=True)
-class Moves:
+class TensorMoves:
     """f and o of a whole tensor, float64 `[rows, blocks]`, None for what stays (core/moved.py)."""
 
     name: str
@@ -26,7 +26,7 @@ class Moves:
     offset: torch.Tensor | None
 
     @classmethod
-    def read(cls, reader: TileReader, name: str, stored: StoredStatistics) -> Moves:
+    def read(cls, reader: TileReader, name: str, stored: StoredStatistics) -> TensorMoves:
         """Read those of tensor `name`; raises `IrqError` where a number is not finite."""
         parts = (
             None if info is None else read_finite(reader, info)
@@ -44,11 +44,7 @@ class Moves:
             [] if part is None else [part[start:stop]] for part in (self.factor, self.offset)
         )
         scale, tau = moved_statistics(q, factors, offsets, dtype=torch.float64)
-        if bool((scale < 0).any()):
-            raise IrqError(
-                f"{self.name}: the adapter makes a scale negative: training has gone too far; take "
-                "an earlier checkpoint, or train with a lower learning rate"
-            )
+        require_scales(scale, [self.name])
         return scale, tau
 
     def change(self, q: QuantizedTensor, start: int) -> torch.Tensor:

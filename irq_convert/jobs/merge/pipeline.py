@@ -31,7 +31,7 @@ from irq_convert.core.scales import expand_statistic
 from irq_convert.errors import IrqError
 from irq_convert.jobs.common.streams import BackgroundWriter, prefetched
 from irq_convert.jobs.merge.delta import Delta
-from irq_convert.jobs.merge.moves import Moves, restated_change
+from irq_convert.jobs.merge.moves import TensorMoves, restated_change
 from irq_convert.jobs.merge.options import MergeOptions
 from irq_convert.jobs.merge.outcome import Outcome, measure_outcome, sum_of_squares
 from irq_convert.jobs.merge.plan import MergedTensor
@@ -52,7 +52,7 @@ class _Change:
     """What the adapter does to one tensor: adds to it, and moves its statistics."""
 
     delta: Delta | None = None
-    moves: Moves | None = None
+    moves: TensorMoves | None = None
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def merge_shard(
 def _read_change(reader: TileReader, adapter: StoredAdapter, tensor: MergedTensor) -> _Change:
     moves = None
     if tensor.statistics is not None:
-        moves = Moves.read(reader, tensor.name, tensor.statistics)
+        moves = TensorMoves.read(reader, tensor.name, tensor.statistics)
     return _Change(read_delta(reader, adapter, tensor), moves)
 
 

@@ -22,12 +22,7 @@ from irq_convert.hf.layered import LayeredModel
 from irq_convert.jobs.calibration.importance_file import ImportanceFile, read_importance_file
 from irq_convert.jobs.calibration.text import Windows
 from irq_convert.jobs.demo.corpus import corpus
-from irq_convert.jobs.finetune.start_error import (
-    StartReport,
-    StartText,
-    start_from_error,
-    start_windows,
-)
+from irq_convert.jobs.finetune.start_error import StartReport, start_from_error
 from irq_convert.jobs.finetune.start_layers import adapted_layers
 from irq_convert.jobs.measure.measure import measure
 from irq_convert.jobs.quantize.quantize import quantize
@@ -35,6 +30,7 @@ from irq_convert.progress import Progress
 from tests.architectures.zoo import BY_NAME, write_checkpoint
 from tests.artifact.imatrix_files import llama_cpp_values, write_gguf
 from tests.folders import change_tensors
+from tests.jobs.calibration.windows import text_windows
 from tests.paths import DEMO
 
 KINDS = ("plain", "iec", "block")
@@ -57,7 +53,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     text, file = folder / "tales.txt", folder / "importance.safetensors"
     text.write_text(corpus(3, 40))
     measure(DEMO, file, text=text, tokens=1024, window=64, threads=1)
-    windows = start_windows(open_checkpoint(DEMO), StartText(str(text), 1024, 64))
+    windows = text_windows(open_checkpoint(DEMO), text, 1024, 64)
     return {"identity": None, "importance": read_importance_file(file), "text": windows}
 
 

@@ -189,7 +189,7 @@ def of_halves(tensors: dict[str, torch.Tensor]) -> None:
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (negative, "makes a scale negative"),
+        (negative, "driven a scale below 0"),
         (infinite, "holds NaN or infinite numbers"),
         (lost, "lora_irq_tau of .* is missing"),
         (lost_both, "its file holds nothing for it"),
