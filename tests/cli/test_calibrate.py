@@ -17,6 +17,7 @@ from tests.tiny import LLAMA, VOCABULARY, llama_tensors, write_source
 from .process import Commands, assert_fails
 
 NAME = "org/model"
+TARGET = ("--target-bits", "5", "--include-embeddings")
 OPTIONS = (
     "--bits", "2", "--block-size", "16", "--calibration-tokens", "512", "--calibration-window",
     "32", "--threads", "1",
@@ -58,15 +59,24 @@ def test_a_report_and_what_inspect_shows(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "asked",
+    [
+        ("--calibrate", "words.txt", *OPTIONS),
+        (*TARGET, "--target-text", "words.txt", "--target-tokens", "512"),
+    ],
+    ids=["calibrated", "a target"],
+)
 def test_streamed_from_the_hub(
     irq: Commands,
     hub_settings: Callable[[str], dict[str, str]],
     work: Path,
     calibration_source: Path,
     words: Path,
+    asked: tuple[str, ...],
 ) -> None:
     """The same bytes as from the folder, and nothing of the source left."""
-    data = ("--calibrate", words.name, *OPTIONS, "--max-shard-size", "0.00005")
+    data = (*asked, "--max-shard-size", "0.00005")
     assert irq("quantize", calibration_source, "local", *data, cwd=work).code == 0
     with serve(World({NAME: FolderRepo(calibration_source)})) as server:
         env = hub_settings(server.url)
