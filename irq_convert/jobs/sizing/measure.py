@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,14 +61,12 @@ def measure_sensitivity(
     model, layers = subject.model, len(subject.model.layers)
     tables = Tables.of(model, subject.tensors)
     progress.phase("measuring", 2 * layers, 2 * _all_bytes(model))
-    model.read_order = model.plan_reading(
-        0, passes=1, back=True, to_start=tables.embedding is not None
-    )
-    widths = {str(bits): _of_width(choices, bits) for bits in WIDTHS}
+    looked_up = tables.embedding is not None
+    model.read_order = model.plan_reading(0, passes=1, back=True, to_start=looked_up)
+    widths = {str(bits): choice for bits in WIDTHS if (choice := _of_width(choices, bits))}
     streams = {
         bits: dict.fromkeys(subject.tensors, choice.spec(subject.base))
         for bits, choice in widths.items()
-        if choice is not None
     }
     forward = Forward(
         model, subject.windows, streams, subject.weigh, folder, progress, subject.threads,
@@ -78,35 +76,49 @@ def measure_sensitivity(
         model, subject.windows, frozenset(subject.tensors), tables, forward.means, forward.states,
         folder, progress,
     )  # fmt: skip
-    found: dict[str, np.ndarray] = {}
-    specs = [spec for spec in (choice.spec(subject.base) for choice in choices) if spec]
-
-    def damage(
-        name: str, weight: torch.Tensor, inputs: np.ndarray | None, outputs: np.ndarray
-    ) -> None:
-        own = np.zeros(len(specs))
-        if inputs is not None:
-            own = damages(
-                weight, inputs, outputs, specs, importance=forward.importance(name), name=name,
-                threads=subject.threads,
-            )  # fmt: skip
-        found[name] = found.get(name, 0.0) + own
-
+    heard = _Heard(subject, choices, forward.importance)
     with torch.no_grad(), torch_threads(subject.threads), full_precision(), ExitStack() as files:
 
         def behind(states: StateFile) -> None:
-            back.begin(states, files, subject.seed, damage)
+            back.begin(states, files, subject.seed, heard.damage)
 
         seen = forward.run(behind)
-        back.run(damage)
+        back.run(heard.damage)
     if forward.unreached:
         progress.note(
             f"{forward.unreached} experts were reached by no token and count as much as the mean "
             "of their layer's: more --target-tokens help"
         )
     names = tuple(str(choice) for choice in choices)
-    known = {bits: choice for bits, choice in widths.items() if choice is not None}
-    return Sensitivity(found, names, _widths(found, names, known, seen), settings, source)
+    return Sensitivity(
+        heard.found, names, _widths(heard.found, names, widths, seen), settings, source
+    )
+
+
+class _Heard:
+    """What the way back tells: what each choice damages, `found` by tensor."""
+
+    def __init__(
+        self,
+        subject: Subject,
+        choices: Sequence[Choice],
+        importance: Callable[[str], np.ndarray | None],
+    ) -> None:
+        self._specs = [spec for choice in choices if (spec := choice.spec(subject.base))]
+        self._importance, self._threads = importance, subject.threads
+        self.found: dict[str, np.ndarray] = {}
+
+    def damage(
+        self, name: str, weight: torch.Tensor, inputs: np.ndarray | None, outputs: np.ndarray
+    ) -> None:
+        """A `Damage`; what is told of a tensor more than once adds up."""
+        own = np.zeros(len(self._specs))
+        if inputs is not None:
+            own = damages(
+                weight, inputs, outputs, self._specs, importance=self._importance(name),
+                name=name, threads=self._threads,
+            )  # fmt: skip
+        self.found[name] = self.found.get(name, 0.0) + own
 
 
 def compare(
