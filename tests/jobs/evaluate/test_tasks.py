@@ -316,20 +316,33 @@ import peft  # the first of all, so that it is on its way when torch calls us
 from lm_eval import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-model, tasks = sys.argv[1:]
-loaded = TaskManager(include_path=tasks, include_defaults=False).load(["tales"])
-lm = HFLM.create_from_arg_string(f"pretrained={model},dtype=float32,device=cpu,batch_size=4")
-assert type(lm.model.model.layers[0].mlp.up_proj).__name__ == "IrqLinear"
+model, adapter, tasks = sys.argv[1:]
+found = []
+for more in ("", f",peft={adapter}"):
+    loaded = TaskManager(include_path=tasks, include_defaults=False).load(["tales"])
+    given = f"pretrained={model},dtype=float32,device=cpu,batch_size=4{more}"
+    lm = HFLM.create_from_arg_string(given)
+    if not more:
+        assert type(lm.model.model.layers[0].mlp.up_proj).__name__ == "IrqLinear"
+    found.append(evaluate(lm, loaded, log_samples=False)["results"])
 assert "IEC_LORA" in peft.PEFT_TYPE_TO_CONFIG_MAPPING
-print(json.dumps(evaluate(lm, loaded, log_samples=False)["results"]))
+print(json.dumps(found))
 """
 
 
 @pytest.mark.slow
-def test_lm_eval_alone_gives_the_same(report: TaskReport, artifact: Path, folder: Path) -> None:
+def test_lm_eval_alone_gives_the_same(
+    report: TaskReport, artifact: Path, folder: Path, tmp_path: Path
+) -> None:
     """Its `hf` model in a program that imports nothing of ours: torch's entry point does."""
+    from irq_convert.artifact.adapter_kinds import AdapterKind
+    from tests.jobs.generate.test_generate import make_adapter
+
+    adapter = make_adapter(artifact, AdapterKind.IEC, tmp_path / "adapter")
+    how = {"task_paths": (folder,), "batch_size": 4}
+    adapted = evaluate_tasks(artifact, "tales", adapter=adapter, **how)
     done = subprocess.run(
-        [sys.executable, "-c", ALONE, str(artifact), str(folder)],
+        [sys.executable, "-c", ALONE, str(artifact), str(adapter), str(folder)],
         cwd=folder,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -337,6 +350,9 @@ def test_lm_eval_alone_gives_the_same(report: TaskReport, artifact: Path, folder
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    theirs = json.loads(done.stdout.splitlines()[-1])
-    for score in report.scores:
-        assert theirs[score.task][f"{score.metric},{score.filter}"] == pytest.approx(score.value)
+    found = json.loads(done.stdout.splitlines()[-1])
+    for ours, theirs in zip((report, adapted), found, strict=True):
+        for score in ours.scores:
+            own = theirs[score.task][f"{score.metric},{score.filter}"]
+            assert own == pytest.approx(score.value)
+    assert found[0] != found[1]
