@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from transformers import __version__ as TRANSFORMERS
 from transformers.quantizers.base import HfQuantizer
 
 from irq_convert.errors import IrqError, UsageError
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 # Modules that need a fully imported transformers are imported where they are used: this one is
 # imported while transformers' quantizers still are.
 
+LEAST_TRANSFORMERS = (5, 20)
+"""As the package requires; an environment of vLLM may pin an older one."""
+
 
 class IrqQuantizer(HfQuantizer):
     """Loads, saves and dequantizes models whose layers are `IrqLinear` and `IrqEmbedding`."""
@@ -29,7 +33,17 @@ class IrqQuantizer(HfQuantizer):
     _pairs: tuple[tuple[str, str], ...] = ()
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """Raise `UsageError` when asked to quantize a dense model while loading it."""
+        """Raise `UsageError` in an environment whose transformers is too old.
+
+        Or when asked to quantize a dense model while loading it.
+        """
+        found = tuple(map(int, TRANSFORMERS.split(".")[:2]))
+        if found < LEAST_TRANSFORMERS:
+            least = ".".join(map(str, LEAST_TRANSFORMERS))
+            raise UsageError(
+                f"irq models need transformers {least} or later, and this environment "
+                f"has {TRANSFORMERS}: load them in another one (vLLM serves them as they are)"
+            )
         if not self.pre_quantized:
             raise UsageError(
                 "irq models are quantized ahead: run `irq-convert quantize` and load the result"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ from transformers import AutoModelForSequenceClassification
 
 import irq_convert
 from irq_convert.errors import IrqError, UsageError
+from irq_convert.hf import quantizer
 from tests.folders import assert_one_line, change_json
 from tests.hf.artifact import write_artifact
+from tests.paths import ROOT
 from tests.tiny import tiny_model
 
 
@@ -88,4 +91,13 @@ def test_a_model_that_is_not_quantized(artifact: Path) -> None:
     del raw["quantization_config"]
     (artifact / "config.json").write_text(json.dumps(raw))
     with pytest.raises(UsageError, match="not an irq artifact"):
+        irq_convert.load(artifact)
+
+
+def test_a_transformers_that_is_too_old(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    least = ".".join(map(str, quantizer.LEAST_TRANSFORMERS))
+    assert f"transformers>={least},<6" in project["dependencies"]
+    monkeypatch.setattr(quantizer, "TRANSFORMERS", "5.19.0")
+    with pytest.raises(UsageError, match=r"need transformers 5\.\d+ or later, .* has 5\.19\.0"):
         irq_convert.load(artifact)
