@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -39,6 +41,7 @@ class Engine:
                 stderr=out,
                 text=True,
                 env={**os.environ, **own},
+                start_new_session=True,
             )
 
     def load(self, model: Path, **settings: Any) -> dict[str, Any]:
@@ -63,13 +66,15 @@ class Engine:
         return self._ask({"engine": _arguments(model, settings), **job})
 
     def close(self) -> None:
-        """End the process."""
+        """End the process, and workers of ranks that a fork of it has left."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         try:
             self._process.wait(60)
         except subprocess.TimeoutExpired:
             self._process.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
 
     def __enter__(self) -> Self:
         return self
