@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from irq_convert.core.spec import QuantSpec
     from irq_convert.errors import IrqError, UsageError
     from irq_convert.hf.loading import load
+    from irq_convert.jobs.calibration.options import CalibrationOptions
     from irq_convert.jobs.evaluate.evaluate import evaluate
     from irq_convert.jobs.evaluate.options import EvalOptions
     from irq_convert.jobs.evaluate.task_options import TaskOptions
@@ -44,10 +45,12 @@ if TYPE_CHECKING:
     from irq_convert.jobs.quantize.estimate import estimate_quantize
     from irq_convert.jobs.quantize.options import QuantizeOptions
     from irq_convert.jobs.quantize.quantize import quantize
+    from irq_convert.jobs.sizing.options import TargetOptions
     from irq_convert.jobs.verify import verify
     from irq_convert.progress import Progress
 
 _HOMES = {
+    "CalibrationOptions": "irq_convert.jobs.calibration.options",
     "EvalOptions": "irq_convert.jobs.evaluate.options",
     "ExportOptions": "irq_convert.jobs.export.options",
     "FinetuneOptions": "irq_convert.jobs.finetune.options",
@@ -61,6 +64,7 @@ _HOMES = {
     "QuantSpec": "irq_convert.core.spec",
     "QuantizeOptions": "irq_convert.jobs.quantize.options",
     "QuantizedTensor": "irq_convert.core.quantized",
+    "TargetOptions": "irq_convert.jobs.sizing.options",
     "TaskOptions": "irq_convert.jobs.evaluate.task_options",
     "UsageError": "irq_convert.errors",
     "attach": "irq_convert.adapters.attach",
@@ -88,6 +92,7 @@ _HOMES = {
 """Every name of the face, and the module that it comes from."""
 
 __all__ = [
+    "CalibrationOptions",
     "EvalOptions",
     "ExportOptions",
     "FinetuneOptions",
@@ -101,6 +106,7 @@ __all__ = [
     "QuantSpec",
     "QuantizeOptions",
     "QuantizedTensor",
+    "TargetOptions",
     "TaskOptions",
     "UsageError",
     "__version__",

@@ -97,11 +97,9 @@ def eval_command(
     threads: TorchThreads = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure perplexity on a text file and, with --against, KL divergence and agreement; or
-    accuracy on tasks, with --tasks.
+    """Measure perplexity on a text, and with --against KL to a reference; or --tasks.
 
-    Every figure comes with its standard error. With --adapter the model carries the adapter, the
-    reference does not.
+    Every figure has its standard error. --adapter goes on the model, not on the reference.
 
     Example: irq-convert eval ./model-3bit --text wiki.txt --against ./model
 

@@ -119,7 +119,7 @@ def finetune_command(
     ] = None,
     learning_rate: Annotated[
         float | None,
-        _optimizer("\\[default: 2e-4 up to 13 B weights, 1e-4 above]"),
+        _optimizer("\\[default: 2e-4 up to 13 B weights, 1e-4 above; 3e-3 of statistics alone]"),
     ] = None,
     statistics_rate: Annotated[
         float | None,

@@ -46,7 +46,8 @@ def inspect_command(
         typer.echo(json.dumps(report.to_dict(), indent=2))
         return
     _print_head(report.artifact)
-    _print_table(report.rows, report.total, by)
+    adapters = (report.artifact.manifest or {}).get("source", {}).get("adapters")
+    _print_table(report.rows, report.total, by, merged=bool(adapters))
     if report.artifact.manifest is None:
         typer.echo("No irq_manifest.json: entropy and error are not known.")
     if plot is not None:
@@ -85,7 +86,7 @@ def _print_head(artifact: Artifact) -> None:
     facts((label, value) for label, value in lines if value)
 
 
-def _print_table(rows: Sequence[Row], total: Row, by: By) -> None:
+def _print_table(rows: Sequence[Row], total: Row, by: By, *, merged: bool) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -98,16 +99,19 @@ def _print_table(rows: Sequence[Row], total: Row, by: By) -> None:
     # Where bits differ they are what a person looks for.
     bars = by is not By.TENSOR and len({_bar(row) for row in rows} - {""}) > 1
     if bars:
-        table.add_column("", no_wrap=True)
+        table.add_column(" stored", no_wrap=True)
     for row in rows:
         table.add_row(*_cells(row, by), *([_bar(row)] if bars else []))
     table.add_section()
     table.add_row(*_cells(total, by))
     Console().print(table)
     if total.entropy is not None and by is not By.TENSOR:
+        of = ", to base plus adapter" if merged else ""
         typer.echo(
-            "entropy: bits a code, before -> after; error: squared, relative; rows are means"
+            f"entropy: bits a code, before -> after; error: squared, relative{of}; rows are means"
         )
+    if bars:
+        typer.echo("stored: two marks a bit of a weight, quantized or not")
 
 
 def _cells(row: Row, by: By) -> Iterator[str]:

@@ -56,7 +56,7 @@ def merge_command(
     ] = None,
     objective: Annotated[
         Objective | None,
-        typer.Option(help="MergeTo quantize again with.  \\[default: the artifact's]"),
+        typer.Option(help="To quantize again with.  \\[default: the artifact's]"),
     ] = None,
     min_survival: Annotated[
         float,

@@ -15,11 +15,26 @@ def longest_context(config: Any) -> int | None:
     return most if most is not None and most > 0 else None
 
 
+def fit_window(config: Any, window: int, default: int, option: str) -> int:
+    """`window`, or as many tokens as a model of `config` takes where that is the `default`.
+
+    Raises `UsageError` naming `option` for any other that is longer.
+    """
+    most = longest_context(config)
+    if window == default and most is not None and most < window:
+        return most
+    check_context(config, window, option)
+    return window
+
+
 def check_context(config: Any, window: int, option: str) -> None:
     """Raise `UsageError` naming `option` for a window longer than a model of `config` takes."""
     most = longest_context(config)
     if most is not None and most < window:
-        raise UsageError(f"{option} {window} is longer than the model's context of {most} tokens")
+        raise UsageError(
+            f"{option} {window} is longer than the model's context of {most} tokens: give at most "
+            "those"
+        )
 
 
 def check_vocabulary(model: Any, ids: torch.Tensor) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from irq_convert.artifact.contents import Artifact, open_artifact
 from irq_convert.checkpoint.locate import locate
+from irq_convert.errors import UsageError
 from irq_convert.hf.causal_lm import load_config, load_tokenizer, require_causal_lm
 from irq_convert.jobs.finetune.data import Data, load_data
 from irq_convert.jobs.finetune.model import check_targets, modules_on_meta
@@ -60,6 +61,7 @@ def prepare(
     require_causal_lm(model, config)
     if options.target_modules is not None:
         check_targets(options.target_modules, modules_on_meta(config))
+    _check_rank(options, artifact)
     text = config.get_text_config()
     base = Base(artifact.weights, getattr(text, "max_position_embeddings", None))
     holdout = holdout_fraction(options, eval_data is not None)
@@ -91,6 +93,17 @@ def prepare(
     return Preparation(
         str(model), folder, artifact, config, encoder, found, recipe, processes, teacher, start
     )
+
+
+def _check_rank(options: FinetuneOptions, artifact: Artifact) -> None:
+    """Raise `UsageError` for matrices larger than every weight that they are to change."""
+    largest = max(artifact.quantized, key=lambda tensor: tensor.shape.rows + tensor.shape.cols)
+    rows, cols = largest.shape.rows, largest.shape.cols
+    if options.rank > rows + cols:
+        raise UsageError(
+            f"--rank {options.rank}: {largest.name} [{rows}, {cols}] is the largest packed weight, "
+            f"and no change of it has a rank above {min(rows, cols)}"
+        )
 
 
 def _taught(

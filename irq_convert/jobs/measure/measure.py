@@ -65,7 +65,7 @@ def measure(
             unreached = _unreached(plan, found, experts, progress)
     windows, tokens = plan.windows, plan.windows.ids.numel()
     source = describe_source(checkpoint, model)
-    importance = Importance(found, windows.name, tokens, options.window, windows.sha256, source)
+    importance = Importance(found, windows.name, tokens, plan.window, windows.sha256, source)
     progress.stage("writing")
     size = write_importance(target, importance)
     return MeasureReport(
@@ -74,7 +74,7 @@ def measure(
         text=windows.name,
         tokens=tokens,
         windows=len(windows.ids),
-        window=options.window,
+        window=plan.window,
         how=how,
         linear=len(plan.linears),
         tensors=len(found),
@@ -117,7 +117,7 @@ def estimate_measure(
         text=plan.windows.name,
         tokens=ids.numel(),
         windows=len(ids),
-        window=options.window,
+        window=plan.window,
         how=plan.how,
         linear=len(plan.linears),
         disk_needed=4 * ids.numel() * width,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from irq_convert.artifact.importance import is_importance
@@ -14,9 +14,10 @@ from irq_convert.errors import IrqError, UsageError
 from irq_convert.hf.causal_lm import load_config, require_causal_lm
 from irq_convert.hf.layer_calls import NotLayered
 from irq_convert.hf.layered import LayeredModel, open_layered
-from irq_convert.hf.limits import check_context, check_vocabulary
+from irq_convert.hf.limits import check_vocabulary, fit_window
 from irq_convert.hf.linears import find_linears
 from irq_convert.hf.usable import refuse_unusable
+from irq_convert.jobs.calibration.options import WINDOW
 from irq_convert.jobs.calibration.source import checkpoint_tokenizer
 from irq_convert.jobs.calibration.text import Windows, take_windows, tokenize_source
 from irq_convert.jobs.measure.options import MeasureOptions
@@ -36,6 +37,11 @@ class MeasurePlan:
     windows: Windows
     layered: LayeredModel | None
     why: str = ""
+
+    @property
+    def window(self) -> int:
+        """Tokens that are seen together."""
+        return int(self.windows.ids.shape[1])
 
     @property
     def how(self) -> str:
@@ -76,7 +82,7 @@ def plan_measure(
         why = str(error)
         config = load_config(checkpoint.folder)
         require_causal_lm(checkpoint.folder, config)
-    check_context(config, options.window, "--window")
+    options = replace(options, window=fit_window(config, options.window, WINDOW, "--window"))
     progress.stage("reading the text")
     ids, name = tokenize_source(options, checkpoint_tokenizer(checkpoint))
     windows = take_windows(ids, options, name)

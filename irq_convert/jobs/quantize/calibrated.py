@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from irq_convert.errors import UsageError
 from irq_convert.hf.layer_calls import NotLayered
 from irq_convert.hf.layered import LayeredModel, open_layered
-from irq_convert.hf.limits import check_context
+from irq_convert.hf.limits import fit_window
 from irq_convert.jobs.calibration.judge import Judgement
 from irq_convert.jobs.calibration.loop import (
     Calibrated,
@@ -21,7 +21,7 @@ from irq_convert.jobs.calibration.loop import (
     collect,
     layer_files,
 )
-from irq_convert.jobs.calibration.options import CalibrationOptions, LoopOptions
+from irq_convert.jobs.calibration.options import WINDOW, CalibrationOptions, LoopOptions
 from irq_convert.jobs.calibration.text import Windows
 from irq_convert.jobs.calibration.workspace import Workspace, calibration_folder, workspace
 from irq_convert.jobs.common.records import read_run, read_shard_record
@@ -78,7 +78,8 @@ def plan_calibration(
     layers = layer_files(model, outputs)
     if not first:
         return CalibrationPlan(chosen, model, None, layers)
-    check_context(model.model.config, chosen.window, "--calibration-window")
+    window = fit_window(model.model.config, chosen.window, WINDOW, "--calibration-window")
+    chosen = replace(chosen, window=window)
     no_stream = (
         "--calibrate self needs the whole model, which --stream never has on the disk: leave "
         "out --stream, or give a text"

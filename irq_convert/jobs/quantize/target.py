@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from irq_convert.checkpoint.system import format_bytes
-from irq_convert.errors import UsageError
 from irq_convert.jobs.common.metrics import MeanEstimate
 from irq_convert.jobs.common.torchrun import RunProcesses
 from irq_convert.jobs.quantize.importance import Weighing
 from irq_convert.jobs.quantize.options import QuantizeOptions
 from irq_convert.jobs.quantize.plan import QuantizePlan, replan
+from irq_convert.jobs.quantize.target_bytes import choice_specs, target_of, whole_bytes
 from irq_convert.jobs.quantize.target_plan import (
     Target,
-    choice_specs,
     layers_or_refused,
     plan_target,
     scratch_folder,
-    target_of,
-    whole_bytes,
 )
 from irq_convert.jobs.sizing.choices import Choice
 from irq_convert.jobs.sizing.measure import compare
@@ -139,10 +135,7 @@ def target_frontier(
 
 
 def choose(target: Target) -> tuple[list[Mix], Mix | None]:
-    """The best mixes that fit with everything around them, and the best uniform choice that does.
-
-    Raises `UsageError` naming the smallest and largest that can be reached.
-    """
+    """The best mixes that fit with all around them, and the best uniform choice that does."""
     market = target.market
     found = [_best(target, caution) for caution in CAUTIONS]
     mixes = [mix for at, mix in enumerate(found) if mix not in found[:at]]
@@ -151,12 +144,8 @@ def choose(target: Target) -> tuple[list[Mix], Mix | None]:
 
 def _best(target: Target, caution: float = 1.0) -> Mix:
     found = _fitted(target, partial(target.market.best, caution=caution))
-    if found is not None:
-        return found
-    least, asked = target.market.extremes[0], target_of(target.options)
-    if asked.size is None or _whole(target, least) > asked.size:
-        raise _unreachable(target)
-    return least
+    # `refuse_unreachable` has seen that the smallest fits.
+    return target.market.smallest if found is None else found
 
 
 def _fitted(target: Target, pick: Callable[[int], Mix | None]) -> Mix | None:
@@ -177,30 +166,6 @@ def _whole(target: Target, mix: Mix) -> int:
     """Bytes of the artifact that `mix` gives, at most."""
     plan = replan(target.plan, choice_specs(mix.choices, target.options))
     return whole_bytes(plan, target.options)
-
-
-def _size_for(target: Target, mix: Mix) -> int:
-    """What to ask for to get `mix`: the manifest tells that, too, in more digits or fewer."""
-    size = _whole(target, mix)
-    options = replace(target.options, target=replace(target_of(target.options), size=size))
-    return _whole(replace(target, options=options), mix)
-
-
-def _unreachable(target: Target) -> UsageError:
-    extremes = target.market.extremes
-    asked = target_of(target.options)
-    if asked.bits is not None:
-        low, high = (8 * mix.nbytes / target.weights for mix in extremes)
-        return UsageError(
-            f"--target-bits {asked.bits:g}: the choices reach from {low:.4f} to {high:.4f} bits"
-        )
-    assert asked.size is not None
-    low, high = (_size_for(target, mix) for mix in extremes)
-    rest = low - extremes[0].nbytes
-    return UsageError(
-        f"--target-size {format_bytes(asked.size)}: the choices reach from {format_bytes(low)} to "
-        f"{format_bytes(high)}, and {format_bytes(rest)} of it are not quantized"
-    )
 
 
 def _judged(

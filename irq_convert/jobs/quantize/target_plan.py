@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,9 @@ from irq_convert.artifact.sensitivity import write_sensitivity
 from irq_convert.artifact.source_identity import source_identity
 from irq_convert.checkpoint.layout import LOCK_NAME
 from irq_convert.checkpoint.lock import Held, take_folder
-from irq_convert.checkpoint.system import format_bytes, os_errors
+from irq_convert.checkpoint.system import os_errors
 from irq_convert.core.codebook import FAMILIES
 from irq_convert.core.objective import ZeroPoint
-from irq_convert.core.spec import QuantSpec
 from irq_convert.errors import UsageError
 from irq_convert.hf.layer_calls import NotLayered
 from irq_convert.hf.layered import LayeredModel, open_layered
@@ -28,14 +26,15 @@ from irq_convert.jobs.calibration.text import Windows
 from irq_convert.jobs.common.expressions import last_match
 from irq_convert.jobs.quantize.importance import Weighing
 from irq_convert.jobs.quantize.options import QuantizeOptions
-from irq_convert.jobs.quantize.plan import QuantizePlan, TensorPlan
+from irq_convert.jobs.quantize.plan import QuantizePlan
 from irq_convert.jobs.quantize.sensitivity_file import SensitivityFile
+from irq_convert.jobs.quantize.target_bytes import bytes_by_choice, target_of, whole_bytes
+from irq_convert.jobs.quantize.target_reach import refuse_unreachable
 from irq_convert.jobs.quantize.windows import read_windows
 from irq_convert.jobs.sizing.choices import BLOCKS, DENSE, Choice, quantized_choices
 from irq_convert.jobs.sizing.measure import Subject, measure_sensitivity
-from irq_convert.jobs.sizing.mix import Bytes, Market
-from irq_convert.jobs.sizing.options import TargetOptions
-from irq_convert.jobs.sizing.rules import Group, make_groups
+from irq_convert.jobs.sizing.mix import Market
+from irq_convert.jobs.sizing.rules import make_groups
 from irq_convert.jobs.sizing.tables import Tables
 from irq_convert.progress import Progress
 
@@ -101,8 +100,8 @@ def plan_target(
             _fixed(options, list(quantized)),
         )
         outside = whole_bytes(plan, options) - sum(tensor.nbytes for tensor in quantized.values())
-        nbytes = _nbytes(options, quantized)
-        _refuse_all_dense(plan, options, groups, outside, nbytes)
+        nbytes = bytes_by_choice(options, quantized)
+        refuse_unreachable(plan, options, groups, outside, nbytes)
         windows = _windows(plan, options, layered, progress)
         weigh: Any = None if weighing is None else weighing.values
         weigh = MEASURED if options.calibrate is not None else weigh
@@ -121,68 +120,10 @@ def plan_target(
     return Target(plan, options, Market(groups, found, nbytes), subject, outside)
 
 
-def whole_bytes(plan: QuantizePlan, options: QuantizeOptions) -> int:
-    """What the artifact takes at most; its manifest repeats the options, however long they are."""
-    return plan.bytes_at_most + len(json.dumps({"options": options.to_dict()}, indent=2))
-
-
-def _nbytes(options: QuantizeOptions, quantized: Mapping[str, TensorPlan]) -> Bytes:
-    """What a tensor takes with a choice, remembered."""
-    known: dict[tuple[str, Choice], int] = {}
-
-    def nbytes(name: str, choice: Choice) -> int:
-        key = name, choice
-        if key not in known:
-            known[key] = replace(quantized[name], spec=choice.spec(options.spec)).nbytes
-        return known[key]
-
-    return nbytes
-
-
-def _refuse_all_dense(
-    plan: QuantizePlan,
-    options: QuantizeOptions,
-    groups: tuple[Group, ...],
-    outside: int,
-    nbytes: Bytes,
-) -> None:
-    """Raise `UsageError` where the best mix, found without measuring, is to quantize nothing."""
-    asked = target_of(options)
-    if any(DENSE not in group.choices for group in groups):
-        return
-    if all(group.choices == (DENSE,) for group in groups):
-        raise UsageError("--at-least leaves every weight as it is: nothing would be quantized")
-    whole = sum(nbytes(name, DENSE) for group in groups for name in group.tensors)
-    weights = sum(plan_of.info.numel for plan_of in plan.quantized if plan_of.spec)
-    if asked.size is not None and whole + outside <= asked.size:
-        raise UsageError(
-            f"--target-size {format_bytes(asked.size)}: the model takes "
-            f"{format_bytes(whole + outside)} as it is, so nothing would be quantized; ask for less"
-        )
-    if asked.bits is not None and 8 * whole <= asked.bits * weights:
-        raise UsageError(
-            f"--target-bits {asked.bits:g}: the model has {8 * whole / weights:g} as it is, so "
-            "nothing would be quantized; ask for less"
-        )
-
-
-def target_of(options: QuantizeOptions) -> TargetOptions:
-    """The target, which is there."""
-    assert options.target is not None
-    return options.target
-
-
 def _names_in_layers(model: LayeredModel, tensors: Collection[str]) -> Iterator[str]:
     for number in range(len(model.layers)):
         for site in find_sites(model, number, tensors):
             yield from (stored.tensor for stored in site.stored)
-
-
-def choice_specs(
-    choices: Mapping[str, Choice], options: QuantizeOptions
-) -> dict[str, QuantSpec | None]:
-    """How each weight is quantized, the rest as `options` say."""
-    return {name: choice.spec(options.spec) for name, choice in choices.items()}
 
 
 def _choices(options: QuantizeOptions) -> tuple[Choice, ...]:

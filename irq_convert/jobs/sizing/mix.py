@@ -61,11 +61,10 @@ class Market:
         return self.options(1.0)
 
     @property
-    def extremes(self) -> tuple[Mix, Mix]:
-        """The smallest and the largest mix."""
+    def smallest(self) -> Mix:
+        """The mix of the fewest bytes."""
         sizes = [[option.nbytes for option in options] for options in self.table]
-        least, most = ([own.index(pick(own)) for own in sizes] for pick in (min, max))
-        return self._mix(least), self._mix(most)
+        return self._mix([own.index(min(own)) for own in sizes])
 
     def best(self, room: int, caution: float = 1.0) -> Mix | None:
         """The mix that damages least in `room` bytes; None where nothing fits."""

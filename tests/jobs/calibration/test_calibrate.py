@@ -18,8 +18,10 @@ from irq_convert.artifact.manifest import read_manifest
 from irq_convert.errors import IrqError, UsageError
 from irq_convert.jobs.calibration import layer, loop
 from irq_convert.jobs.calibration.judge import Judgement
+from irq_convert.jobs.calibration.options import CalibrationOptions
 from irq_convert.jobs.calibration.workspace import calibration_folder
 from irq_convert.jobs.quantize.estimate import estimate_quantize
+from irq_convert.jobs.quantize.options import QuantizeOptions
 from irq_convert.jobs.quantize.quantize import quantize
 from irq_convert.jobs.verify import verify
 from irq_convert.progress import Progress
@@ -276,6 +278,11 @@ def test_a_tokenizer_of_another_model(source: Path, text: Path, tmp_path: Path) 
 
 
 def test_a_window_beyond_the_context(source: Path, text: Path, tmp_path: Path) -> None:
+    """As long as the context where nobody asked for one."""
+    options = QuantizeOptions.of(calibrate=CalibrationOptions(str(text), tokens=2048))
+    cost = estimate_quantize(source, tmp_path / "out", options).calibration
+    assert cost is not None
+    assert cost.tokens == 64 * cost.windows
     with pytest.raises(UsageError, match="longer than the model's context of 64"):
         quantize(source, tmp_path / "out", calibrating(text, window=128))
 

@@ -238,6 +238,11 @@ def test_the_estimate(make: Make, text: Path, tmp_path: Path) -> None:
     assert found.memory == 4 * max(layer, sum(i.numel for i in tensors.values()) - 2 * layer)
 
 
+def test_a_context_shorter_than_the_default_window(make: Make, text: Path, tmp_path: Path) -> None:
+    found = irq_convert.estimate_measure(make("Llama 2"), tmp_path / "out", text=text)
+    assert (found.window, found.tokens) == (64, 64 * found.windows)
+
+
 @pytest.mark.parametrize(
     ("settings", "says"),
     [

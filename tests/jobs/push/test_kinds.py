@@ -149,6 +149,8 @@ def test_a_merged_artifact(world: World, artifact: Path, adapter: Path, tmp_path
     assert found["license_name"] == "tales"
     assert "irq-convert merge base-irq tales OUT --to irq" in text
     assert "the adapter `tales` merged in" in text
+    assert "| squared error, of the weights' energy, to base plus adapter |" in text
+    assert "recomputes these figures" not in text
 
 
 def test_a_dense_merge(world: World, artifact: Path, adapter: Path, tmp_path: Path) -> None:
