@@ -106,10 +106,11 @@ def _print_table(rows: Sequence[Row], total: Row, by: By, *, merged: bool) -> No
     table.add_row(*_cells(total, by))
     Console().print(table)
     if total.entropy is not None and by is not By.TENSOR:
-        of = ", to base plus adapter" if merged else ""
         typer.echo(
-            f"entropy: bits a code, before -> after; error: squared, relative{of}; rows are means"
+            "entropy: bits a code, before -> after; error: squared, relative; rows are means"
         )
+    if merged:
+        typer.echo("error of what an adapter was merged into: to base plus adapter")
     if bars:
         typer.echo("stored: two marks a bit of a weight, quantized or not")
 

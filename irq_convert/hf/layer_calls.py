@@ -29,10 +29,10 @@ class Call:
             found = layer(states, *self.args, **self.kwargs)
         else:
             found = layer(*self.args, **{self.keyword: states}, **self.kwargs)
-        return first_of(found)
+        return _first_of(found)
 
 
-def first_of(found: Any) -> torch.Tensor:
+def _first_of(found: Any) -> torch.Tensor:
     """The hidden states in what a layer returns: itself, or the first of several."""
     states = found[0] if isinstance(found, tuple | list) else found
     if not isinstance(states, torch.Tensor):

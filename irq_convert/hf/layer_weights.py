@@ -46,6 +46,13 @@ class WeightSource:
             module_of |= dict.fromkeys(found.tensors, found.weight.module)
         return cls(checkpoint, plain, stacks, module_of)
 
+    def tensor_of(self, model: Any, module: str) -> str | None:
+        """The tensor that is the weight of `module`: its own, or one that it is tied to."""
+        weight = model.get_submodule(module).get_parameter("weight")
+        tied = model.named_parameters(remove_duplicate=False)
+        keys = [f"{module}.weight", *(key for key, parameter in tied if parameter is weight)]
+        return next((self.plain[key] for key in keys if key in self.plain), None)
+
     @contextmanager
     def loaded(
         self,

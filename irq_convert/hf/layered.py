@@ -190,8 +190,22 @@ def open_layered(checkpoint: Checkpoint, device: str = "cpu") -> LayeredModel:
     model.eval().requires_grad_(False)
     _fill_buffers(model, device)
     source = WeightSource.of(model, checkpoint)
+    _untie(model, source)
     layers = _decoder_layers(model, checkpoint, source)
     return LayeredModel(model, layers, source, device)
+
+
+def _untie(model: Any, source: WeightSource) -> None:
+    """Hold apart what a class ties and the files have twice: so does transformers' loader."""
+    seen: set[int] = set()
+    for key, parameter in list(model.named_parameters(remove_duplicate=False)):
+        if key not in source.plain:
+            continue
+        if id(parameter) in seen:
+            name, _, last = key.rpartition(".")
+            own = nn.Parameter(torch.empty_like(parameter), requires_grad=False)
+            model.get_submodule(name)._parameters[last] = own
+        seen.add(id(parameter))
 
 
 def _fill_buffers(model: Any, device: str) -> None:

@@ -60,7 +60,7 @@ def test_data_files(
     ("args", "words"),
     [
         (["--rank", 0], ["--rank 0"]),
-        (["--rank", 100000], ["--rank 100000: ", "no change of it has a rank above"]),
+        (["--rank", 129], ["--rank 129: ", "has a rank above 128"]),
         (["--batch-size", 6, "--micro-batch", 4], ["--micro-batch 4"]),
         (["--sequence-length", 1000], ["--sequence-length 1000", "256 positions"]),
         (["--target-modules", "q_proj,nope"], ["no module is called 'nope'", "q_proj"]),

@@ -1,4 +1,4 @@
-"""The weights of a decoder layer that are quantized: where they are in the model and in the files.
+"""Weights that are quantized, of a decoder layer or the head: where they are in model and files.
 
 A site is a parameter of the layer: a linear's weight, or the experts' stacked one. What the files
 hold of it is one tensor, or several: rows of each of its matrices.

@@ -96,13 +96,13 @@ def prepare(
 
 
 def _check_rank(options: FinetuneOptions, artifact: Artifact) -> None:
-    """Raise `UsageError` for matrices larger than every weight that they are to change."""
-    largest = max(artifact.quantized, key=lambda tensor: tensor.shape.rows + tensor.shape.cols)
-    rows, cols = largest.shape.rows, largest.shape.cols
-    if options.rank > rows + cols:
+    """Raise `UsageError` for a rank beyond the default that no packed weight can use."""
+    sides = {tensor.name: tensor.source_shape[-2:] for tensor in artifact.quantized}
+    name = max(sides, key=lambda name: min(sides[name]))
+    if options.rank > max(FinetuneOptions.rank, min(sides[name])):
         raise UsageError(
-            f"--rank {options.rank}: {largest.name} [{rows}, {cols}] is the largest packed weight, "
-            f"and no change of it has a rank above {min(rows, cols)}"
+            f"--rank {options.rank}: no change of {name} {list(sides[name])}, or of any other "
+            f"packed weight, has a rank above {min(sides[name])}"
         )
 
 

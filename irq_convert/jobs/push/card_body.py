@@ -162,14 +162,14 @@ def _losses(subject: PushedFolder) -> list[str]:
     size = sum(subject.sizes.values())
     share = totals["quantized_weights"] / max(1, totals["weights"])
     merged = subject.kind == FolderKind.MERGED
-    error = "squared error, of the weights' energy" + (", to base plus adapter" if merged else "")
+    of = "; of merged tensors to base plus adapter" if merged else ""
     facts = [
         ("size of all files", format_bytes(size)),
         ("weights", f"{totals['weights']:,}, of which {share:.1%} quantized"),
         ("bits per quantized weight", f"{totals['bits_per_weight']:.4f}"),
         ("entropy of the codes, plain", f"{totals['entropy_plain']:.4f} bits"),
         ("entropy of the codes, stored", f"{totals['entropy']:.4f} bits"),
-        (error, f"{totals['relative_error']:.6f}"),
+        (f"squared error, of the weights' energy{of}", f"{totals['relative_error']:.6f}"),
         *_held_out(subject.note.get("calibration")),
     ]
     worst = sorted(tensors.items(), key=lambda item: (-item[1]["relative_error"], item[0]))
@@ -182,7 +182,7 @@ def _losses(subject: PushedFolder) -> list[str]:
         table(("", ""), facts),
         f"Of {len(tensors)} quantized tensors, those with the largest error:",
         table(("tensor", "codebook", "entropy", "error"), rows),
-        "What the base had lost of its source stands in the manifest, under `base` of each tensor."
+        "What merged tensors had lost before stands in the manifest, under their `base`."
         if merged
         else "`irq-convert verify` recomputes these figures from the source.",
     ]

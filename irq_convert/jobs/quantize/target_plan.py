@@ -32,10 +32,10 @@ from irq_convert.jobs.quantize.target_bytes import bytes_by_choice, target_of, w
 from irq_convert.jobs.quantize.target_reach import refuse_unreachable
 from irq_convert.jobs.quantize.windows import read_windows
 from irq_convert.jobs.sizing.choices import BLOCKS, DENSE, Choice, quantized_choices
+from irq_convert.jobs.sizing.ends import Ends
 from irq_convert.jobs.sizing.measure import Subject, measure_sensitivity
 from irq_convert.jobs.sizing.mix import Market
 from irq_convert.jobs.sizing.rules import make_groups
-from irq_convert.jobs.sizing.tables import Tables
 from irq_convert.progress import Progress
 
 MEASURED = "measured"
@@ -89,7 +89,8 @@ def plan_target(
     with layers_or_refused(plan):
         layered = open_layered(plan.checkpoint, options.device)
         every = {tensor.name: tensor for tensor in plan.quantized}
-        names = {*_names_in_layers(layered, every), *Tables.of(layered, plan.tables).tensors}
+        ends = Ends.of(layered, plan.tables)
+        names = {*_names_in_layers(layered, every), *ends.first, *ends.last}
         quantized = {name: tensor for name, tensor in every.items() if name in names}
         choices = _choices(options)
         groups = make_groups(

@@ -43,7 +43,7 @@ def refuse_unreachable(
     assert asked.size is not None
     if _whole(plan, options, least) > asked.size:
         low, high = (_size_for(plan, options, choices) for choices in (least, most))
-        more = "" if options.include_embeddings else "; --include-embeddings quantizes more"
+        more = "" if options.include_embeddings else "; --include-embeddings may quantize more"
         raise UsageError(
             f"--target-size {format_bytes(asked.size)}: the choices reach from {format_bytes(low)} "
             f"to {format_bytes(high)}, and {format_bytes(low - sizes[0])} of it are not "
@@ -90,11 +90,12 @@ def _refuse_all_dense(
 ) -> None:
     """Raise `UsageError` where the best mix, found without measuring, is to quantize nothing."""
     asked = target_of(options)
-    if any(DENSE not in group.choices for group in groups):
+    dense = {name: DENSE for group in groups for name in group.tensors}
+    others = any(tensor.name not in dense for tensor in plan.quantized)
+    if others or any(DENSE not in group.choices for group in groups):
         return
     if all(group.choices == (DENSE,) for group in groups):
         raise UsageError("--at-least leaves every weight as it is: nothing would be quantized")
-    dense = {name: DENSE for group in groups for name in group.tensors}
     whole, weights = _sum(nbytes, dense), _weights(plan, dense)
     if asked.size is not None and whole + outside <= asked.size:
         raise UsageError(

@@ -27,8 +27,8 @@ from irq_convert.jobs.calibration.squares import Squares
 from irq_convert.jobs.calibration.states import StateFile, chunks, state_file
 from irq_convert.jobs.calibration.text import Windows
 from irq_convert.jobs.common.memory import give_back_memory
+from irq_convert.jobs.sizing.ends import Ends, embedding_squares
 from irq_convert.jobs.sizing.forward import layer_bytes
-from irq_convert.jobs.sizing.tables import Tables, embedding_squares
 from irq_convert.progress import Progress
 
 Damage = Callable[[str, torch.Tensor, np.ndarray | None, np.ndarray], None]
@@ -46,7 +46,7 @@ class Backward:
     model: LayeredModel
     windows: Windows
     tensors: frozenset[str]
-    tables: Tables
+    ends: Ends
     means: Mapping[str, np.ndarray]
     states: Callable[[int], Path]
     folder: Path
@@ -64,7 +64,7 @@ class Backward:
             state_file(path, count, tokens, behind.width, new=True)
         )
         generator = torch.Generator().manual_seed(seed)
-        sites = () if self.tables.head is None else (self.tables.head,)
+        sites = () if self.ends.head is None else (self.ends.head,)
         inputs, squares = Squares(sites), _OutputSquares(sites)
         for number in range(count):
             states = behind.read(number, number + 1).to(self.model.device).requires_grad_()
@@ -99,8 +99,8 @@ class Backward:
             self.states(number).unlink(missing_ok=True)
             give_back_memory()
             self.progress.advance(layer_bytes(self.model, number), finished=1)
-        if self.tables.embedding is not None:
-            module, tensor = self.tables.embedding
+        if self.ends.embedding is not None:
+            module, tensor = self.ends.embedding
             with self.model.outside():
                 f, g = embedding_squares(self.model, module, self.windows, self._gradients)
                 weight = self.model.module(module).get_parameter("weight")
@@ -155,7 +155,7 @@ class _OutputSquares:
 
         def heard(gradient: torch.Tensor) -> None:
             rows = gradient.detach().reshape(-1, gradient.shape[-1])
-            found = rows.square().sum(0).double().cpu()
+            found = rows.square().sum(0).cpu().double()  # not every device has float64
             own = self._sums[key]
             own[expert] = own[expert] + found if expert in own else found
 

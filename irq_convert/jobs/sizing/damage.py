@@ -30,8 +30,7 @@ def damages(
 
     `inputs`: mean squares `[matrices, cols]` of matrices that lie one below the other; `outputs`:
     mean squares of gradients, `[rows]`. `importance`: what the search goes by, as `inputs`; None
-    for all columns alike. Of many rows those in the middles of `ROWS` strata of `outputs` stand for
-    all.
+    for all columns alike. Of many rows some stand for all (`strata`).
     """
     taken, counts = strata(outputs)
     chosen = weight[torch.from_numpy(taken)].float()
@@ -57,8 +56,27 @@ def _by_row(values: np.ndarray, taken: np.ndarray, rows: int) -> np.ndarray:
 
 
 def strata(outputs: np.ndarray, most: int = ROWS) -> tuple[np.ndarray, np.ndarray]:
-    """Rows that stand for all, by falling weight, and the sum of `outputs` that each stands for."""
+    """At most so many rows that stand for all, and the sum of `outputs` that each stands for.
+
+    Rows that weigh as much as a stratum stand for themselves, the others for strata of equal
+    weight; of an embedding a few tokens have most of it.
+    """
     order = np.argsort(-outputs, kind="stable")
-    parts = np.array_split(order, min(most, len(order)))
-    taken = np.array([part[len(part) // 2] for part in parts])
-    return taken, np.array([outputs[part].sum() for part in parts])
+    order = order[outputs[order] > 0]
+    if not len(order):
+        return np.zeros(1, np.int64), np.zeros(1)
+    weights = outputs[order]
+    left = weights[::-1].cumsum()[::-1]  # from each on
+    budget = most - np.arange(len(order))
+    light = np.flatnonzero((budget < 2) | (weights * budget < left))
+    heavy = int(light[0]) if len(light) else len(order)
+    taken, counts = [*order[:heavy]], [*weights[:heavy]]
+    if heavy < len(order):
+        rest, whole = weights[heavy:], left[heavy]
+        middles = (rest.cumsum() - rest / 2) / whole
+        numbers = np.minimum(middles * (most - heavy), most - heavy - 1).astype(np.int64)
+        begins = np.flatnonzero(np.diff(numbers, prepend=-1))
+        for part in np.split(np.arange(len(rest)), begins[1:]):
+            taken.append(order[heavy + part[len(part) // 2]])
+            counts.append(rest[part].sum())
+    return np.array(taken), np.array(counts)

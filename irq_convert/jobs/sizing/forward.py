@@ -6,7 +6,7 @@ width, a mix, or whatever is to be compared. What comes out is how far each is f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +26,7 @@ from irq_convert.jobs.calibration.states import StateFile, chunks, state_file
 from irq_convert.jobs.calibration.text import Windows
 from irq_convert.jobs.common.memory import give_back_memory
 from irq_convert.jobs.common.metrics import MeanEstimate
+from irq_convert.jobs.sizing.ends import Ends
 from irq_convert.progress import Progress
 
 Streams = Mapping[str, Mapping[str, QuantSpec | None]]
@@ -80,20 +81,21 @@ class Forward:
     ) -> dict[str, MeanEstimate]:
         """How far each of `streams` is, with its own tables; without any, of all at once."""
         ids = self.windows.ids[self.windows.calibrating :]
-        if not self.tensors & self.model.tables().keys():
+        last = Ends.of(self.model, self.tensors).last
+        if not last:
             return divergences(self.model, ids, {"source": source, **streams})
         found: dict[str, MeanEstimate] = {}
         for name, own in streams.items():
-            tables = self._tables(self.streams[name])
-            found |= divergences(self.model, ids, {"source": source, name: own}, tables)
+            one = {"source": source, name: own}
+            found |= divergences(self.model, ids, one, self._tables(name, last))
         return found
 
-    def _tables(self, specs: Mapping[str, QuantSpec | None]) -> dict[str, torch.Tensor]:
-        """Embeddings and heads as a stream has them; called inside `outside`."""
+    def _tables(self, stream: str, names: Collection[str]) -> dict[str, torch.Tensor]:
+        """The tables `names` as a stream has them; called inside `outside`."""
         return {
             name: self._rounded(name, weight, spec)
             for name, weight in self.model.tables().items()
-            if (spec := specs.get(name)) is not None
+            if name in names and (spec := self.streams[stream].get(name)) is not None
         }
 
     def states(self, number: int) -> Path:
@@ -111,8 +113,9 @@ class Forward:
                     self._width = states.shape[-1]
                     current = self._open(0, files)
                 current[""].write(start, states)
-            for name, specs in self.streams.items():
-                with self.model.source.replaced(self.model.model, self._tables(specs)):
+            looked_up = Ends.of(self.model, self.tensors).first
+            for name in self.streams:
+                with self.model.source.replaced(self.model.model, self._tables(name, looked_up)):
                     for start, stop in chunks(first, len(ids), ids.shape[1]):
                         current[name].write(start - first, self.model.begin(ids[start:stop]))
         return current

@@ -23,8 +23,8 @@ from irq_convert.jobs.common.metrics import MeanEstimate
 from irq_convert.jobs.sizing.backward import Backward
 from irq_convert.jobs.sizing.choices import Choice
 from irq_convert.jobs.sizing.damage import damages
+from irq_convert.jobs.sizing.ends import Ends
 from irq_convert.jobs.sizing.forward import Forward, layer_bytes
-from irq_convert.jobs.sizing.tables import Tables
 from irq_convert.progress import Progress
 
 
@@ -59,9 +59,9 @@ def measure_sensitivity(
     and `NotLayered` as the passes do.
     """
     model, layers = subject.model, len(subject.model.layers)
-    tables = Tables.of(model, subject.tensors)
+    ends = Ends.of(model, subject.tensors)
     progress.phase("measuring", 2 * layers, 2 * _all_bytes(model))
-    looked_up = tables.embedding is not None
+    looked_up = ends.embedding is not None
     model.read_order = model.plan_reading(0, passes=1, back=True, to_start=looked_up)
     widths = {str(bits): choice for bits in WIDTHS if (choice := _of_width(choices, bits))}
     streams = {
@@ -73,7 +73,7 @@ def measure_sensitivity(
         keep_states=True,
     )  # fmt: skip
     back = Backward(
-        model, subject.windows, frozenset(subject.tensors), tables, forward.means, forward.states,
+        model, subject.windows, frozenset(subject.tensors), ends, forward.means, forward.states,
         folder, progress,
     )  # fmt: skip
     heard = _Heard(subject, choices, forward.importance)

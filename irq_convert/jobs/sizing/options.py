@@ -33,13 +33,14 @@ def parse_size(text: str) -> int:
 class TargetOptions:
     """A size to reach, in one of two ways.
 
-    `size`: bytes of the whole artifact; `bits`: of a weight of the linear layers, with its share of
-    scale and tau. `text` (as in `CalibrationOptions`), `tokens`, `window` (at most the model's
-    context) and `seed` say what the damage is measured on; one window in eight is held out and
-    judges the mix. `file` keeps the sensitivities, and is read where it is there. `families` and
-    `blocks` limit the choices, all of them where empty. `within` are expressions: weights in whose
-    names one matches with the same groups get the same choice. `at_least` and `at_most` are pairs
-    of an expression and a number of bits, 16 for weights left as they are; the last match wins.
+    `size`: bytes of the whole artifact; `bits`: of a weight that there is a choice for, with
+    its share of scale and tau. `text` (as in `CalibrationOptions`), `tokens`, `window` (at most
+    the model's context) and `seed` say what the damage is measured on; one window in eight is
+    held out and judges the mix. `file` keeps the sensitivities, and is read where it is there.
+    `families` and `blocks` limit the choices, all of them where empty. `within` are
+    expressions: weights in whose names one matches with the same groups get the same choice.
+    `at_least` and `at_most` are pairs of an expression and a number of bits, 16 for weights
+    left as they are; the last match wins.
     Raises `UsageError` for what cannot be.
     """
 

@@ -63,8 +63,8 @@ def _bits(rules: Sequence[tuple[str, int]], option: str, tensors: Sequence[str])
     for pattern, _ in rules:
         if not any(re.search(pattern, name) for name in tensors):
             raise UsageError(
-                f"{option} {pattern!r} matches no weight that there is a choice for, of those "
-                "that are quantized"
+                f"{option} {pattern!r} matches no weight that there is a choice for "
+                "(--include-embeddings adds embeddings and heads)"
             )
     found = {name: last_match(rules, name) for name in tensors}
     return {name: bits for name, bits in found.items() if bits is not None}

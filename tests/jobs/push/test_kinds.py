@@ -149,7 +149,7 @@ def test_a_merged_artifact(world: World, artifact: Path, adapter: Path, tmp_path
     assert found["license_name"] == "tales"
     assert "irq-convert merge base-irq tales OUT --to irq" in text
     assert "the adapter `tales` merged in" in text
-    assert "| squared error, of the weights' energy, to base plus adapter |" in text
+    assert "of the weights' energy; of merged tensors to base plus adapter |" in text
     assert "recomputes these figures" not in text
 
 

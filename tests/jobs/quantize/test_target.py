@@ -257,7 +257,7 @@ def test_what_cannot_be_is_said_before_anything_is_written(
         sized(source, out, text, bits=1.5)
     with pytest.raises(UsageError, match=r"--target-size 9000 bytes .*: the choices re") as error:
         sized(source, out, text, size=9000)
-    assert "--include-embeddings quantizes more" in str(error.value)
+    assert "--include-embeddings may quantize more" in str(error.value)
     least = int(re.findall(r"reach from (\d+) bytes", str(error.value))[0])
     too_much: tuple[dict[str, Any], ...]
     too_much = {"size": 10**9}, {"bits": 32.0}, {"bits": 3.0, "at_least": ((".", 16),)}

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from irq_convert.checkpoint.source import open_checkpoint
 from irq_convert.core.dequantize import dequantize_tensor
@@ -21,11 +23,11 @@ from irq_convert.jobs.calibration.text import Windows
 from irq_convert.jobs.sizing import backward, forward
 from irq_convert.jobs.sizing.choices import Choice
 from irq_convert.jobs.sizing.damage import damages, strata
+from irq_convert.jobs.sizing.ends import Ends
 from irq_convert.jobs.sizing.measure import Subject, compare, measure_sensitivity
-from irq_convert.jobs.sizing.tables import Tables
 from irq_convert.progress import Progress
 from tests.architectures.zoo import BY_NAME, make_model
-from tests.folders import open_without_a_name
+from tests.folders import change_json, open_without_a_name
 
 Make = Callable[[str], Path]
 CHOICES = (Choice("int2", 32), Choice("int3", 64), Choice("nf4", 32))
@@ -140,7 +142,8 @@ def test_damage_of_embeddings_and_heads(make: Make, tmp_path: Path, name: str) -
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     (key,) = (key for key in inputs if "lm_head" in key)
     tables = {id(embedding): embedding, id(head): head}
-    names = Tables.of(own.model, own.tensors).tensors
+    ends = Ends.of(own.model, own.tensors)
+    names = ends.first | ends.last
     assert len(names) == len(tables)
     for table in names:
         weight = head if "lm_head" in table else embedding
@@ -150,26 +153,44 @@ def test_damage_of_embeddings_and_heads(make: Make, tmp_path: Path, name: str) -
             wanted = 0.5 * float(f @ (error @ g)) if weight is embedding else 0.0
             if weight is head:
                 wanted += 0.5 * float(outputs[key] @ (error @ inputs[key]))
-            assert damage == pytest.approx(wanted, rel=2e-3)
+            # Tokens that are not in the text are left out, so statistics have other groups.
+            assert damage == pytest.approx(wanted, rel=2e-2)
 
 
-def test_a_width_in_truth_has_its_tables_too(make: Make, tmp_path: Path) -> None:
-    source, ids = make("Llama 2"), drawn_ids()
+@pytest.mark.parametrize("name", ["Llama 2", "Gemma 2", "apart"])
+def test_mixes_are_judged_with_their_ends(make: Make, tmp_path: Path, name: str) -> None:
+    """Alone and together, of two tensors or one; "apart": the class ties what the files have."""
+    kind = BY_NAME["Llama 2" if name == "apart" else name]
+    source, ids = make(kind.name), drawn_ids()
+    if name == "apart":
+        change_json(source / "config.json", lambda found: found.update(tie_word_embeddings=True))
     own = subject(source, ids, None, tables=True)
-    specs = {name: CHOICES[0].spec(BASE) for name in own.tensors}
-    found = compare(own, {"two": specs, "none": dict.fromkeys(specs)}, tmp_path, Progress())
-    model, twin = make_model(BY_NAME["Llama 2"]), make_model(BY_NAME["Llama 2"])
-    with torch.no_grad():
-        for name, spec in specs.items():
-            weight = twin.get_parameter(name)
-            weight.copy_(dequantize_tensor(quantize_tensor(weight, spec)))
-        logits = [
-            m(input_ids=ids[6:]).logits[:, :-1].double().log_softmax(-1) for m in (model, twin)
-        ]
-    kl = float((logits[0].exp() * (logits[0] - logits[1])).sum(-1).mean())
-    assert found["two"].value == pytest.approx(kl, rel=1e-3)
-    assert found["none"].value == 0
-    assert any("embed" in name for name in specs)
+    ends, spec = Ends.of(own.model, own.tensors), CHOICES[0].spec(BASE)
+    mixes = {"first": ends.first, "last": ends.last, "all": set(own.tensors), "none": set()}
+    specs = {
+        mix: {tensor: spec if tensor in names else None for tensor in own.tensors}
+        for mix, names in mixes.items()
+    }
+    found = compare(own, specs, tmp_path, Progress())
+    for mix, names in mixes.items():
+        models = make_model(kind), make_model(kind)
+        with torch.no_grad():
+            for tensor in names:
+                weight = models[1].get_parameter(tensor)
+                weight.copy_(dequantize_tensor(quantize_tensor(weight, spec)))
+            logs = [m(input_ids=ids[6:]).logits[:, :-1].double().log_softmax(-1) for m in models]
+        kl = float((logs[0].exp() * (logs[0] - logs[1])).sum(-1).mean())
+        assert found[mix].value == pytest.approx(kl, rel=1e-3, abs=1e-12)
+    assert (ends.first == ends.last) == (name == "Gemma 2")
+
+
+def test_a_class_that_changes_its_embeddings_in_place(make: Make, tmp_path: Path) -> None:
+    own = subject(make("GPT-NeoX"), drawn_ids(), None, tables=True)
+    dropout = own.model.model.gpt_neox.emb_dropout
+    dropout.register_forward_hook(lambda module, args, found: found.mul_(2.0))
+    found = measure_sensitivity(own, CHOICES, {"a": 1}, {"b": 2}, tmp_path, Progress())
+    (first,) = Ends.of(own.model, own.tensors).first
+    assert found.damages[first][0] > 0
 
 
 def test_widths_are_what_they_cost_in_truth(
@@ -245,11 +266,31 @@ def test_candidates_are_compared_on_the_same_windows(make: Make, tmp_path: Path)
 def test_strata_stand_for_all_rows() -> None:
     outputs = np.random.default_rng(0).exponential(size=1000)
     taken, counts = strata(outputs, 50)
-    assert len(taken) == len(set(taken)) == 50
+    assert 45 <= len(taken) == len(set(taken)) <= 50
     assert counts.sum() == pytest.approx(outputs.sum())
-    assert list(counts) == sorted(counts, reverse=True)
-    few, own = strata(np.array([1.0, 3.0, 2.0]))
-    assert (list(few), list(own)) == ([1, 2, 0], [3.0, 2.0, 1.0])
+    assert counts.max() <= 1.3 * max(outputs.max(), counts.mean())
+    few, own = strata(np.array([1.0, 3.0, 0.0, 2.0]))
+    assert (list(few), list(own)) == ([1, 3, 0], [3.0, 2.0, 1.0])
+    none, nothing = strata(np.zeros(5))
+    assert (list(none), list(nothing)) == ([0], [0.0])
+
+
+@given(st.lists(st.floats(0, 1e3), min_size=1, max_size=300), st.integers(1, 40))
+def test_strata_are_few_and_whole(values: list[float], most: int) -> None:
+    outputs = np.array(values)
+    taken, counts = strata(outputs, most)
+    assert len(taken) == len(counts) == len(set(taken)) <= most
+    assert counts.sum() == pytest.approx(outputs.sum())
+
+
+def test_tokens_that_have_most_of_a_text_stand_for_themselves() -> None:
+    """A vocabulary by Zipf's law: what rows are worth differs, and is found to a few percent."""
+    draw = np.random.default_rng(0)
+    shares = np.bincount(draw.zipf(1.1, 16384) % 32000, minlength=32000) / 16384
+    errors = draw.lognormal(sigma=0.5, size=32000)
+    taken, counts = strata(shares)
+    assert len(taken) > 100
+    assert counts @ errors[taken] == pytest.approx(shares @ errors, rel=0.1)
 
 
 def test_some_rows_tell_of_all() -> None:

@@ -1,4 +1,4 @@
-"""Embeddings and heads in a choice: which tensors they are, and what a change of them costs.
+"""Both ends of a model in a choice, its input embedding and its head: what a change of them costs.
 
 A head is a linear weight like any other, behind the last layer. An input embedding gives row v of
 its tensor to each token v, so that a change dW of it is expected to cost
@@ -28,7 +28,7 @@ from irq_convert.jobs.calibration.text import Windows
 
 
 @dataclass(frozen=True)
-class Tables:
+class Ends:
     """The embedding, as its module and the tensor of the files, and the head that are chosen for.
 
     Both are of one tensor where the model ties them; None for what stays as it is.
@@ -38,31 +38,26 @@ class Tables:
     head: Site | None
 
     @classmethod
-    def of(cls, model: LayeredModel, tensors: Collection[str]) -> Tables:
+    def of(cls, model: LayeredModel, tensors: Collection[str]) -> Ends:
         """Those of `tensors` that are the weight of an embedding or a head of `model`."""
-        looked, asked = (_tensor_of(model, name) for name in ends(model.model))
-        embedding = looked if looked is not None and looked[1] in tensors else None
-        head = None
-        if asked is not None and asked[1] in tensors:
-            head = linear_site(asked[0], model.module(asked[0]), asked[1])
+        names = ends(model.model)
+        looked, asked = (name and model.source.tensor_of(model.model, name) for name in names)
+        embedding, head = None, None
+        if names[0] and looked in tensors and looked is not None:
+            embedding = names[0], looked
+        if names[1] and asked in tensors and asked is not None:
+            head = linear_site(names[1], model.module(names[1]), asked)
         return cls(embedding, head)
 
     @property
-    def tensors(self) -> set[str]:
-        """Their names in the files."""
-        found = {self.embedding[1]} if self.embedding else set()
-        return found | {stored.tensor for stored in (self.head.stored if self.head else ())}
+    def first(self) -> set[str]:
+        """The embedding's tensor, if any."""
+        return {self.embedding[1]} if self.embedding else set()
 
-
-def _tensor_of(model: LayeredModel, name: str | None) -> tuple[str, str] | None:
-    """Module `name` and the tensor that is its weight: its own, or one that it is tied to."""
-    if name is None:
-        return None
-    weight = model.module(name).get_parameter("weight")
-    tied = model.model.named_parameters(remove_duplicate=False)
-    keys = [f"{name}.weight", *(key for key, parameter in tied if parameter is weight)]
-    found = next((model.source.plain[key] for key in keys if key in model.source.plain), None)
-    return None if found is None else (name, found)
+    @property
+    def last(self) -> set[str]:
+        """The head's tensor, if any."""
+        return {stored.tensor for stored in self.head.stored} if self.head else set()
 
 
 def embedding_squares(
@@ -82,7 +77,7 @@ def embedding_squares(
             states = model.begin(ids)
         above = gradients.read(start, stop).to(model.device)
         (slope,) = torch.autograd.grad(states, rows[0], above)
-        found += slope.square().sum((0, 1)).double().cpu() * _scale(module, ids, rows[0]) ** 2
+        found += slope.square().sum((0, 1)).cpu().double() * _scale(module, ids, rows[0]) ** 2
     shares = torch.bincount(windows.ids[:count].flatten(), minlength=len(module.weight))
     return shares.numpy() / (count * tokens), found.numpy() / (count * tokens)
 
@@ -94,7 +89,7 @@ def _looked_up(module: nn.Module) -> Iterator[list[torch.Tensor]]:
 
     def heard(_: nn.Module, args: tuple[Any, ...], found: torch.Tensor) -> torch.Tensor:
         rows.append(found.detach().requires_grad_())
-        return rows[-1]
+        return rows[-1].clone()  # a class may change it in place
 
     handle = module.register_forward_hook(heard)
     try:
