@@ -17,7 +17,7 @@ from irq_convert.jobs.demo.corpus import HELDOUT_SEED, corpus
 from irq_convert.jobs.evaluate.options import EvalOptions
 from irq_convert.jobs.evaluate.windows import evaluate_windows
 from irq_convert.jobs.finetune.finetune import finetune
-from irq_convert.jobs.finetune.options import FinetuneOptions
+from irq_convert.jobs.finetune.options import MATRICES, FinetuneOptions
 from irq_convert.jobs.merge.merge import merge
 from irq_convert.jobs.merge.options import MergeOptions, MergeTo
 
@@ -79,7 +79,7 @@ def run_journey(
         note(f"finetuning, {kind.value}")
         adapters[kind] = folder / f"adapter-{kind.value}"
         begun = time.perf_counter()
-        finetune(artifact, data, adapters[kind], FinetuneOptions(lora=kind, **RECIPE))
+        finetune(artifact, data, adapters[kind], FinetuneOptions(lora=kind, **_recipe(kind)))
         seconds = time.perf_counter() - begun
         yield measured(f"finetune --lora {kind.value}", artifact, seconds, adapters[kind])
     for kind, target in MERGES:
@@ -89,6 +89,11 @@ def run_journey(
         name = f"merge --to {target.value}, {kind.value}"
         alone = target is MergeTo.ADAPTER
         yield measured(name, artifact if alone else out, report.seconds, out if alone else None)
+
+
+def _recipe(kind: AdapterKind) -> dict[str, Any]:
+    """What matrices have is left out of a kind that has none."""
+    return {name: v for name, v in RECIPE.items() if kind.low_rank or name not in MATRICES}
 
 
 def _load(where: Path, adapter: Path | None) -> Any:

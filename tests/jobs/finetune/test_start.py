@@ -97,6 +97,7 @@ def test_a_continued_run_keeps_its_start(
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.slow
 def test_a_teacher_of_other_shapes_starts_nothing(int2: Path, tales: Path, tmp_path: Path) -> None:
     """It teaches all the same; who asks for the start is told before the teacher has run."""
     other = shutil.copytree(DEMO, tmp_path / "other")
@@ -125,6 +126,7 @@ def test_a_teacher_of_other_shapes_starts_nothing(int2: Path, tales: Path, tmp_p
         estimate_finetune(int2, tales, taught(teacher=str(other), init="error"))
 
 
+@pytest.mark.slow
 def test_by_importance(int2: Path, tales: Path, run: tuple[Path, Any], tmp_path: Path) -> None:
     file = tmp_path / "importance.safetensors"
     measure(str(DEMO), file, text=str(tales), tokens=1024, window=64)

@@ -52,6 +52,7 @@ def never_again(*args: Any) -> None:
     raise AssertionError("the teacher is run again")
 
 
+@pytest.mark.slow
 def test_it_comes_nearer_to_the_teacher(
     int2: Path, tales: Path, run: tuple[Path, FinetuneReport]
 ) -> None:

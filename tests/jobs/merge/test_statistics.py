@@ -112,6 +112,7 @@ def test_dense(half: Path, tmp_path: Path, kind: str) -> None:
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_beside_matrices_what_stays_packed_and_what_does_not(
     artifact: Path, tmp_path: Path
 ) -> None:
@@ -148,6 +149,7 @@ def test_records_and_estimate(artifact: Path, tmp_path: Path) -> None:
         merge(tmp_path / "out", adapter, tmp_path / "again", how)
 
 
+@pytest.mark.slow
 def test_a_second_adapter_on_the_result(artifact: Path, tmp_path: Path) -> None:
     adapter = trained(artifact, tmp_path / "lora", **ALONE)
     merge(artifact, adapter, tmp_path / "one", MergeOptions(to=MergeTo.IRQ))

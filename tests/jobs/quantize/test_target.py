@@ -112,7 +112,7 @@ def test_embeddings_and_heads_are_in_the_choice(
     dense = {tensor.name for tensor in open_artifact(tmp_path / "dense").quantized}
     assert "model.embed_tokens.weight" not in dense
     assert ("lm_head.weight" in dense) == (name == "Llama 2")
-    settings = {"bits": 3.2, "include_embeddings": True, "at_most": (("embed_tokens", 2),)}
+    settings = {"bits": 3.2, "include_embeddings": True, "bits_for": (("embed_tokens", 2),)}
     report = sized(source, tmp_path / "mixed", text, file=kept, **settings)
     (table,) = (t for t in open_artifact(tmp_path / "mixed").quantized if "embed" in t.name)
     assert table.format.bits == 2
