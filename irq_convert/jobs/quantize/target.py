@@ -14,7 +14,7 @@ from irq_convert.jobs.common.torchrun import RunProcesses
 from irq_convert.jobs.quantize.importance import Weighing
 from irq_convert.jobs.quantize.options import QuantizeOptions
 from irq_convert.jobs.quantize.plan import QuantizePlan, replan
-from irq_convert.jobs.quantize.target_bytes import choice_specs, target_of, whole_bytes
+from irq_convert.jobs.quantize.target_bytes import choice_specs, chosen_bytes, target_of
 from irq_convert.jobs.quantize.target_plan import (
     Target,
     layers_or_refused,
@@ -155,17 +155,11 @@ def _fitted(target: Target, pick: Callable[[int], Mix | None]) -> Mix | None:
         found = pick(room)
         if found is None or asked.size is None:
             return found
-        over = _whole(target, found) - asked.size
+        over = chosen_bytes(target.plan, target.options, found.choices) - asked.size
         if over <= 0:
             return found
         room = min(room, found.nbytes) - over
     return None
-
-
-def _whole(target: Target, mix: Mix) -> int:
-    """Bytes of the artifact that `mix` gives, at most."""
-    plan = replan(target.plan, choice_specs(mix.choices, target.options))
-    return whole_bytes(plan, target.options)
 
 
 def _judged(

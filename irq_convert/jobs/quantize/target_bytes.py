@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from irq_convert.core.spec import QuantSpec
 from irq_convert.jobs.quantize.options import QuantizeOptions
-from irq_convert.jobs.quantize.plan import QuantizePlan, TensorPlan
+from irq_convert.jobs.quantize.plan import QuantizePlan, TensorPlan, replan
 from irq_convert.jobs.sizing.choices import Choice
 from irq_convert.jobs.sizing.mix import Bytes
 from irq_convert.jobs.sizing.options import TargetOptions
@@ -30,6 +30,13 @@ def choice_specs(
 def whole_bytes(plan: QuantizePlan, options: QuantizeOptions) -> int:
     """What the artifact takes at most; its manifest repeats the options, however long they are."""
     return plan.bytes_at_most + len(json.dumps({"options": options.to_dict()}, indent=2))
+
+
+def chosen_bytes(
+    plan: QuantizePlan, options: QuantizeOptions, choices: Mapping[str, Choice]
+) -> int:
+    """`whole_bytes` of the artifact that `choices` give."""
+    return whole_bytes(replan(plan, choice_specs(choices, options)), options)
 
 
 def bytes_by_choice(options: QuantizeOptions, quantized: Mapping[str, TensorPlan]) -> Bytes:

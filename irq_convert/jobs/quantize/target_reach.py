@@ -8,8 +8,8 @@ from dataclasses import replace
 from irq_convert.checkpoint.system import format_bytes
 from irq_convert.errors import UsageError
 from irq_convert.jobs.quantize.options import QuantizeOptions
-from irq_convert.jobs.quantize.plan import QuantizePlan, replan
-from irq_convert.jobs.quantize.target_bytes import choice_specs, target_of, whole_bytes
+from irq_convert.jobs.quantize.plan import QuantizePlan
+from irq_convert.jobs.quantize.target_bytes import chosen_bytes, target_of
 from irq_convert.jobs.sizing.choices import DENSE, Choice
 from irq_convert.jobs.sizing.mix import Bytes
 from irq_convert.jobs.sizing.rules import Group
@@ -41,7 +41,7 @@ def refuse_unreachable(
             )
         return
     assert asked.size is not None
-    if _whole(plan, options, least) > asked.size:
+    if chosen_bytes(plan, options, least) > asked.size:
         low, high = (_size_for(plan, options, choices) for choices in (least, most))
         more = "" if options.include_embeddings else "; --include-embeddings may quantize more"
         raise UsageError(
@@ -70,15 +70,12 @@ def _weights(plan: QuantizePlan, choices: Choices) -> int:
     return sum(tensor.info.numel for tensor in plan.quantized if tensor.name in choices)
 
 
-def _whole(plan: QuantizePlan, options: QuantizeOptions, choices: Choices) -> int:
-    """Bytes of the artifact that `choices` give, at most."""
-    return whole_bytes(replan(plan, choice_specs(choices, options)), options)
-
-
 def _size_for(plan: QuantizePlan, options: QuantizeOptions, choices: Choices) -> int:
     """What to ask for to get `choices`: the manifest tells that, too, in more digits or fewer."""
-    size = _whole(plan, options, choices)
-    return _whole(plan, replace(options, target=replace(target_of(options), size=size)), choices)
+    size = chosen_bytes(plan, options, choices)
+    return chosen_bytes(
+        plan, replace(options, target=replace(target_of(options), size=size)), choices
+    )
 
 
 def _refuse_all_dense(
