@@ -17,7 +17,7 @@ from irq_convert.cli.shared import (
     Threads,
     TrustRemoteCode,
 )
-from irq_convert.jobs.calibration.options import TOKENS, WINDOW
+from irq_convert.jobs.calibration.options import TOKENS
 
 if TYPE_CHECKING:
     from irq_convert.jobs.measure.report import MeasureEstimate, MeasureReport
@@ -35,7 +35,12 @@ def measure_command(
         typer.Option(help="A file (text, JSONL) or a Hub dataset to read.", show_default=False),
     ],
     tokens: Annotated[int, typer.Option(help="Most tokens to take.")] = TOKENS,
-    window: Annotated[int, typer.Option(help="Tokens that are seen together.")] = WINDOW,
+    window: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens that are seen together.  \\[default: 512, at most the model's context]"
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Chooses among windows.")] = 0,
     revision: Revision = None,
     stream: Stream = False,

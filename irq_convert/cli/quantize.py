@@ -46,7 +46,7 @@ from irq_convert.core.codebook import (
     in_words,
 )
 from irq_convert.core.objective import Objective, ZeroPoint
-from irq_convert.jobs.calibration.options import CORRECTION, DAMPING, TOKENS, WINDOW
+from irq_convert.jobs.calibration.options import CORRECTION, DAMPING, TOKENS
 from irq_convert.jobs.common.resume import Resume
 
 if TYPE_CHECKING:
@@ -105,8 +105,12 @@ def quantize_command(
         int, typer.Option(help="With --calibrate: most tokens to take.")
     ] = TOKENS,
     calibration_window: Annotated[
-        int, typer.Option(help="With --calibrate: tokens that are seen together.")
-    ] = WINDOW,
+        int | None,
+        typer.Option(
+            help="With --calibrate: tokens that are seen together.  \\[default: 512, at most the "
+            "model's context]"
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="With --calibrate: chooses among windows.")] = 0,
     correction: Annotated[
         list[float] | None,
@@ -206,7 +210,7 @@ def quantize_command(
 def _calibration(
     text: str | None,
     tokens: int,
-    window: int,
+    window: int | None,
     seed: int,
     correction: list[float] | None,
     damping: list[float] | None,

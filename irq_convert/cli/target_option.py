@@ -75,7 +75,7 @@ def target_options(
 
     Raises `UsageError` for options of a target without one, and as `TargetOptions` does.
     """
-    from irq_convert.jobs.sizing.options import TOKENS, WINDOW, TargetOptions, parse_size
+    from irq_convert.jobs.sizing.options import TOKENS, TargetOptions, parse_size
 
     if size is None and bits is None:
         given = {
@@ -86,13 +86,11 @@ def target_options(
             if value:
                 raise UsageError(f"{option} goes with --target-size or --target-bits: give one")
         return None
-    tokens = TOKENS if tokens is None else tokens
     return TargetOptions(
         size=None if size is None else parse_size(size),
         bits=bits,
         text=text,
-        tokens=tokens,
-        window=min(WINDOW, tokens // 2),
+        tokens=TOKENS if tokens is None else tokens,
         file=file,
         within=tuple(within or ()),
         at_least=tuple(rule("--at-least", each) for each in at_least or ()),

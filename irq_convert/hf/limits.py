@@ -15,14 +15,13 @@ def longest_context(config: Any) -> int | None:
     return most if most is not None and most > 0 else None
 
 
-def fit_window(config: Any, window: int, default: int, option: str) -> int:
-    """`window`, or as many tokens as a model of `config` takes where that is the `default`.
+def fit_window(config: Any, window: int | None, default: int, option: str) -> int:
+    """`window`, or where it is None `default` tokens, at most as many as a model of `config` takes.
 
-    Raises `UsageError` naming `option` for any other that is longer.
+    Raises `UsageError` naming `option` for a `window` that is longer.
     """
-    most = longest_context(config)
-    if window == default and most is not None and most < window:
-        return most
+    if window is None:
+        return min(default, longest_context(config) or default)
     check_context(config, window, option)
     return window
 

@@ -47,15 +47,15 @@ class CalibrationOptions:
     """Options of one calibration.
 
     `text`: a file, the name of a Hub dataset, or "self". `tokens` at most, in windows of `window`
-    tokens, chosen by `seed` where the text has more. One window in `held_out` judges the result.
-    The others are fields of `LoopOptions`; of several values of `correction` and `damping` every
-    pair is tried, and the one with the lowest KL on the held-out windows is kept.
-    Raises `UsageError` for numbers out of range.
+    tokens (None: 512, at most the model's context), chosen by `seed` where the text has more. One
+    window in `held_out` judges the result. The others are fields of `LoopOptions`; of several
+    values of `correction` and `damping` every pair is tried, and the one with the lowest KL on the
+    held-out windows is kept. Raises `UsageError` for numbers out of range.
     """
 
     text: str
     tokens: int = TOKENS
-    window: int = WINDOW
+    window: int | None = None
     seed: int = 0
     held_out: int = 8
     correction: tuple[float, ...] = (CORRECTION,)
@@ -66,11 +66,12 @@ class CalibrationOptions:
     sweep: bool = True
 
     def __post_init__(self) -> None:
-        if self.window < 2:
+        if self.window is not None and self.window < 2:
             raise UsageError(f"--calibration-window {self.window}: at least 2 tokens")
-        if self.tokens < 2 * self.window:
+        least = self.window or 2
+        if self.tokens < 2 * least:
             raise UsageError(
-                f"--calibration-tokens {self.tokens}: at least two windows of {self.window}, one "
+                f"--calibration-tokens {self.tokens}: at least two windows of {least}, one "
                 "to calibrate and one to judge; give more, or a smaller --calibration-window"
             )
         if self.held_out < 2:
@@ -85,6 +86,11 @@ class CalibrationOptions:
             raise UsageError(f"--damping {_listed(self.damping)}: above 0, in mean diagonals")
         if not self.ridge > 0 or not 0 <= self.rounds <= 100 or not 0 <= self.refine <= 100:
             raise UsageError("ridge has to be above 0, rounds and refine from 0 to 100")
+
+    @property
+    def width(self) -> int:
+        """Tokens of a window."""
+        return self.window or WINDOW
 
     @property
     def choices(self) -> tuple[LoopOptions, ...]:

@@ -37,15 +37,15 @@ def sample_tokens(
             f"--calibrate self samples from the whole model, which takes {short_bytes(needed)} of "
             f"memory ({short_bytes(free)} free): give a text"
         )
-    count = options.tokens // options.window
+    count = options.tokens // options.width
     generator = torch.Generator().manual_seed(options.seed)
     progress.stage("reading the whole model")
     with torch.no_grad(), model.whole():
-        progress.phase("sampling", count, count * options.window)
+        progress.phase("sampling", count, count * options.width)
         parts = []
         for at in range(0, count, BATCH):
             size = min(BATCH, count - at)
-            parts.append(_sample(model.model, tokenizer, size, options.window, generator, progress))
+            parts.append(_sample(model.model, tokenizer, size, options.width, generator, progress))
             progress.advance(0, finished=size)
     return torch.cat(parts).reshape(-1)
 

@@ -31,7 +31,7 @@ class TextChoice(Protocol):
     def tokens(self) -> int: ...
 
     @property
-    def window(self) -> int: ...
+    def width(self) -> int: ...
 
     @property
     def seed(self) -> int: ...
@@ -74,7 +74,7 @@ def choose_windows(ids: torch.Tensor, options: CalibrationOptions, name: str) ->
 
     Raises `UsageError` when there are not two.
     """
-    width = options.window
+    width = options.width
     there = len(ids) // width
     if there < 2:
         raise UsageError(
@@ -95,7 +95,7 @@ def take_windows(ids: torch.Tensor, choice: TextChoice, name: str) -> Windows:
 
     Raises `UsageError` when there is not one.
     """
-    width = choice.window
+    width = choice.width
     there = len(ids) // width
     if not there:
         raise UsageError(

@@ -19,8 +19,8 @@ from irq_convert.core.objective import ZeroPoint
 from irq_convert.errors import UsageError
 from irq_convert.hf.layer_calls import NotLayered
 from irq_convert.hf.layered import LayeredModel, open_layered
-from irq_convert.hf.limits import longest_context
-from irq_convert.jobs.calibration.options import SELF, CalibrationOptions
+from irq_convert.hf.limits import fit_window
+from irq_convert.jobs.calibration.options import SELF, WINDOW, CalibrationOptions
 from irq_convert.jobs.calibration.sites import find_sites
 from irq_convert.jobs.calibration.text import Windows
 from irq_convert.jobs.common.expressions import last_match
@@ -168,7 +168,8 @@ def _windows(
     """The text that damage is measured on: that of the target, of the calibration, or sampled."""
     asked, calibrate = target_of(options), options.calibrate
     text = asked.text or (calibrate.text if calibrate is not None else SELF)
-    window = min(asked.window, longest_context(model.model.config) or asked.window)
+    most = min(WINDOW, asked.tokens // 2)
+    window = fit_window(model.model.config, asked.window, most, "window")
     chosen = CalibrationOptions(
         text, tokens=asked.tokens, window=window, seed=asked.seed, held_out=asked.held_out
     )

@@ -33,22 +33,21 @@ def parse_size(text: str) -> int:
 class TargetOptions:
     """A size to reach, in one of two ways.
 
-    `size`: bytes of the whole artifact; `bits`: of a weight that there is a choice for, with
-    its share of scale and tau. `text` (as in `CalibrationOptions`), `tokens`, `window` (at most
-    the model's context) and `seed` say what the damage is measured on; one window in eight is
-    held out and judges the mix. `file` keeps the sensitivities, and is read where it is there.
-    `families` and `blocks` limit the choices, all of them where empty. `within` are
-    expressions: weights in whose names one matches with the same groups get the same choice.
-    `at_least` and `at_most` are pairs of an expression and a number of bits, 16 for weights
-    left as they are; the last match wins.
-    Raises `UsageError` for what cannot be.
+    `size`: bytes of the whole artifact; `bits`: of a weight that there is a choice for, with its
+    share of scale and tau. `text` (as in `CalibrationOptions`), `tokens`, `window` (None: 512, at
+    most the model's context and half the tokens) and `seed` say what the damage is measured on; one
+    window in eight is held out and judges the mix. `file` keeps the sensitivities, and is read
+    where it is there. `families` and `blocks` limit the choices, all of them where empty. `within`
+    are expressions: weights in whose names one matches with the same groups get the same choice.
+    `at_least` and `at_most` are pairs of an expression and a number of bits, 16 for weights left as
+    they are; the last match wins. Raises `UsageError` for what cannot be.
     """
 
     size: int | None = None
     bits: float | None = None
     text: str | None = None
     tokens: int = TOKENS
-    window: int = WINDOW
+    window: int | None = None
     seed: int = 0
     held_out: int = 8
     file: Path | None = None
@@ -65,10 +64,11 @@ class TargetOptions:
             raise UsageError(f"--target-size {self.size}: nothing has so few bytes")
         if self.bits is not None and not 1 <= self.bits <= 32:
             raise UsageError(f"--target-bits {self.bits:g}: from 1 to 32")
-        if self.window < 2 or self.tokens < 2 * self.window:
+        least = 2 if self.window is None else self.window
+        if least < 2 or self.tokens < 2 * least:
             raise UsageError(
-                f"--target-tokens {self.tokens}: at least two windows of {self.window} tokens, one "
-                "to measure and one to judge"
+                f"--target-tokens {self.tokens}: at least two windows of {max(2, least)} tokens, "
+                "one to measure and one to judge"
             )
         for pattern in self.within:
             check_expression("--uniform-within", pattern)

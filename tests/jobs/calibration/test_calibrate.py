@@ -279,12 +279,16 @@ def test_a_tokenizer_of_another_model(source: Path, text: Path, tmp_path: Path) 
 
 def test_a_window_beyond_the_context(source: Path, text: Path, tmp_path: Path) -> None:
     """As long as the context where nobody asked for one."""
-    options = QuantizeOptions.of(calibrate=CalibrationOptions(str(text), tokens=2048))
+    options = QuantizeOptions.of(calibrate=CalibrationOptions(str(text), tokens=512))
     cost = estimate_quantize(source, tmp_path / "out", options).calibration
     assert cost is not None
-    assert cost.tokens == 64 * cost.windows
-    with pytest.raises(UsageError, match="longer than the model's context of 64"):
-        quantize(source, tmp_path / "out", calibrating(text, window=128))
+    assert (cost.tokens, cost.windows) == (512, 8)
+    for window in (128, 512):
+        with pytest.raises(UsageError, match=f"{window} is longer than the model's context of 64"):
+            quantize(source, tmp_path / "out", calibrating(text, tokens=2048, window=window))
+    short = CalibrationOptions(str(text), tokens=100)
+    with pytest.raises(UsageError, match="100: at least two windows of 64, one"):
+        estimate_quantize(source, tmp_path / "out", QuantizeOptions.of(calibrate=short))
 
 
 def test_a_model_that_cannot_be_run_layer_by_layer(
