@@ -91,10 +91,11 @@ def test_streamed_from_the_hub(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("asked", [OPTIONS, (*TARGET, *OPTIONS[4:])], ids=["alone", "a target"])
 def test_two_processes_make_the_same(
-    irq: Commands, work: Path, calibration_source: Path, words: Path
+    irq: Commands, work: Path, calibration_source: Path, words: Path, asked: tuple[str, ...]
 ) -> None:
-    given = ("--calibrate", words, *OPTIONS, "--max-shard-size", "0.00005")
+    given = ("--calibrate", words, *asked, "--max-shard-size", "0.00005")
     assert irq("quantize", calibration_source, "alone", *given, cwd=work).code == 0
     done = irq.together(2, "quantize", calibration_source, work / "both", *given)
     assert done.code == 0, done.err

@@ -78,6 +78,11 @@ def test_the_report_as_json(irq: Commands, artifact: Path, block: Path, tmp_path
     assert report["layers"][0]["check"]["bound"] <= 1
     assert report["bytes_out"] == sum(p.stat().st_size for p in out.rglob("*") if p.is_file())
     assert report["largest_difference"] < 0.01
+    label = "error of what an adapter was merged into: to base plus adapter"
+    assert (label in irq("inspect", out).out, label in irq("inspect", artifact).out) == (
+        True,
+        False,
+    )
 
 
 @pytest.mark.parametrize("to", ["dense", "adapter", "irq"])

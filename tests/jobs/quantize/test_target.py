@@ -204,15 +204,20 @@ def test_rules_hold_in_what_is_written(make: Make, text: Path, tmp_path: Path) -
     assert irq_convert.verify(out, against=source).ok
 
 
-@pytest.mark.parametrize("how", ["importance", "calibrate"])
-def test_it_goes_with_data(make: Make, text: Path, tmp_path: Path, how: str) -> None:
-    source, out = make("Llama 2"), tmp_path / "out"
+@pytest.mark.parametrize(
+    ("how", "name"),
+    [("importance", "Llama 2"), ("importance", "Mixtral"), ("calibrate", "Llama 3")],
+)
+def test_it_goes_with_data(make: Make, text: Path, tmp_path: Path, how: str, name: str) -> None:
+    """With experts, whose columns count apart, and with tied embeddings in the choice."""
+    source, out = make(name), tmp_path / "out"
     settings: dict[str, Any] = {}
     if how == "importance":
         settings["importance"] = tmp_path / "i.safetensors"
         irq_convert.measure(source, settings["importance"], text=text, tokens=512, window=16)
     else:
         settings["calibrate"] = CalibrationOptions(str(text), tokens=512, window=16)
+        settings["include_embeddings"] = True
     report = sized(source, out, text, bits=3.0, codebook="int", block_size=32, **settings)
     assert getattr(report, "calibration" if how == "calibrate" else how) is not None
     assert report.target is not None
@@ -222,7 +227,10 @@ def test_it_goes_with_data(make: Make, text: Path, tmp_path: Path, how: str) -> 
         assert report.calibration is not None
         own = report.calibration
         assert min(own["kl"], own["plain"]) == min(fitted.values())
-    assert open_artifact(out).bits_per_weight <= 3.0
+    artifact = open_artifact(out)
+    assert artifact.bits_per_weight <= 3.0
+    names = {tensor.name for tensor in artifact.quantized}
+    assert ("model.embed_tokens.weight" in names) == (how == "calibrate")
     assert irq_convert.verify(out).ok
 
 
