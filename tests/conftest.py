@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from tests.fresh import Forks
 from tests.warm import compile_others, compile_search
 
 settings.register_profile("irq", deadline=None, max_examples=60)
-settings.register_profile("quick", deadline=None, max_examples=12)
+settings.register_profile("quick", deadline=None, max_examples=6)
 settings.load_profile("irq")
 
 
@@ -32,9 +33,10 @@ def pytest_sessionstart() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests first: one that began last would run on alone."""
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    """Files with the most slow tests first: one that began last would run on alone."""
+    slow = {item.nodeid.partition("[")[0] for item in items if item.get_closest_marker("slow")}
+    count = Counter(name.partition("::")[0] for name in slow)
+    items.sort(key=lambda item: -count[item.nodeid.partition("::")[0]])
 
 
 def pytest_collection_finish() -> None:

@@ -100,6 +100,7 @@ def packed(model: Any) -> list[torch.Tensor]:
     return [p.detach().clone() for p in model.parameters() if p.dtype == torch.uint8]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", WORKING)
 def test_a_tuner_that_leaves_layers_alone(
     kind: str,

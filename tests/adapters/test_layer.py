@@ -172,6 +172,7 @@ def test_gradients(kind: str, connection: str, pool: str | None, dropout: float)
         assert grads[0]["lora_iec_beta.default.weight"][unused] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("connection", "pool", "dropout"),
     [

@@ -106,6 +106,7 @@ def adapted(kind: str, artifact: Path, **more: Any) -> Any:
     return model.eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MERGING)
 def test_merging_is_refused_and_changes_nothing(kind: str, artifact: Path, tmp_path: Path) -> None:
     model = adapted(kind, artifact)

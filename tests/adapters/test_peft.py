@@ -57,6 +57,7 @@ def base(tmp_path: Path) -> Path:
 # Saving and restoring
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 def test_save_and_restore(base: Path, kind: str, low_cpu_mem_usage: bool) -> None:
@@ -192,6 +193,7 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", DAMAGES)
 @pytest.mark.parametrize("way", ["from_pretrained", "load_adapter"])
 def test_missing_and_unknown_tensors_are_refused(base: Path, kind: str, way: str) -> None:

@@ -96,6 +96,7 @@ def test_untrained_it_changes_no_bit() -> None:
     assert {name.split(".")[0] for name in trained} - {"base_layer"} == {SCALE, TAU}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("codebook", sorted(CODEBOOKS))
 @pytest.mark.parametrize("cols", [64, 70])
 def test_gradients_by_differences(codebook: str, cols: int) -> None:

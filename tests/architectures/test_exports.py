@@ -102,6 +102,7 @@ def test_experts_that_differ_cannot_be_stacked(tmp_path: Path) -> None:
         export(artifact, tmp_path / "out", ExportOptions("mlx"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pool", [None, "block"])
 @pytest.mark.parametrize("name", ["Mixtral", "GPT-2"])
 def test_folded_adapters_load_into_stock_models(name: str, pool: Any, tmp_path: Path) -> None:

@@ -265,6 +265,7 @@ def test_a_run_that_fetched_nothing_leaves_nothing() -> None:
     assert not opened.folder.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fetch", [Fetch.AS_READ, Fetch.STREAM])
 @pytest.mark.parametrize(
     ("kind", "fields"),
@@ -310,6 +311,7 @@ def test_faults_of_the_first_questions(
         assert read_all(checkpoint) == wanted(tmp_path, files)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fetch", [Fetch.AS_READ, Fetch.STREAM])
 @pytest.mark.parametrize(
     ("kind", "fields", "words"),

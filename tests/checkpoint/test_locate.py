@@ -134,6 +134,7 @@ def test_names_that_lead_nowhere(
     assert_one_line(str(caught.value), name, word)
 
 
+@pytest.mark.slow
 def test_download(client: Client, hub: FakeHub, model: Path) -> None:
     (found,) = client(["org/model", None], hub=hub.url)
     folder = Path(found[0])

@@ -49,6 +49,7 @@ def test_each_way(irq: Commands, artifact: Path, tmp_path: Path, to: str) -> Non
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", list(WORDS))
 @pytest.mark.parametrize("as_json", [False, True])
 def test_a_dry_run_writes_nothing(

@@ -56,6 +56,7 @@ def test_data_files(
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("args", "words"),
     [

@@ -136,6 +136,7 @@ LINES: list[tuple[Damage, Damage, list[str]]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dry", [(), ("--dry-run",)], ids=["run", "dry-run"])
 @pytest.mark.parametrize(("make", "damage", "words"), LINES)
 def test_one_line(

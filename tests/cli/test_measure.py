@@ -109,6 +109,7 @@ def test_a_class_that_is_loaded_whole(irq: Commands, work: Path, text: Path) -> 
         np.testing.assert_allclose(other[name], values, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "LlamaModel"])
 @pytest.mark.parametrize("stream", [(), ("--stream",)], ids=["cached", "streamed"])
 def test_from_the_hub(

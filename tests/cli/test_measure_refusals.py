@@ -29,6 +29,7 @@ def text(work: Path) -> Path:
     return work / "tales.txt"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -151,6 +152,7 @@ def _rewrite(path: Path, **more: np.ndarray) -> None:
     save_file({**read_importance(path).values, **more}, path, metadata)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dry", [(), ("--dry-run",)], ids=["run", "dry-run"])
 def test_importance_that_cannot_be(irq: Commands, work: Path, file: Path, dry: tuple) -> None:
     first = sorted(read_importance(file).values)[0]

@@ -85,6 +85,7 @@ def test_the_report_as_json(irq: Commands, artifact: Path, block: Path, tmp_path
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", ["dense", "adapter", "irq"])
 @pytest.mark.parametrize("as_json", [False, True])
 def test_a_dry_run_writes_nothing(

@@ -109,6 +109,7 @@ BAD: dict[str, tuple[Change, int, tuple[str, ...]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BAD)
 def test_bad_adapters(
     irq: Commands, artifact: Path, adapter: Path, tmp_path: Path, name: str

@@ -74,6 +74,7 @@ def test_a_dry_run_writes_nothing_and_is_exact(irq: Commands, tmp_path: Path, so
     assert f"{found['disk_needed']:,} bytes" in table.out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("cwd", "model", "name"),
     [

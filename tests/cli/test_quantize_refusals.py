@@ -22,6 +22,7 @@ USAGE, FAILURE = 2, 1
 # --- wrong use ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -299,6 +300,7 @@ DAMAGES: list[tuple[Callable[[Path], None], list[str]]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("damage", "words"), DAMAGES, ids=lambda value: getattr(value, "__name__", "")
 )

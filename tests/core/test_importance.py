@@ -134,6 +134,7 @@ def weighted_error(
     return sum(int(s) * int(e) ** 2 for s, e in zip(shares, wrong, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("codebook", sorted(CODEBOOKS))
 @pytest.mark.parametrize(
     "kind", ["gauss", "equal", *(pytest.param(k, marks=SLOW) for k in ("student", "outlier"))]

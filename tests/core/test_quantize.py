@@ -114,6 +114,7 @@ def test_the_objective_that_is_best_for_the_codebook() -> None:
     assert QuantSpec("int4", objective="entropy").objective == "entropy"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("codebook", ["nf2", "nf3", "nf4"])
 @pytest.mark.parametrize("kind", ["gauss", "student", "equal", "outlier"])
 def test_no_storable_tau_has_more_entropy(codebook: str, kind: str) -> None:

@@ -46,6 +46,7 @@ def twin(folder: Path, out: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(out).eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "tied"), CASES)
 def test_logits_are_those_of_the_dense_twin(tmp_path: Path, family: str, tied: bool) -> None:
     folder = artifact(tmp_path, family, tied)

@@ -34,6 +34,7 @@ def assert_exact(model: torch.nn.Module, dense: dict[str, torch.Tensor]) -> None
         assert torch.equal(layer.dequantize(), dense[name]), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("device_map", [None, "auto", "cpu", {"": "cpu"}])
 def test_logits_are_those_of_the_decoded_weights(

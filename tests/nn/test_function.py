@@ -24,6 +24,7 @@ def two_layers() -> nn.Sequential:
     return nn.Sequential(first, nn.GELU(), second)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fullgraph", [False, True])
 def test_compiled_forward_and_backward(fullgraph: bool) -> None:
     torch.manual_seed(0)

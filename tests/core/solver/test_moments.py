@@ -125,6 +125,7 @@ SETTINGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="torch before 2.9"
 )

@@ -62,6 +62,7 @@ def test_it_is_closer_to_the_source_than_without_data(
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [

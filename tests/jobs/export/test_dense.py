@@ -63,6 +63,7 @@ def codes(artifact: Path) -> torch.Tensor:
     return torch.cat([part.flatten() for part in found])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("codebook", "objective", "least"),
     [

@@ -87,6 +87,7 @@ def test_the_demo_model_computes_the_same(tmp_path: Path, bits: int) -> None:
     assert float((mlx_logits(tmp_path / "out") - ours).abs().max()) < 1e-4 * float(ours.abs().max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "more"),
     [

@@ -104,6 +104,7 @@ def test_the_start_is_nearer_to_the_source_and_more_so_with_moments(
     assert max(kl["text"], kl["importance"]) < kl["identity"] < kl["none"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("way", WAYS)
 def test_each_kind_starts_the_same_each_time_and_is_an_adapter(
@@ -133,6 +134,7 @@ def test_the_scaling_of_an_adapter_does_not_matter(artifact: Path) -> None:
         assert torch.allclose(found[0], other, atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["plain", "iec"])
 @pytest.mark.parametrize("way", WAYS)
 def test_a_full_rank_restores_the_source(

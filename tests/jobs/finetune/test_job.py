@@ -113,6 +113,7 @@ def test_what_is_recorded(artifact: Path, tales: Path, tmp_path: Path) -> None:
     assert (out / "loss.png").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "trained"),
     [

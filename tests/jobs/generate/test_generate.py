@@ -145,6 +145,7 @@ def make_adapter(artifact: Path, kind: AdapterKind, folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", list(AdapterKind))
 def test_adapters_of_every_kind(
     demo_nf3: Path, kind: AdapterKind, tmp_path: Path, tokenizer: PreTrainedTokenizerBase

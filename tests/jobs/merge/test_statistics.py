@@ -47,6 +47,7 @@ def difference(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((found - wanted).abs().max() / wanted.abs().max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("statistics", ["both", "scale", "tau"])
 @pytest.mark.parametrize("dtype", [None, TauDtype.FLOAT32, TauDtype.FLOAT16])
 def test_codes_stay_and_logits_are_those_of_base_plus_adapter(

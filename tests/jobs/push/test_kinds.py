@@ -167,6 +167,7 @@ def test_a_dense_merge(world: World, artifact: Path, adapter: Path, tmp_path: Pa
         push(folder, "org/x")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("to", "library", "tag", "line"),
     [

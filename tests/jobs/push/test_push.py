@@ -181,6 +181,7 @@ FAULTS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "parts"),
     [(name, parts) for name in FAULTS for parts in (False, True) if not parts or "file" in name],
@@ -202,6 +203,7 @@ def test_faults_that_pass(
     assert push(artifact, NAME, PushOptions(verify=False)).uploaded == ()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "path", "status", "words"),
     [

@@ -62,6 +62,7 @@ def twin_of(source: Path) -> tuple[Path, Tensors]:
     return twin, tensors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [fp8, modelopt, mxfp4])
 @pytest.mark.parametrize("options", [{}, {"tile_weights": 2000}, {"keep": ["layers.0"]}])
 def test_the_shards_are_those_of_the_dense_model(

@@ -81,6 +81,7 @@ def weighted_error(out: Path, source: Path, values: Values) -> dict[str, float]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["Llama 2", "GPT-2", "Mixtral", "Mixtral, fused", "gpt-oss"])
 def test_the_weighted_error_of_every_tensor_falls(tmp_path: Path, name: str) -> None:
     source = write_checkpoint(BY_NAME[name], tmp_path / "source")

@@ -50,6 +50,7 @@ def plan_of(
     return plan_quantize(open_checkpoint(write_source(folder, tensors, UNKNOWN)), options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tile_weights", [1, 20_000, 1 << 30])
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize(

@@ -354,6 +354,7 @@ def other_weights(source: Path) -> None:
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "more", "words"),
     [

@@ -54,6 +54,7 @@ def convert(source: Path, out: Path, **options: Any) -> Any:
 DTYPES, SHARD_BYTES = (torch.float32, torch.bfloat16, torch.float64), (10**9, 25_000, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "max_shard_bytes", "source_shards"),
     [  # every two of these together

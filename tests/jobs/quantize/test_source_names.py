@@ -106,6 +106,7 @@ class Bytes(Progress):
         self.done += nbytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("make", "told"), SOURCES)
 def test_each_format_is_named_and_weighed_by_its_files(
     tmp_path: Path, make: Callable[[Path], Path], told: dict[str, str]

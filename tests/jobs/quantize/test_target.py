@@ -102,6 +102,7 @@ def test_a_mix_of_so_many_bits(make: Make, text: Path, tmp_path: Path) -> None:
     assert model.config.quantization_config is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["Llama 2", "Llama 3"])  # apart, and tied
 def test_embeddings_and_heads_are_in_the_choice(
     make: Make, text: Path, tmp_path: Path, name: str
@@ -204,6 +205,7 @@ def test_rules_hold_in_what_is_written(make: Make, text: Path, tmp_path: Path) -
     assert irq_convert.verify(out, against=source).ok
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "name"),
     [("importance", "Llama 2"), ("importance", "Mixtral"), ("calibrate", "Llama 3")],

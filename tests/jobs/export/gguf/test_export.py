@@ -83,6 +83,7 @@ def test_rows_return_to_their_places(tmp_path: Path) -> None:
     assert (dense(tensors["token_embd.weight"]) == own["model.embed_tokens.weight"].numpy()).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("codebook", "block"),
     [
