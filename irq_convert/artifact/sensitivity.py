@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from irq_convert.errors import IrqError
 from irq_convert.version import PRODUCER
 
 FORMAT, FORMAT_VERSION = "irq sensitivity", "1"
+DEPTH = "irq.depth"
+"""The tensor of the factors of depth, in the order of the others' names."""
 _AGAIN = "measure it again"
 
 
@@ -41,12 +43,27 @@ class Width:
 
 
 @dataclass(frozen=True)
+class View:
+    """How much what was seen overrules what was expected: exponents of two factors.
+
+    `width`: that of a width; `depth`: that of where in the model a weight lies.
+    """
+
+    width: float = 1.0
+    depth: float = 0.0
+
+
+EXPECTED = View()
+
+
+@dataclass(frozen=True)
 class Sensitivity:
     """`damages` by the tensor's name in the files: float64 `[choices]`, nats a token.
 
     `choices` are their names, as "nf3/64"; `widths` by their bits. `settings` say how weights were
     quantized for it and on which text: another run can use the file only with the same.
-    `source` says of which model, as the manifest of an artifact does.
+    `source` says of which model, as the manifest of an artifact does. `depth`: by tensor, how much
+    more than expected a weight where it lies was seen to count; 1 for those that are not there.
     """
 
     damages: Mapping[str, np.ndarray]
@@ -54,15 +71,14 @@ class Sensitivity:
     widths: Mapping[int, Width]
     settings: Mapping[str, Any]
     source: Mapping[str, Any]
+    depth: Mapping[str, float] = field(default_factory=dict)
 
-    def damage(self, tensor: str, choice: str, bits: int, caution: float = 1.0) -> float:
-        """What `choice`, of so many bits, costs at `tensor`, by what its width was seen to cost.
-
-        More `caution` than 1 holds against a width more than once that it cost more than expected.
-        """
+    def damage(self, tensor: str, choice: str, bits: int, view: View = EXPECTED) -> float:
+        """What `choice`, of so many bits, costs at `tensor`, by what its width was seen to cost."""
         found = float(self.damages[tensor][self.choices.index(choice)])
         width = self.widths.get(bits)
-        return found * (width.factor**caution if width else 1.0)
+        found *= self.depth.get(tensor, 1.0) ** view.depth
+        return found * (width.factor**view.width if width else 1.0)
 
 
 def write_sensitivity(path: Path, found: Sensitivity) -> int:
@@ -80,9 +96,13 @@ def write_sensitivity(path: Path, found: Sensitivity) -> int:
         "settings": json.dumps(dict(found.settings), sort_keys=True),
         "source": json.dumps(dict(found.source), sort_keys=True),
     }
-    specs = [TensorSpec(n, "F64", (len(found.choices),)) for n in sorted(found.damages)]
+    names = sorted(found.damages)
+    tensors = dict(found.damages)
+    if found.depth:
+        tensors[DEPTH] = np.array([found.depth.get(name, 1.0) for name in names])
+    specs = [TensorSpec(name, "F64", tensors[name].shape) for name in sorted(tensors)]
     with ShardWriter(path, specs, metadata) as writer:
-        for name, values in found.damages.items():
+        for name, values in tensors.items():
             writer.write(name, np.ascontiguousarray(values, "<f8").tobytes())
     return writer.nbytes
 
@@ -116,19 +136,25 @@ def read_sensitivity(path: Path) -> Sensitivity:
     if not all(key in source for key in SOURCE_KEYS):
         raise IrqError(f"{path}: source in its metadata lacks {', '.join(SOURCE_KEYS)}: {_AGAIN}")
     damages = {}
+    names = sorted(name for name in header.tensors if name != DEPTH)
     with TileReader() as reader:
         for name, info in header.tensors.items():
-            if info.dtype != "F64" or info.shape != (len(choices),):
+            wanted, of = len(choices), "choice"
+            if name == DEPTH:
+                wanted, of = len(names), "tensor"
+            if info.dtype != "F64" or info.shape != (wanted,):
                 raise IrqError(
-                    f"{path}: {name} is {info.dtype} {list(info.shape)}, and damages are F64 "
-                    f"[{len(choices)}], one for each choice: {_AGAIN}"
+                    f"{path}: {name} is {info.dtype} {list(info.shape)}, and it has to be F64 "
+                    f"[{wanted}], one for each {of}: {_AGAIN}"
                 )
             values = reader.read_tensor(info).numpy()
             if not np.isfinite(values).all() or (values < 0).any():
-                raise IrqError(f"{path}: {name} has damages that are no numbers from 0: {_AGAIN}")
+                raise IrqError(f"{path}: {name} has values that are no numbers from 0: {_AGAIN}")
             damages[name] = values
     settings = _parsed(path, metadata, "settings", dict)
-    return Sensitivity(damages, tuple(map(str, choices)), widths, settings, source)
+    factors = damages.pop(DEPTH, None)
+    depth = {} if factors is None else dict(zip(names, map(float, factors), strict=True))
+    return Sensitivity(damages, tuple(map(str, choices)), widths, settings, source, depth)
 
 
 def _parsed(path: Path, metadata: Mapping[str, str], key: str, kind: type) -> Any:

@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 
 from irq_convert.artifact.sensitivity import (
     Sensitivity,
+    View,
     Width,
     is_sensitivity,
     read_sensitivity,
@@ -29,25 +30,29 @@ DAMAGES = st.dictionaries(
 )
 
 
-def sensitivity(damages: dict[str, list[float]]) -> Sensitivity:
+def sensitivity(
+    damages: dict[str, list[float]], depth: dict[str, float] | None = None
+) -> Sensitivity:
     values = {name: np.array(own) for name, own in damages.items()}
     widths = {2: Width(0.5, 1.25, 0.1), 3: Width(0.25, 0.25, None)}
-    return Sensitivity(values, ("int2/64", "nf3/32"), widths, {"seed": 1}, SOURCE)
+    depth = dict.fromkeys(damages, 1.0) | (depth or {})
+    return Sensitivity(values, ("int2/64", "nf3/32"), widths, {"seed": 1}, SOURCE, depth)
 
 
-@given(DAMAGES)
+@given(DAMAGES, st.data())
 @settings(max_examples=25, deadline=None)
 def test_what_is_written_is_read(
-    tmp_path_factory: pytest.TempPathFactory, damages: dict[str, list[float]]
+    tmp_path_factory: pytest.TempPathFactory, damages: dict[str, list[float]], data: st.DataObject
 ) -> None:
     path = tmp_path_factory.mktemp("s") / "s.safetensors"
-    wanted = sensitivity(damages)
+    wanted = sensitivity(damages, {name: data.draw(st.floats(0.25, 4)) for name in damages})
     assert write_sensitivity(path, wanted) == path.stat().st_size
     assert is_sensitivity(path)
     found = read_sensitivity(path)
     assert {n: list(v) for n, v in found.damages.items()} == damages
     assert (found.choices, found.widths) == (wanted.choices, wanted.widths)
     assert (found.settings, found.source) == (wanted.settings, wanted.source)
+    assert found.depth == wanted.depth
 
 
 def test_damage_is_worth_what_its_width_was_seen_to_cost() -> None:
@@ -55,7 +60,11 @@ def test_damage_is_worth_what_its_width_was_seen_to_cost() -> None:
     assert found.damage("w", "int2/64", 2) == 0.125 * 2.5
     assert found.damage("w", "nf3/32", 3) == 0.5
     assert found.damage("w", "nf3/32", 4) == 0.5
-    assert found.damage("w", "int2/64", 2, caution=2.0) == 0.125 * 2.5**2
+    assert found.damage("w", "int2/64", 2, View(width=2.0)) == 0.125 * 2.5**2
+    deep = sensitivity({"w": [0.125, 0.5], "v": [0.125, 0.5]}, {"w": 3.0})
+    assert deep.damage("w", "nf3/32", 3) == 0.5
+    assert deep.damage("w", "nf3/32", 3, View(depth=2.0)) == 0.5 * 9
+    assert deep.damage("v", "nf3/32", 3, View(depth=2.0)) == 0.5
 
 
 @pytest.mark.parametrize(
@@ -64,7 +73,7 @@ def test_damage_is_worth_what_its_width_was_seen_to_cost() -> None:
         ({"format": "irq importance"}, "no file of sensitivities"),
         ({"format_version": "2"}, "of version '2'"),
         ({"choices": "{}"}, "choices in its metadata is no list"),
-        ({"choices": '["int2/64"]'}, r"w is F64 \[2\], and damages are F64 \[1\]"),
+        ({"choices": '["int2/64"]'}, r"w is F64 \[2\], and it has to be F64 \[1\]"),
         ({"widths": '{"2": [0, 1, null]}'}, "widths in its metadata"),
         ({"widths": '{"2": 7}'}, "widths in its metadata"),
         ({"source": '{"model": "m"}'}, "source in its metadata lacks"),
@@ -86,5 +95,18 @@ def test_a_rule_that_is_broken_is_named(tmp_path: Path, change: dict[str, str], 
 def test_damages_that_are_none_are_named(tmp_path: Path, bad: list[float]) -> None:
     path = tmp_path / "s.safetensors"
     write_sensitivity(path, sensitivity({"w": bad}))
-    with pytest.raises(IrqError, match="w has damages that are no numbers from 0"):
+    with pytest.raises(IrqError, match="w has values that are no numbers from 0"):
+        read_sensitivity(path)
+
+
+def test_factors_of_depth_that_are_not_of_the_tensors(tmp_path: Path) -> None:
+    from irq_convert.checkpoint.header import read_header
+
+    path = tmp_path / "s.safetensors"
+    write_sensitivity(path, sensitivity({"w": [1.0, 2.0]}))
+    metadata = dict(read_header(path).metadata)
+    save_file({"w": np.array([1.0, 2.0]), "irq.depth": np.ones(2)}, path, metadata)
+    with pytest.raises(
+        IrqError, match=r"irq.depth is F64 \[2\], .* F64 \[1\], one for each tensor"
+    ):
         read_sensitivity(path)

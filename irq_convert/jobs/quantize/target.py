@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from irq_convert.artifact.sensitivity import EXPECTED, View
 from irq_convert.jobs.common.metrics import MeanEstimate
 from irq_convert.jobs.common.torchrun import RunProcesses
 from irq_convert.jobs.quantize.importance import Weighing
@@ -26,8 +27,8 @@ from irq_convert.jobs.sizing.measure import compare
 from irq_convert.jobs.sizing.mix import Mix
 from irq_convert.progress import Progress
 
-CAUTIONS = (1.0, 2.0)
-"""How much the mixes that are judged hold against a width what it costs beyond expectation."""
+VIEWS = (View(), View(width=2.0), View(depth=1.0))
+"""Of the damages: a mix for each of them is judged."""
 
 
 @dataclass(frozen=True)
@@ -137,13 +138,13 @@ def target_frontier(
 def choose(target: Target) -> tuple[list[Mix], Mix | None]:
     """The best mixes that fit with all around them, and the best uniform choice that does."""
     market = target.market
-    found = [_best(target, caution) for caution in CAUTIONS]
+    found = [_best(target, view) for view in VIEWS]
     mixes = [mix for at, mix in enumerate(found) if mix not in found[:at]]
     return mixes, _fitted(target, market.best_uniform)
 
 
-def _best(target: Target, caution: float = 1.0) -> Mix:
-    found = _fitted(target, partial(target.market.best, caution=caution))
+def _best(target: Target, view: View = EXPECTED) -> Mix:
+    found = _fitted(target, partial(target.market.best, view=view))
     # `refuse_unreachable` has seen that the smallest fits.
     return target.market.smallest if found is None else found
 

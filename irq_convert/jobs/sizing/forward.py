@@ -151,15 +151,30 @@ class Forward:
             squares.forget()
             self.unreached += squares.unreached
             self.means |= squares.means(model.source.checkpoint)
-            for name in self.streams:
-                with self._quantized(sites, self.streams[name]):
-                    for start, stop in chunks(0, self.windows.held_out, self.windows.ids.shape[1]):
-                        self._move(number, current[name], following[name], start, stop)
+            for names, specs in self._alike(sites):
+                with self._quantized(sites, specs):
+                    for name in names:
+                        self._move_held_out(number, current[name], following[name])
         for name, file in current.items():
             if name or not self.keep_states:
                 file.remove()
         give_back_memory()
         return following
+
+    def _alike(
+        self, sites: tuple[Site, ...]
+    ) -> Iterator[tuple[list[str], Mapping[str, QuantSpec | None]]]:
+        """Streams, those together that have the same weights at `sites`, and these."""
+        tensors = [stored.tensor for site in sites for stored in site.stored]
+        found: dict[tuple[QuantSpec | None, ...], list[str]] = {}
+        for name, specs in self.streams.items():
+            found.setdefault(tuple(map(specs.get, tensors)), []).append(name)
+        for own, names in found.items():
+            yield names, dict(zip(tensors, own, strict=True))
+
+    def _move_held_out(self, number: int, current: StateFile, following: StateFile) -> None:
+        for start, stop in chunks(0, self.windows.held_out, self.windows.ids.shape[1]):
+            self._move(number, current, following, start, stop)
 
     def _move(
         self, number: int, current: StateFile, following: StateFile, start: int, stop: int

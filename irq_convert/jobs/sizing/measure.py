@@ -23,6 +23,7 @@ from irq_convert.jobs.common.metrics import MeanEstimate
 from irq_convert.jobs.sizing.backward import Backward
 from irq_convert.jobs.sizing.choices import Choice
 from irq_convert.jobs.sizing.damage import damages
+from irq_convert.jobs.sizing.depth import Bands
 from irq_convert.jobs.sizing.ends import Ends
 from irq_convert.jobs.sizing.forward import Forward, layer_bytes
 from irq_convert.progress import Progress
@@ -68,6 +69,9 @@ def measure_sensitivity(
         bits: dict.fromkeys(subject.tensors, choice.spec(subject.base))
         for bits, choice in widths.items()
     }
+    bands = Bands.of(model, subject.tensors, widths)
+    if bands is not None:
+        streams |= bands.streams(subject.tensors, subject.base)
     forward = Forward(
         model, subject.windows, streams, subject.weigh, folder, progress, subject.threads,
         keep_states=True,
@@ -90,9 +94,9 @@ def measure_sensitivity(
             "of their layer's: more --target-tokens help"
         )
     names = tuple(str(choice) for choice in choices)
-    return Sensitivity(
-        heard.found, names, _widths(heard.found, names, widths, seen), settings, source
-    )
+    told = _widths(heard.found, names, widths, seen)
+    depth = {} if bands is None else bands.factors(heard.found, names, told, seen)
+    return Sensitivity(heard.found, names, told, settings, source, depth)
 
 
 class _Heard:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from irq_convert.artifact.sensitivity import Sensitivity
+from irq_convert.artifact.sensitivity import EXPECTED, Sensitivity, View
 from irq_convert.jobs.sizing.choices import DENSE, Choice
 from irq_convert.jobs.sizing.knapsack import Option, frontier, solve
 from irq_convert.jobs.sizing.rules import Group
@@ -38,27 +38,26 @@ class Market:
     sensitivity: Sensitivity
     nbytes: Bytes
 
-    def options(self, caution: float) -> list[list[Option]]:
+    def options(self, view: View) -> list[list[Option]]:
         """What each of a group's choices costs, in their order, for all groups."""
         return [
-            [self._option(group, choice, caution) for choice in group.choices]
-            for group in self.groups
+            [self._option(group, choice, view) for choice in group.choices] for group in self.groups
         ]
 
-    def _option(self, group: Group, choice: Choice, caution: float) -> Option:
+    def _option(self, group: Group, choice: Choice, view: View) -> Option:
         cost = sum(self.nbytes(name, choice) for name in group.tensors)
-        damage = sum(self._damage(name, choice, caution) for name in group.tensors)
+        damage = sum(self._damage(name, choice, view) for name in group.tensors)
         return Option(cost, damage)
 
-    def _damage(self, name: str, choice: Choice, caution: float) -> float:
+    def _damage(self, name: str, choice: Choice, view: View) -> float:
         if choice == DENSE:
             return 0.0
-        return self.sensitivity.damage(name, str(choice), choice.bits, caution)
+        return self.sensitivity.damage(name, str(choice), choice.bits, view)
 
     @cached_property
     def table(self) -> list[list[Option]]:
         """The options of all groups, by the damage that is expected."""
-        return self.options(1.0)
+        return self.options(EXPECTED)
 
     @property
     def smallest(self) -> Mix:
@@ -66,9 +65,9 @@ class Market:
         sizes = [[option.nbytes for option in options] for options in self.table]
         return self._mix([own.index(min(own)) for own in sizes])
 
-    def best(self, room: int, caution: float = 1.0) -> Mix | None:
+    def best(self, room: int, view: View = EXPECTED) -> Mix | None:
         """The mix that damages least in `room` bytes; None where nothing fits."""
-        found = solve(self.table if caution == 1.0 else self.options(caution), room)
+        found = solve(self.table if view == EXPECTED else self.options(view), room)
         return None if found is None else self._mix(found.chosen)
 
     def best_uniform(self, room: int) -> Mix | None:
