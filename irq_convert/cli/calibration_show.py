@@ -14,7 +14,7 @@ def calibration_rows(record: Mapping[str, Any] | None) -> list[tuple[str, str]]:
     if not record:
         return []
     tokens = record["windows"] * record["window"]
-    error = "" if record["kl_se"] is None else f" +- {record['kl_se']:.4f}"
+    error = "" if record["kl_se"] is None else f" ± {record['kl_se']:.4f}"
     kept = "" if record["kept"] == "calibrated" else ": no better, so kept without"
     return [
         ("calibrated", f"{record['text']}, {tokens:,} tokens in {record['windows']} windows"),
@@ -38,7 +38,7 @@ def target_rows(record: Mapping[str, Any] | None) -> list[tuple[str, str]]:
     if not record:
         return []
     asked = f"{record['size']:,} bytes" if "size" in record else f"{record['bits']:g} bits a weight"
-    error = "" if record["kl_se"] is None else f" +- {record['kl_se']:.4f}"
+    error = "" if record["kl_se"] is None else f" ± {record['kl_se']:.4f}"
     rows = [("target", asked), ("KL of the mix", f"{record['kl']:.4f}{error}, held-out windows")]
     other = record["uniform"]
     if other:

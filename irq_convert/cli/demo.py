@@ -73,7 +73,7 @@ def _print_quantized(rows: list[DemoRow]) -> None:
     console.print(table)
     console.print(
         "MB: the whole folder. bits/w: of quantized weights, statistics included. entropy: bits "
-        "a code. Perplexity and KL(source || quantized) on held-out text, +- standard error.\n"
+        "a code. Perplexity and KL(source || quantized) on held-out text, ± standard error.\n"
     )
 
 
