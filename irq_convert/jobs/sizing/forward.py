@@ -85,9 +85,9 @@ class Forward:
         if not last:
             return divergences(self.model, ids, {"source": source, **streams})
         found: dict[str, MeanEstimate] = {}
-        for name, own in streams.items():
-            one = {"source": source, name: own}
-            found |= divergences(self.model, ids, one, self._tables(name, last))
+        for names in self._alike(last):
+            own = {"source": source, **{name: streams[name] for name in names}}
+            found |= divergences(self.model, ids, own, self._tables(names[0], last))
         return found
 
     def _tables(self, stream: str, names: Collection[str]) -> dict[str, torch.Tensor]:
@@ -114,10 +114,13 @@ class Forward:
                     current = self._open(0, files)
                 current[""].write(start, states)
             looked_up = Ends.of(self.model, self.tensors).first
-            for name in self.streams:
-                with self.model.source.replaced(self.model.model, self._tables(name, looked_up)):
+            for names in self._alike(looked_up):
+                tables = self._tables(names[0], looked_up)
+                with self.model.source.replaced(self.model.model, tables):
                     for start, stop in chunks(first, len(ids), ids.shape[1]):
-                        current[name].write(start - first, self.model.begin(ids[start:stop]))
+                        states = self.model.begin(ids[start:stop])
+                        for name in names:
+                            current[name].write(start - first, states)
         return current
 
     def _open(self, number: int, files: ExitStack) -> dict[str, StateFile]:
@@ -151,8 +154,9 @@ class Forward:
             squares.forget()
             self.unreached += squares.unreached
             self.means |= squares.means(model.source.checkpoint)
-            for names, specs in self._alike(sites):
-                with self._quantized(sites, specs):
+            tensors = [stored.tensor for site in sites for stored in site.stored]
+            for names in self._alike(tensors):
+                with self._quantized(sites, self.streams[names[0]]):
                     for name in names:
                         self._move_held_out(number, current[name], following[name])
         for name, file in current.items():
@@ -161,16 +165,12 @@ class Forward:
         give_back_memory()
         return following
 
-    def _alike(
-        self, sites: tuple[Site, ...]
-    ) -> Iterator[tuple[list[str], Mapping[str, QuantSpec | None]]]:
-        """Streams, those together that have the same weights at `sites`, and these."""
-        tensors = [stored.tensor for site in sites for stored in site.stored]
+    def _alike(self, tensors: Collection[str]) -> list[list[str]]:
+        """The streams, those together in which all `tensors` have the same weights."""
         found: dict[tuple[QuantSpec | None, ...], list[str]] = {}
         for name, specs in self.streams.items():
             found.setdefault(tuple(map(specs.get, tensors)), []).append(name)
-        for own, names in found.items():
-            yield names, dict(zip(tensors, own, strict=True))
+        return list(found.values())
 
     def _move_held_out(self, number: int, current: StateFile, following: StateFile) -> None:
         for start, stop in chunks(0, self.windows.held_out, self.windows.ids.shape[1]):
