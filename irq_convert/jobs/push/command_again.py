@@ -41,8 +41,8 @@ def _data_flags(subject: PushedFolder, options: dict[str, Any]) -> list[str]:
     if not own or not fitted:
         return words
     words += ["--calibrate", str(fitted["text"])]
-    for flag, key in (("calibration-tokens", "tokens"), ("calibration-window", "window")):
-        words += [f"--{flag}", str(own[f"{_CALIBRATION}{key}"])]
+    asked = {f"{_CALIBRATION}{key}": own[f"{_CALIBRATION}{key}"] for key in ("tokens", "window")}
+    words += option_flags(asked)
     return [*words, *option_flags({key: fitted[key] for key in ("seed", "correction", "damping")})]
 
 

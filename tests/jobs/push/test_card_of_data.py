@@ -39,6 +39,11 @@ def test_the_command_and_the_judgement(tmp_path: Path) -> None:
     assert given["--seed"] == "0"
     assert float(given["--correction"]) == record["correction"]
     assert float(given["--damping"]) == record["damping"]
+    options = calibrating(text, tokens=1024, window=None)
+    quantize(source, tmp_path / "default", options)
+    words_of_default = command_again(open_pushed_folder(tmp_path / "default"))
+    assert "--calibration-tokens 1024" in words_of_default
+    assert "window" not in words_of_default
     assert not [word for word in words if "held" in word or "sweep" in word or "ridge" in word]
     body = card_body(subject, "me/out", None, {})
     assert f"| KL to the source, held out | {record['kl']:.4f}, without data" in body
@@ -51,7 +56,7 @@ def test_the_command_of_a_target_makes_it_again(tmp_path: Path) -> None:
     write_word_tokenizer(source, VOCABULARY)
     (tmp_path / "words.txt").write_text(word_text(VOCABULARY, 600))
     target = TargetOptions(
-        size=300_000, text=str(tmp_path / "words.txt"), tokens=128, window=64,
+        size=300_000, text=str(tmp_path / "words.txt"), tokens=128,
         within=(r"layers\.(\d+)\.self_attn\.[qk]_proj",), at_least=(("o_proj", 3),),
         at_most=(("down_proj", 4),),
     )  # fmt: skip
