@@ -35,7 +35,7 @@ def text(work: Path) -> Path:
     [
         (["--window", "0"], ["--window 0", "at least 1"]),
         (["--tokens", "3"], ["--tokens 3", "not one window of 64"]),
-        (["--window", "500", "--tokens", "512"], ["--window 500", "context of"]),
+        (["--window", "512", "--tokens", "512"], ["--window 512", "context of"]),
         (["--text", "none.txt"], ["none.txt: no such text file"]),
         (["--text", "."], ["a folder, not a file"]),
         (["--threads", "0"], ["--threads 0", "at least 1"]),
