@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import TYPE_CHECKING, Any
 
+from irq_convert.core.working_dtype import cpu_multiplies
 from irq_convert.errors import UsageError
 
 if TYPE_CHECKING:
@@ -19,8 +21,16 @@ def prepare_for_training(
 
     `gradient_checkpointing` may be the keyword arguments of `torch.utils.checkpoint.checkpoint`,
     such as `{"use_reentrant": True}`. (PEFT's own preparation would cast every dense parameter to
-    float32 and leave checkpointing off.)
+    float32 and leave checkpointing off.) Warns of a 16-bit model on a CPU that is no good at it.
     """
+    if model.device.type == "cpu" and not cpu_multiplies(model.dtype):
+        short = str(model.dtype).removeprefix("torch.")
+        warnings.warn(
+            f"torch has no fast products of {short} on this CPU: what is not packed of the model, "
+            "its head above all, trains many times faster when it is loaded with "
+            "dtype=torch.float32",
+            stacklevel=3,
+        )
     model.requires_grad_(False)
     if gradient_checkpointing is not False:
         how = gradient_checkpointing if isinstance(gradient_checkpointing, dict) else None

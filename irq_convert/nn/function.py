@@ -20,6 +20,7 @@ from irq_convert.core.decode import packed_product
 from irq_convert.core.dequantize import dequantize_tensor
 from irq_convert.core.product import tiled_product
 from irq_convert.core.quantized import QuantizedTensor
+from irq_convert.core.working_dtype import no_autocast, working_dtype
 from irq_convert.nn.parts import cut_columns, without_grids
 from irq_convert.nn.statistics_grad import statistics_grad
 
@@ -98,20 +99,29 @@ def _is_plain(tensor: torch.Tensor) -> bool:
 
 def _linear_grad(grad: torch.Tensor, q: QuantizedTensor) -> torch.Tensor:
     """`grad @ W` over tiles of columns: no sum is split, so one rounding, as without tiles."""
+    wide = working_dtype(grad)
+    if wide is grad.dtype:
+        return _tiled_grad(grad, q, grad.dtype)
+    with no_autocast():
+        return _tiled_grad(grad.to(wide), q, grad.dtype).to(grad.dtype)
+
+
+def _tiled_grad(grad: torch.Tensor, q: QuantizedTensor, dtype: torch.dtype) -> torch.Tensor:
+    """`grad @ W` in the dtype of `grad`, the values of `W` being of `dtype`."""
     rows, blocks = q.codes.shape[0], q.shape.blocks_per_row
     step = max(1, product.LARGE_TILE // max(1, rows * q.block_size * grad.element_size()))
     if blocks <= step:
-        return grad @ dequantize_tensor(q, grad.dtype)
-    wide = without_grids(q)
+        return grad @ dequantize_tensor(q, dtype).to(grad.dtype)
+    plain = without_grids(q)
     flat = grad.reshape(-1, rows)
     grad_x = flat.new_empty(flat.shape[0], q.cols)
-    buffer = flat.new_empty(rows * step * q.block_size)
+    buffer = flat.new_empty(rows * step * q.block_size, dtype=dtype)
     for first in range(0, blocks, step):
-        part = cut_columns(wide, first, min(first + step, blocks))
+        part = cut_columns(plain, first, min(first + step, blocks))
         tile = buffer[: rows * part.cols].view(rows, part.cols)
         begin = first * q.block_size
-        weight = dequantize_tensor(part, grad.dtype, out=tile)
-        grad_x[:, begin : begin + part.cols] = flat @ weight
+        weight = dequantize_tensor(part, dtype, out=tile)
+        grad_x[:, begin : begin + part.cols] = flat @ weight.to(grad.dtype)
     return grad_x.view(*grad.shape[:-1], q.cols)
 
 

@@ -15,6 +15,7 @@ from irq_convert.core.dequantize import dequantize_rows
 from irq_convert.core.elastic import block_sums
 from irq_convert.core.moved import as_levels
 from irq_convert.core.quantized import QuantizedTensor
+from irq_convert.core.working_dtype import no_autocast, working_dtype
 
 TILE = 1 << 24
 """Bytes of G, and as many of levels, at a time."""
@@ -26,8 +27,12 @@ def statistics_grad(
     """Gradients of the scales and taus of `q`, float32 `[rows, blocks]`; None where not asked for.
 
     `grad` `[..., rows]` is that of `x W^T`, `x` `[..., cols]`, both of one floating dtype, in which
-    the products are taken. Differentiable in `grad` and `x`.
+    the products are taken, or in float32 (`working_dtype`). Differentiable in `grad` and `x`.
     """
+    wide = working_dtype(grad)
+    if wide is not grad.dtype:
+        with no_autocast():
+            return statistics_grad(grad.to(wide), x.to(wide), q, scale, tau)
     flat, inputs = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
     return (
         _of_scale(flat, inputs, q) if scale else None,

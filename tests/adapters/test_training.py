@@ -166,6 +166,21 @@ def test_saved_bytes_of_a_wide_layer() -> None:
     assert bytes_saved < 512 * 1024  # a quarter of the dense weight
 
 
+@pytest.mark.parametrize("able", [True, False])
+def test_a_dtype_that_this_cpu_is_no_good_at_is_named(
+    base: Path, able: bool, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    monkeypatch.setattr(
+        "irq_convert.adapters.attach.cpu_multiplies", lambda dtype: able or dtype == torch.float32
+    )
+    for dtype in (torch.float32, torch.bfloat16):
+        irq_convert.attach(irq_convert.load(base, dtype=dtype), iec_config())
+    said = [str(each.message) for each in recwarn if "no fast products" in str(each.message)]
+    assert [text.split(" on ")[0] for text in said] == (
+        [] if able else ["torch has no fast products of bfloat16"]
+    )
+
+
 @pytest.mark.parametrize("how", ["model", "autocast"])
 def test_bfloat16(base: Path, how: str) -> None:
     torch.manual_seed(0)
