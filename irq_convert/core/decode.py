@@ -16,14 +16,17 @@ from irq_convert.core.product import tiled_product
 from irq_convert.core.quantized import QuantizedTensor
 from irq_convert.core.scales import check_statistic
 from irq_convert.core.triton.support import why_not
+from irq_convert.core.working_dtype import working_dtype
 from irq_convert.errors import IrqError, UsageError
 
 MOST_TOKENS = {torch.bfloat16: 16, torch.float16: 8, torch.float32: 8}
 """More tokens than this, of a dtype, are multiplied with dense tiles on a CPU.
 
 By tests/bench/decode.py. In bfloat16 sixteen cost what making the tiles costs alone, so whatever
-multiplies with them; on a machine without instructions for bfloat16 many more would pay.
+multiplies with them.
 """
+MOST_TOKENS_THROUGH_FLOAT32 = 32
+"""The same in bfloat16 on a CPU without instructions for it (`working_dtype.py`)."""
 MOST_TOKENS_ON_GPU = 4
 """The same on a GPU: a guess, not yet measured on one."""
 CHECKED = "_checked_at"
@@ -78,11 +81,13 @@ def _check(x: torch.Tensor, q: QuantizedTensor, bias: torch.Tensor | None) -> No
 def decodes(x: torch.Tensor, q: QuantizedTensor) -> bool:
     """Whether a product with `x` `[..., cols]` reads packed weights, and writes no dense ones.
 
-    It does for up to `MOST_TOKENS` of its dtype on a CPU with AVX2, and for up to
-    `MOST_TOKENS_ON_GPU` on a GPU that Triton serves.
+    It does for up to `MOST_TOKENS` of its dtype on a CPU with AVX2 (`MOST_TOKENS_THROUGH_FLOAT32`
+    where that is), and for up to `MOST_TOKENS_ON_GPU` on a GPU that Triton serves.
     """
     most = MOST_TOKENS.get(x.dtype, 0)
     if x.is_cpu:
+        if most and x.dtype is torch.bfloat16 and working_dtype(x) is not x.dtype:
+            most = MOST_TOKENS_THROUGH_FLOAT32
         return 0 < x.numel() <= most * q.cols and decode_cpu.usable()
     most = min(most, MOST_TOKENS_ON_GPU)
     return x.is_cuda and 0 < x.numel() <= most * q.cols and _triton_runs(x.device)

@@ -13,9 +13,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from irq_convert.core import decode_cpu, product
+from irq_convert.core import decode_cpu, product, working_dtype
 from irq_convert.core.codebook import CODEBOOKS
-from irq_convert.core.decode import MOST_TOKENS, decodes, packed_product
+from irq_convert.core.decode import (
+    MOST_TOKENS,
+    MOST_TOKENS_THROUGH_FLOAT32,
+    decodes,
+    packed_product,
+)
 from irq_convert.core.kernels.decode_input import WORD_LEVEL
 from irq_convert.core.product import tiled_product
 from irq_convert.core.quantized import QuantizedTensor
@@ -118,6 +123,18 @@ def test_no_dense_weight_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
         packed_product(torch.randn(MOST_TOKENS[torch.float32] + 1, 100), q)
     with pytest.raises(AssertionError, match="dequantized"):
         packed_product(torch.randn(1, 100, dtype=torch.float64), q)
+
+
+@needs_kernels
+def test_more_tokens_where_tiles_go_through_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    q = random_sample(0, 20, 100).q
+    most = {True: MOST_TOKENS[torch.bfloat16], False: MOST_TOKENS_THROUGH_FLOAT32}
+    for able, tokens in most.items():
+        monkeypatch.setattr(working_dtype, "cpu_multiplies", lambda dtype, able=able: able)
+        for dtype in SHORT:
+            own = tokens if dtype == torch.bfloat16 else MOST_TOKENS[dtype]
+            assert decodes(torch.empty(own, 100, dtype=dtype), q)
+            assert not decodes(torch.empty(own + 1, 100, dtype=dtype), q)
 
 
 @needs_kernels
