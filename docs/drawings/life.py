@@ -23,10 +23,10 @@ EXPORTED = (
     ("dense", "16 or 32 bits", ("any program",)),
     ("mlx", "int2, int3, int4", ("mlx-lm",)),
     ("gguf", "Q4_1 of int codebooks", ("llama.cpp, Ollama",)),
-    ("compressed-tensors", "integer zero points", ("transformers", "vLLM: not tried yet")),
+    ("compressed-tensors", "integer zero points", ("transformers", "vLLM: 4 bits")),
 )
 MERGED = (
-    ("irq", "an artifact again", ("transformers", "loads artifacts as they are")),
+    ("irq", "an artifact again", ("transformers, vLLM", "load artifacts as they are")),
     ("dense", "16 or 32 bits", ("any program",)),
     ("adapter", "a plain LoRA", ("PEFT", "on artifact or dense model")),
 )
@@ -68,7 +68,7 @@ def _exports(c: Canvas) -> None:
 def _training(c: Canvas) -> None:
     lines: tuple[str, ...] = ("data", "text, instructions,", "conversations")
     c.box(30, ADAPTER - 38, 142, 76, lines)
-    lines = ("adapter", "plain, iec or block;", "the artifact under it", "stays as it is")
+    lines = ("adapter", "LoRA, IEC, statistics;", "the artifact under it", "stays as it is")
     c.box(276, ADAPTER - 49, 172, 98, lines, (AMBER, AMBER_LIGHT))
     c.line([(172, ADAPTER), (273, ADAPTER)], LINE, arrow=True)
     c.line([(318, ARTIFACT + 49), (318, ADAPTER - 52)], AMBER, arrow=True, weight=2)

@@ -59,7 +59,9 @@ def quantize_command(
     model: Annotated[str, typer.Argument(help="Local folder or Hub id of the source model.")],
     out: Annotated[
         Path | None,
-        typer.Argument(help="Folder to create.  \\[default: NAME-irq-CODEBOOK here]"),
+        typer.Argument(
+            help="Folder to create.  \\[default: NAME-irq-CODEBOOK here, or NAME-irq-mix]"
+        ),
     ] = None,
     bits: Annotated[
         int | None, typer.Option(help=f"Bits per weight: {WIDTHS_IN_WORDS}.  \\[default: 4]")
@@ -76,7 +78,8 @@ def quantize_command(
         Objective | None,
         typer.Option(
             help=f"{in_words(f'{each} ({each.meaning})' for each in Objective)}.  "
-            f"\\[default: {', '.join(f'{f.objective} for {f.name}' for f in FAMILIES.values())}]"
+            f"\\[default: {', '.join(f'{f.objective} for {f.name}' for f in FAMILIES.values())}; "
+            "mse with a text, importance or a target]"
         ),
     ] = None,
     refine: Annotated[
@@ -163,7 +166,7 @@ def quantize_command(
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Quantize a model to 2, 3 or 4 bits, calibrated block by block.
+    """Quantize a model to 2, 3 or 4 bits, block by block.
 
     Linear layers are quantized, embeddings and the head when asked; all else is kept.
 

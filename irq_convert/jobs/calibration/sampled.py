@@ -34,8 +34,9 @@ def sample_tokens(
     free = available_memory()
     if model.device == "cpu" and free is not None and needed > free:
         raise UsageError(
-            f"--calibrate self samples from the whole model, which takes {short_bytes(needed)} of "
-            f"memory ({short_bytes(free)} free): give a text"
+            f"a text that the model writes itself takes the whole model in memory, "
+            f"{short_bytes(needed)} ({short_bytes(free)} free): give one, with --calibrate or "
+            "--target-text"
         )
     count = options.tokens // options.width
     generator = torch.Generator().manual_seed(options.seed)
