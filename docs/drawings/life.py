@@ -40,7 +40,7 @@ def draw() -> Canvas:
     c = Canvas(1040, 560, "The life of a model in irq-convert, with the command of every step")
     for x, words in ((MIDDLE, "EXPORTED"), (END, "RUNS IN")):
         c.text(x, 36, words, size=11, color=MUTED, bold=True)
-    lines: tuple[str, ...] = ("checkpoint", "folder or Hub id,", "safetensors")
+    lines: tuple[str, ...] = ("checkpoint", "folder or Hub id,", "safetensors or pickles")
     c.box(30, ARTIFACT - 38, 142, 76, lines)
     lines = ("artifact", "2, 3 or 4 bits a weight:", "codes, scales, taus,", "checksums")
     c.box(276, ARTIFACT - 49, 172, 98, lines, (BLUE, BLUE_LIGHT))
