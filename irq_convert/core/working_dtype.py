@@ -1,7 +1,7 @@
 """The dtype in which numbers are multiplied: their own, or float32 where a CPU is no good at it.
 
 Without instructions for a 16-bit dtype torch multiplies number by number: forward four to five
-times as slowly as in float32, and a gradient over a hundred times (tests/bench/half_on_cpu.py).
+times as slowly as in float32, and a gradient tens of times (tests/bench/half_on_cpu.py).
 """
 
 from __future__ import annotations
