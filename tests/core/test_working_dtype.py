@@ -69,7 +69,7 @@ def test_torch_is_given_float32(dtype: torch.dtype, monkeypatch: pytest.MonkeyPa
         return real(x, *others)
 
     monkeypatch.setattr(functional, "linear", watched)
-    q, _, x, bias, grad = make(dtype)
+    q, _, x, bias, _ = make(dtype)
     tiled_product(x, q, bias)
     assert set(seen) == {torch.float32}
     assert len(seen) > 2
@@ -77,7 +77,24 @@ def test_torch_is_given_float32(dtype: torch.dtype, monkeypatch: pytest.MonkeyPa
     seen.clear()
     tiled_product(x, q, bias)
     assert set(seen) == {dtype}
-    assert function.working_dtype(grad) is dtype
+
+
+@pytest.mark.parametrize("able", [False, True])
+def test_a_gradient_is_taken_in_float32(
+    dtype: torch.dtype, able: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(working_dtype, "cpu_multiplies", lambda dtype: able)
+    seen: list[torch.dtype] = []
+    real = function._tiled_grad
+
+    def watched(grad: torch.Tensor, *others: Any) -> torch.Tensor:
+        seen.append(grad.dtype)
+        return real(grad, *others)
+
+    monkeypatch.setattr(function, "_tiled_grad", watched)
+    q, _, x, _, grad = make(dtype)
+    packed_linear(x.requires_grad_(), q).backward(grad)
+    assert seen == [dtype if able else torch.float32]
 
 
 def test_gradients_of_statistics(dtype: torch.dtype) -> None:
