@@ -155,7 +155,8 @@ def _make(words: bool, bits: int) -> Callable[[str], Callable[..., None]]:
             wide, wider = padded(blocks), padded(pieces)
             ends = np.zeros(RUN, np.uint8)
             scratch = np.zeros(2 * wide + tokens * (wider + 8), np.float32)
-            end_at, scales = ends.ctypes.data, scratch.ctypes.data
+            # Signed as all addresses are: numba joins the two kinds to a float.
+            end_at, scales = np.int64(ends.ctypes.data), np.int64(scratch.ctypes.data)
             taus = scales + 4 * wide
             factors = taus + 4 * wide
             totals = factors + 4 * tokens * wider
