@@ -17,7 +17,7 @@ from torch import nn
 from irq_convert.adapters.statistics import MovesStatistics, require_finite, require_scales
 from irq_convert.artifact.adapter_statistics import SCALE, TAU, asks
 from irq_convert.core.quantized import QuantizedTensor
-from irq_convert.errors import UsageError
+from irq_convert.errors import IrqError, UsageError
 from irq_convert.nn.experts import Before, IrqExperts, Stacked
 
 
@@ -109,6 +109,15 @@ class IecLoraExperts(MovesStatistics, nn.Module, LoraLayer):
     ) -> QuantizedTensor:
         return self._moved_weight(self._experts().whole(stack), stack, names, rounded, dtype)
 
+    def _checked(self, stack: str, names: Sequence[str]) -> QuantizedTensor:
+        """What a stack becomes in float64; raises `IrqError` as `merge`."""
+        with torch.no_grad():
+            q = self._moved(stack, names, dtype=torch.float64)
+        for values in (q.scale, q.tau):
+            require_finite(values, names)
+        require_scales(q.scale, names)
+        return q
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Merge adapters into the stacks, which stay packed, with moved statistics in float32.
 
@@ -117,17 +126,16 @@ class IecLoraExperts(MovesStatistics, nn.Module, LoraLayer):
         names = self._moving(check_adapters_to_merge(self, adapter_names) or ())
         if not names:
             return
-        every, base = [*self.merged_adapters, *names], self._experts()
-        if self.merged_adapters:
+        before, base = list(self.merged_adapters), self._experts()
+        every = [*before, *names]
+        if before:
             self.unmerge()
-        with torch.no_grad():
-            found = {
-                stack: self._moved(stack, every, dtype=torch.float64) for stack in stacks(base)
-            }
-        for q in found.values():
-            for values in (q.scale, q.tau):
-                require_finite(values, every)
-            require_scales(q.scale, every)
+        try:
+            found = {stack: self._checked(stack, every) for stack in stacks(base)}
+        except IrqError:
+            if before:
+                self.merge(adapter_names=before)
+            raise
         for stack, q in found.items():
             scale, tau = (
                 values if any(name in part for name in every) else None

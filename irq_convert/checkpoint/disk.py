@@ -48,8 +48,8 @@ def require_space(folder: Path, needed: int, what: str) -> None:
 def check_output(out: Path, source: Path | None, overwrite: bool) -> Path:
     """Return the resolved output folder if it may be written to; touch nothing.
 
-    Raises `UsageError` when `out` is a file, is not empty (unless `overwrite`), is the current
-    root of a mounted file system, or is, holds or lies inside the folder `source`.
+    Raises `UsageError` when `out` is a file, is not empty (unless `overwrite`), is the root of a
+    mounted file system, or is, holds or lies inside the folder `source`.
     """
     with os_errors("use it as output folder", out):
         real = Path(out).resolve()
@@ -60,6 +60,10 @@ def check_output(out: Path, source: Path | None, overwrite: bool) -> Path:
         if real.is_dir() and any(real.iterdir()) and not overwrite:
             raise UsageError(
                 f"{out}: not empty; choose another folder, or --overwrite to replace it"
+            )
+        if real.is_mount():
+            raise UsageError(
+                f"{out}: a mount point, which cannot be replaced; give a folder inside it"
             )
     return real
 
@@ -151,8 +155,6 @@ def staging_folder(
     its name exists that no run made; `IrqError` when the disk refuses.
     """
     real = check_output(out, source, overwrite)
-    if real.is_mount():
-        raise UsageError(f"{out}: a mount point, which cannot be replaced; give a folder inside it")
     root = partial_folder(out)
     made = _missing(real.parent)
     staging = Staging(root, keep=root.exists())  # a request refused below costs no earlier run

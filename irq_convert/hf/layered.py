@@ -20,6 +20,7 @@ from torch import nn
 
 from irq_convert.checkpoint.fetcher import ReadOrder
 from irq_convert.checkpoint.source import Checkpoint
+from irq_convert.errors import IrqError
 from irq_convert.hf.empty_model import NoModel, named_class, quiet_transformers
 from irq_convert.hf.layer_calls import Call, Enough, NotLayered, Recorder, hidden_of, same_inputs
 from irq_convert.hf.layer_weights import WeightSource
@@ -125,7 +126,7 @@ class LayeredModel:
                 self.model(input_ids=ids.to(self.device), use_cache=False)
             except Enough:
                 pass
-            except NotLayered:
+            except (NotLayered, IrqError, MemoryError, torch.OutOfMemoryError):
                 raise
             except Exception as error:  # a class may want anything
                 reason = (str(error) or type(error).__name__).splitlines()[0][:120]

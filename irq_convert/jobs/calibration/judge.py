@@ -69,6 +69,11 @@ def divergences(
             return model.finish(one, states)[0, :-1].cpu()
 
         reference = logits("source")
+        if not reference.isfinite().all():
+            raise IrqError(
+                "the source model itself gives NaN or infinite logits on this text: nothing can be "
+                "calibrated or judged by it"
+            )
         for name, found in sums.items():
             with model.source.replaced(model.model, tables):
                 made = logits(name)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from irq_convert.checkpoint.system import short_bytes
-from irq_convert.errors import UsageError
+from irq_convert.errors import IrqError, UsageError
 from irq_convert.hf.layered import LayeredModel
 from irq_convert.jobs.calibration.options import CalibrationOptions
 from irq_convert.jobs.common.memory import available_memory
@@ -71,6 +71,11 @@ def _sample(
         out = model(input_ids=given, past_key_values=cache, use_cache=True)
         cache = out.past_key_values
         odds = out.logits[:, -1].float().cpu().softmax(-1)
+        if not odds.isfinite().all():
+            raise IrqError(
+                "the source model gives NaN or infinite logits, so it cannot write a text: give "
+                "--calibrate a text of your own"
+            )
         found.append(torch.multinomial(odds, 1, generator=generator))
         if step % 16 == 15:
             progress.advance(16 * size, finished=0)

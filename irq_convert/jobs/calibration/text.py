@@ -16,7 +16,7 @@ from irq_convert.jobs.common.rows import DataRow, holds_rows, read_rows
 from irq_convert.jobs.common.text import encode_stream, read_text
 
 BYTES_A_TOKEN = 64
-"""Of a text as much is read as gives the tokens asked for several times over."""
+"""Of a text as much is tokenized as gives the tokens asked for several times over."""
 UNKNOWN = 0.5
 """A text of which more tokens are unknown than this part is not in the model's language."""
 

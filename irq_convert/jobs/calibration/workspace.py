@@ -22,7 +22,7 @@ from irq_convert.checkpoint.files import write_bytes_atomic
 from irq_convert.checkpoint.layout import LOCK_NAME
 from irq_convert.checkpoint.lock import Held, take_folder, unused
 from irq_convert.checkpoint.system import os_errors
-from irq_convert.errors import IrqError
+from irq_convert.errors import IrqError, UsageError
 from irq_convert.jobs.common.identity import Identity
 from irq_convert.jobs.common.records import ShardRecord, begin_records, write_shard_record
 from irq_convert.jobs.common.resume import Output, Resume, find_finished, verify_finished
@@ -89,6 +89,8 @@ def workspace(
         _remove(root)
     except BaseException as error:
         line = _settle(root, work, len(layers), resume) if held.fd is not None else None
+        if line and not isinstance(error, UsageError):  # which the same would be again
+            line = f"{line}: the same command continues there"
         if line and isinstance(error, IrqError):
             raise type(error)(f"{error}; {line}") from error
         if line:
@@ -100,13 +102,13 @@ def workspace(
 
 def mark_finished(out: Path) -> None:
     """Note that the output is about to take its name, after which nothing here is needed."""
-    for root in _folders(out):
+    for root in calibration_folders(out):
         write_bytes_atomic(root / _FINISHED, b"")
 
 
 def remove_finished(out: Path) -> None:
     """Remove what a run has left that was killed when its output had taken its name."""
-    for root in _folders(out):
+    for root in calibration_folders(out):
         with suppress(OSError):
             names = {path.name for path in root.iterdir()}
             marked = _FINISHED in names and not partial_folder(out).exists()
@@ -114,7 +116,7 @@ def remove_finished(out: Path) -> None:
                 _remove(root)
 
 
-def _folders(out: Path) -> list[Path]:
+def calibration_folders(out: Path) -> list[Path]:
     """All folders of calibrations for `out` that are there."""
     first = calibration_folder(out)
     numbered = (calibration_folder(out, number) for number in count(1))
@@ -156,10 +158,7 @@ def _settle(root: Path, work: Workspace | None, total: int, resume: Resume) -> s
         _remove(root)
         return None
     work.staging.remove_temporary()
-    return (
-        f"{len(work.done)} of {total} layers are calibrated and kept in {root}: the same command "
-        "continues there"
-    )
+    return f"{len(work.done)} of {total} layers are calibrated and kept in {root}"
 
 
 def _remove(root: Path) -> None:

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from irq_convert.checkpoint.disk import Staging
 from irq_convert.checkpoint.files import sha256_file
@@ -79,20 +79,10 @@ def find_finished(
     listed = [] if known is None else list_shard_records(staging.records)
     if known is None or not listed or not staging.files.is_dir():
         if mode == Resume.REQUIRED:
-            raise UsageError(
-                f"{staging.root}: holds no finished shard, so there is nothing to resume; leave "
-                "out --resume required"
-            )
+            raise nothing_to_resume(staging)
         return None
     token, before = known
-    changed = differences(before, identity.to_dict())
-    if changed:
-        more = f"; and {len(changed) - 3} more" if changed[3:] else ""
-        count = f"{len(listed)} finished shard{'s' if listed[1:] else ''}"
-        raise UsageError(
-            f"{staging.root}: holds {count} of another run: {'; '.join(changed[:3])}{more}; ask "
-            "for the same again, or start anew with --resume never"
-        )
+    _refuse_another(staging, len(listed), before, identity.to_dict())
     shards, damaged = {}, []
     for output in outputs:
         record = read_shard_record(staging.records, token, output.name)
@@ -101,6 +91,46 @@ def find_finished(
         elif has_shard_record(staging.records, output.name):
             damaged.append(output.name)
     return FinishedShards(token, shards, tuple(damaged))
+
+
+def refuse_another_run(staging: Staging, identity: Identity) -> None:
+    """Raise `UsageError` where `staging` holds finished shards of a run that cannot be `identity`.
+
+    For a run that finds out on its way what else it is: options that `identity` lacks and the plan
+    are not compared.
+    """
+    known = read_run(staging.records)
+    listed = [] if known is None else list_shard_records(staging.records)
+    if known is None or not listed:
+        return
+    now, before = identity.to_dict(), dict(known[1])
+    options = before.get("options")
+    if isinstance(options, Mapping):
+        before["options"] = {key: options[key] for key in options if key in now["options"]}
+    before["plan"] = now["plan"]
+    _refuse_another(staging, len(listed), before, now)
+
+
+def nothing_to_resume(staging: Staging) -> UsageError:
+    """What is raised where a run is required that is not there."""
+    return UsageError(
+        f"{staging.root}: holds no finished shard, so there is nothing to resume; leave out "
+        "--resume required"
+    )
+
+
+def _refuse_another(
+    staging: Staging, finished: int, before: Mapping[str, Any], now: Mapping[str, Any]
+) -> None:
+    changed = differences(before, now)
+    if not changed:
+        return
+    more = f"; and {len(changed) - 3} more" if changed[3:] else ""
+    count = f"{finished} finished shard{'s' if finished > 1 else ''}"
+    raise UsageError(
+        f"{staging.root}: holds {count} of another run: {'; '.join(changed[:3])}{more}; ask for "
+        "the same again, or start anew with --resume never"
+    )
 
 
 def _size(path: Path) -> int | None:

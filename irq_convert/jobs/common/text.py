@@ -10,6 +10,9 @@ from torch import Tensor
 from irq_convert.checkpoint.system import os_errors
 from irq_convert.errors import IrqError, UsageError
 
+CHARACTERS_A_TOKEN = 64
+"""So many of a long text are tokenized for each token that is wanted: some 4 make one."""
+
 
 def read_text(path: str | Path) -> str:
     """Read a whole UTF-8 file, line ends untouched; a leading byte order mark is dropped.
@@ -58,6 +61,12 @@ def encode_stream(tokenizer: Any, text: str, max_tokens: int | None = None) -> T
     Special tokens are those the tokenizer adds by default to one text: for most models a BOS at
     the very start and nothing between windows.
     """
+    if max_tokens is not None:
+        most = max_tokens * CHARACTERS_A_TOKEN
+        if most < len(text):
+            ids = encode_stream(tokenizer, text[:most])
+            if len(ids) >= 2 * max_tokens:  # far from the cut, so that it has changed none of these
+                return ids[:max_tokens]
     ids = tokenizer(text, verbose=False)["input_ids"]
     return torch.tensor(ids[:max_tokens], dtype=torch.int64)
 

@@ -42,7 +42,8 @@ def conversation_script(row: DataRow, tokenizer: Any) -> Script:
     for message in talk.messages:
         role, content = message["role"], message["content"]
         if role == "assistant":
-            pieces += [TextPiece("### Assistant:\n", False), TextPiece(content, True, ends=True)]
+            answer = TextPiece(content, _says_something(message), ends=True)
+            pieces += [TextPiece("### Assistant:\n", False), answer]
         else:
             pieces.append(TextPiece(header_part(role.capitalize(), content), False))
     return Script(tuple(pieces), unused=talk.unused)
@@ -165,10 +166,16 @@ def _render(talk: _Conversation, tokenizer: Any) -> list[TextPiece]:
             )
         pieces += [
             TextPiece(whole[at : len(start)], False),
-            TextPiece(whole[len(start) : len(end)], True),
+            TextPiece(whole[len(start) : len(end)], _says_something(talk.messages[turn])),
         ]
         at = len(end)
     return [piece for piece in pieces if piece.text]
+
+
+def _says_something(message: Mapping[str, Any]) -> bool:
+    """Whether an answer has any content: what a template puts around none teaches silence."""
+    found = (value for key, value in message.items() if key != "role")
+    return any(bool(v.strip()) if isinstance(v, str) else bool(v) for v in found)
 
 
 def _apply(talk: _Conversation, count: int, tokenizer: Any, prompt: bool = False) -> str:

@@ -17,6 +17,7 @@ from irq_convert.jobs.finetune.encode import Example, encode_script
 from irq_convert.jobs.finetune.prompts import script
 
 SPLIT_SEED = 0
+_HELD_OUT = "; give --holdout 0, or a file with --eval-data"
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ def load_data(
         rows = read_rows(path)
         kept, held = _split_rows(path, rows, holdout)
         train = _encode_rows(path, kept, tokenizer, length)
-        heldout = _encode_rows(path, held, tokenizer, length) if held else None
+        heldout = _encode_rows(path, held, tokenizer, length, _HELD_OUT) if held else None
     else:
         text, rest = split_text(read_text(path), 1 - holdout) if holdout else (read_text(path), "")
         train = _encode_text(path, text, tokenizer, length)
@@ -162,7 +163,9 @@ def _split_rows(
     )
 
 
-def _encode_rows(path: Path, rows: Sequence[DataRow], tokenizer: Any, length: int) -> Split:
+def _encode_rows(
+    path: Path, rows: Sequence[DataRow], tokenizer: Any, length: int, way_out: str = ""
+) -> Split:
     examples, truncated, dropped = [], 0, 0
     unused: set[str] = set()
     for row in rows:
@@ -177,9 +180,10 @@ def _encode_rows(path: Path, rows: Sequence[DataRow], tokenizer: Any, length: in
         truncated += len(whole.ids) > length
         examples.append(example)
     if not examples:
+        which = f"the {len(rows)} rows held out" if way_out else f"{len(rows)} rows"
         raise IrqError(
-            f"{path}: nothing to learn in {len(rows)} rows: answers are empty, or prompts alone "
-            f"fill --sequence-length {length}"
+            f"{path}: nothing to learn in {which}: answers are empty, or prompts alone fill "
+            f"--sequence-length {length}{way_out}"
         )
     return Split(tuple(examples), truncated, dropped, tuple(sorted(unused)))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -53,11 +54,17 @@ def encode_script(script: Script, tokenizer: Any) -> Example:
 
 
 def _tokens(tokenizer: Any, text: str, special: bool) -> list[int]:
-    """Ids of `text`, with `special` those that begin a text; one that ends it is taken off."""
+    """Ids of `text`, with `special` those that begin a text; one put at its end is taken off."""
     ids: list[int] = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
-    if special and ids and ids[-1] == tokenizer.eos_token_id:
-        return ids[:-1]
+    end = tokenizer.eos_token_id
+    if special and ids and ids[-1] == end:
+        own = _tokens(tokenizer, text, special=False)
+        return ids[:-1] if _count_at_end(ids, end) > _count_at_end(own, end) else ids
     return ids
+
+
+def _count_at_end(ids: Sequence[int], end: int) -> int:
+    return sum(1 for _ in takewhile(end.__eq__, reversed(ids)))
 
 
 class Collator:

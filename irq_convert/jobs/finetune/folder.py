@@ -85,12 +85,13 @@ class RunFolder:
     def publish(self, adapter: Path, note: dict[str, Any]) -> None:
         """Move the adapter files from the folder `adapter` to their place, with the note."""
         with os_errors("put the adapter there", self.path):
+            # All is on the disk before the older adapter is touched.
+            write_json_atomic(adapter / NOTE_FILE, note)
             flush_folder(adapter)
+            mode = (adapter / NOTE_FILE).stat().st_mode  # as the user's umask has it
             # An older adapter's settings must never stand beside the new note or weights.
             (self.path / CONFIG_FILE).unlink(missing_ok=True)
-            write_json_atomic(self.path / NOTE_FILE, note)
-            mode = (self.path / NOTE_FILE).stat().st_mode  # as the user's umask has it
-            for name in (WEIGHTS_FILE, CONFIG_FILE):
+            for name in (NOTE_FILE, WEIGHTS_FILE, CONFIG_FILE):
                 (adapter / name).chmod(mode)
                 (adapter / name).replace(self.path / name)
             fsync_folder(self.path)
@@ -128,17 +129,14 @@ def newest_checkpoint(path: Path) -> Path | None:
 def check_folder(out: Path, base: Path, *, resume: Resume, overwrite: bool) -> bool:
     """Whether `out` holds an unfinished run to be continued; touches nothing.
 
+    It does once a state of training has been saved, also where the run is to replace an adapter.
+
     Raises `UsageError` when `out` may not be used: a file, the artifact or a folder in it, a
     finished adapter without `overwrite`, something else, or no run where one is required.
     """
-    if resume == Resume.REQUIRED and overwrite:
-        raise UsageError(
-            "--resume required and --overwrite contradict each other: give one of them"
-        )
     real = check_output(out, base, overwrite=True)
-    unfinished = (real / STATE / RUN).is_file()
-    if unfinished:
-        return resume != Resume.NEVER and not overwrite
+    if (real / STATE / RUN).is_file() and newest_checkpoint(real) is not None:
+        return resume != Resume.NEVER
     if resume == Resume.REQUIRED:
         found = "a finished adapter" if (real / CONFIG_FILE).is_file() else "no unfinished run"
         raise UsageError(

@@ -10,6 +10,7 @@ from irq_convert.artifact.contents import Artifact, open_artifact
 from irq_convert.checkpoint.locate import locate
 from irq_convert.errors import UsageError
 from irq_convert.hf.causal_lm import load_config, load_tokenizer, require_causal_lm
+from irq_convert.hf.limits import longest_context
 from irq_convert.jobs.finetune.data import Data, load_data
 from irq_convert.jobs.finetune.model import check_targets, modules_on_meta
 from irq_convert.jobs.finetune.options import FinetuneOptions
@@ -63,7 +64,7 @@ def prepare(
         check_targets(options.target_modules, modules_on_meta(config))
     _check_rank(options, artifact)
     text = config.get_text_config()
-    base = Base(artifact.weights, getattr(text, "max_position_embeddings", None))
+    base = Base(artifact.weights, longest_context(config))
     holdout = holdout_fraction(options, eval_data is not None)
     encoder = load_tokenizer(tokenizer or folder)
     found = load_data(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +42,12 @@ class Processes:
         box = [value]
         distributed.broadcast_object_list(box, src=0)
         return box[0]
+
+    def share(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Give every process the first one's numbers."""
+        if self.count > 1:
+            for tensor in tensors:
+                distributed.broadcast(tensor.detach(), src=0)
 
     def largest(self, values: list[int], device: torch.device) -> list[int]:
         """The largest of every process's numbers, one by one."""

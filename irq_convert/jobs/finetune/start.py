@@ -21,14 +21,18 @@ from irq_convert.checkpoint.source import Checkpoint
 from irq_convert.errors import UsageError
 from irq_convert.jobs.calibration.importance_file import ImportanceFile, read_importance_file
 from irq_convert.jobs.calibration.text import Windows
+from irq_convert.jobs.common.torchrun import RunProcesses
 from irq_convert.jobs.finetune.encode import Example
+from irq_convert.jobs.finetune.model import trainable
 from irq_convert.jobs.finetune.options import FinetuneOptions
+from irq_convert.jobs.finetune.processes import Processes
 from irq_convert.jobs.finetune.start_error import StartReport, start_from_error
 from irq_convert.jobs.finetune.start_layers import other_shape
 from irq_convert.progress import Progress
 
 START_TOKENS = 65_536
 WINDOW = 512
+_STARTED = "start"
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ class Start:
         artifact: Artifact,
         *,
         device: str,
-        scratch: Path | None,
+        scratch: Path,
         progress: Progress,
     ) -> StartReport:
         """Set A and B of the adapter on `model`; raises as `start_from_error`."""
@@ -66,6 +70,29 @@ class Start:
             )
 
 
+def start_in_first(
+    start: Start,
+    model: Any,
+    artifact: Artifact,
+    processes: Processes,
+    *,
+    device: str,
+    scratch: Path | None,
+    progress: Progress,
+) -> None:
+    """`start.run` in the first process, which has a `scratch`; the others wait, and are given it.
+
+    Raises as `start_from_error`, in all of them.
+    """
+    with RunProcesses() as run:
+        if scratch is not None:
+            start.run(model, artifact, device=device, scratch=scratch, progress=progress)
+            run.put(_STARTED, b"")
+        else:
+            run.take(_STARTED)
+    processes.share(trainable(model).values())
+
+
 def find_start(
     options: FinetuneOptions,
     artifact: Artifact,
@@ -76,8 +103,8 @@ def find_start(
     """The start that `options` ask for; `name` is that of the data.
 
     A teacher that is another model than `artifact` was made from gives none, where nobody asked for
-    one. Raises `UsageError` for any other such source, where the examples hold less than a window,
-    and as opening a source or a file of importance does.
+    one. Raises `UsageError` for any other such source, and as opening a source or a file of
+    importance does.
     """
     source = options.source or options.teacher
     if not options.from_error or source is None:
@@ -117,12 +144,9 @@ def _other_model(checkpoint: Checkpoint, artifact: Artifact) -> str | None:
 def example_windows(examples: Sequence[Example], name: str) -> Windows:
     """The tokens of `examples`, one after the other, in windows as long as the longest of them.
 
-    At most `WINDOW` tokens a window and `START_TOKENS` in all. Raises `UsageError` where there are
-    not enough for one.
+    At most `WINDOW` tokens a window and `START_TOKENS` in all.
     """
     length = min(WINDOW, max(len(example.ids) for example in examples))
     ids = torch.cat([example.ids for example in examples])[:START_TOKENS]
     count = len(ids) // length
-    if not count:
-        raise UsageError(f"{name}: holds no {length} tokens to start adapters by")
     return Windows(ids[: count * length].view(count, length), 0, name)

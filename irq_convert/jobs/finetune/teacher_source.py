@@ -20,6 +20,7 @@ from irq_convert.checkpoint.system import os_errors
 from irq_convert.errors import IrqError, UsageError
 from irq_convert.hf.layer_calls import NotLayered
 from irq_convert.hf.layered import LayeredModel, open_layered
+from irq_convert.hf.limits import longest_context
 from irq_convert.hf.usable import refuse_unusable
 from irq_convert.jobs.calibration.source import checkpoint_tokenizer
 from irq_convert.jobs.finetune.data import Data
@@ -81,8 +82,8 @@ def find_teacher(
         vocabulary = _same_vocabulary(model, own, config)
         examples = all_examples(data)
         longest = max(len(example.ids) for example in examples)
-        positions = getattr(own, "max_position_embeddings", None)
-        if positions is not None and 0 < positions < longest:
+        positions = longest_context(own)
+        if positions is not None and positions < longest:
             raise UsageError(
                 f"--teacher {model}: has {positions} positions, and an example {longest} tokens: "
                 f"lower --sequence-length to {positions}"

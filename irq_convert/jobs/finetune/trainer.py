@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
@@ -115,16 +117,16 @@ class AdapterTrainer(Trainer):
         return self.norm_seen
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        try:
+        folder = self.watch.folder
+        if folder is None:
             super()._save_checkpoint(model, trial)
-        except (OSError, RuntimeError) as error:  # torch's writer raises the second
-            folder = self.watch.folder
-            if folder is None:
-                raise
+            return
+        try:
+            with write_errors(folder.state):
+                super()._save_checkpoint(model, trial)
+        except IrqError:
             shutil.rmtree(folder.writing, ignore_errors=True)
-            if isinstance(error, OSError):
-                raise IrqError(explain_os_error(error, "write it", folder.state)) from error
-            raise IrqError(f"{folder.state}: cannot be written: {one_line(error)}") from error
+            raise
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The held-out loss by `measure_loss`, into the log; nothing when the run is to stop."""
@@ -170,6 +172,17 @@ class AdapterTrainer(Trainer):
         )
 
 
+@contextmanager
+def write_errors(path: Path) -> Iterator[None]:
+    """Turn what the writers of torch and safetensors raise into an `IrqError` that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise IrqError(explain_os_error(error, "write it", path)) from error
+    except (RuntimeError, SafetensorError) as error:
+        raise IrqError(f"{path}: cannot be written: {one_line(error)}") from error
+
+
 def autocast(recipe: Recipe) -> Callable[[], AbstractContextManager[Any]]:
     """The context of a forward pass in the recipe's dtype."""
     kind = torch.device(recipe.device).type
@@ -185,6 +198,8 @@ class _Guard(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         watch = self._trainer.watch
+        # A state that was saved brings its own, and what was asked for now counts.
+        state.eval_steps, state.save_steps = args.eval_steps, args.save_steps
         if state.is_world_process_zero:
             watch.progress.start(state.global_step, state.max_steps)
         if watch.processes.first:  # also of a run that goes on from a checkpoint

@@ -32,6 +32,7 @@ from irq_convert.jobs.finetune.report import (
     INTERRUPTED,
     FinetuneReport,
 )
+from irq_convert.jobs.finetune.start import start_in_first
 from irq_convert.jobs.finetune.stop import Stopped, StopRequest, stop_on_signals
 from irq_convert.jobs.finetune.teacher_file import TeacherLogits
 from irq_convert.jobs.finetune.teacher_trainer import TaughtCollator, TaughtTrainer
@@ -40,6 +41,7 @@ from irq_convert.jobs.finetune.trainer import (
     Diverged,
     Watch,
     restore_snapshot,
+    write_errors,
 )
 
 
@@ -103,9 +105,11 @@ class Run:
         model = attach_adapter(model, recipe)
         checkpoint = None if folder is None else folder.checkpoint()
         if self.plan.start is not None and self.plan.processes.same(checkpoint) is None:
-            self.plan.start.run(
+            start_in_first(
+                self.plan.start,
                 model,
                 self.plan.artifact,
+                self.plan.processes,
                 device=recipe.device,
                 scratch=None if folder is None else folder.state,
                 progress=self.progress,
@@ -220,7 +224,7 @@ class Run:
         report = FinetuneReport(
             out=str(self.out),
             end=end,
-            signal=watch.stopped_by,
+            signal=watch.stopped_by if end == INTERRUPTED else 0,
             step=step,
             resumed_from=self.resumed_from,
             recipe=self.plan.recipe,
@@ -257,7 +261,8 @@ class Run:
             restore_snapshot(trainer.model, trainer.watch)
         made = folder.state / "adapter"
         model: Any = trainer.model
-        model.save_pretrained(str(made), save_embedding_layers=False)
+        with write_errors(folder.state):
+            model.save_pretrained(str(made), save_embedding_layers=False)
         folder.publish(made, report.note())
         recipe = report.recipe
         write_csv(folder.path / CSV_NAME, report.curve, recipe.measure, recipe.trained_on)

@@ -1,6 +1,6 @@
 """Merge one shard as a stream: read a tile, change it, write it; the three overlap.
 
-Memory holds a few tiles and the two small matrices of one layer, whatever the size of a tensor, a
+Memory holds a few tiles and what an adapter has for one tensor, whatever the size of the tensor, a
 shard or the model. The tools are those of `irq_convert.jobs.quantize.pipeline`.
 """
 

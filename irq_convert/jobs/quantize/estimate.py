@@ -24,7 +24,7 @@ from irq_convert.jobs.common.resume import FinishedShards
 from irq_convert.jobs.common.shard_job import scan_finished
 from irq_convert.jobs.quantize.calibrated import plan_calibration
 from irq_convert.jobs.quantize.importance import find_importance, plan_importance
-from irq_convert.jobs.quantize.job import quantize_job
+from irq_convert.jobs.quantize.job import quantize_job, refuse_early
 from irq_convert.jobs.quantize.options import QuantizeOptions
 from irq_convert.jobs.quantize.plan import QuantizePlan, TensorPlan, plan_quantize
 from irq_convert.jobs.quantize.quantize import (
@@ -164,6 +164,8 @@ def _look(
         for note in plan.notes:
             progress.note(note)
         weighing = plan_importance(file, plan, progress)
+        if options.computes_first:
+            refuse_early(plan, model, out, options, weighing)
         points: tuple[Point, ...] = ()
         if options.target is not None:
             plan, points = target_frontier(plan, model, out, options, weighing, progress)

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from irq_convert.artifact.config import FORMAT_VERSION
 from irq_convert.artifact.manifest import describe_source
+from irq_convert.checkpoint.disk import Staging, partial_folder
 from irq_convert.checkpoint.fetcher import ReadOrder, require_room
 from irq_convert.core.tensor_stats import encode_stats
 from irq_convert.jobs.calibration.loop import Calibrated
+from irq_convert.jobs.calibration.workspace import calibration_folders
 from irq_convert.jobs.common.identity import Identity, fingerprint_files, plan_digest
+from irq_convert.jobs.common.records import list_shard_records
+from irq_convert.jobs.common.resume import Resume, nothing_to_resume, refuse_another_run
 from irq_convert.jobs.common.shard_job import OutputShard, ShardJob, ShardMaker
 from irq_convert.jobs.quantize.importance import Weighing
 from irq_convert.jobs.quantize.options import QuantizeOptions
@@ -39,6 +44,30 @@ def quantize_identity(
         plan=plan_digest(headers),
         files={} if pinned else fingerprint_files(checkpoint.folder, checkpoint.shards),
     )
+
+
+def refuse_early(
+    plan: QuantizePlan,
+    model: str,
+    out: Path,
+    options: QuantizeOptions,
+    weighing: Weighing | None,
+) -> None:
+    """Raise at once what `find_finished` would raise after hours of calibrating or measuring.
+
+    `UsageError` where shards are finished of a run that this one cannot be, or where one is
+    required and neither a shard nor a layer is finished.
+    """
+    staging = Staging(partial_folder(out), keep=True)
+    if options.resume == Resume.REQUIRED:
+        folders = [staging.records, *(root / "records" for root in calibration_folders(out))]
+        if not any(map(list_shard_records, filter(Path.is_dir, folders))):
+            raise nothing_to_resume(staging)
+    if options.resume != Resume.NEVER:
+        of_data = {} if weighing is None else weighing.of_data
+        known = quantize_identity(plan, model, options, of_data)
+        told = {key: value for key, value in known.options.items() if key != "formats"}
+        refuse_another_run(staging, replace(known, options=told))
 
 
 def _formats(plan: QuantizePlan, options: QuantizeOptions) -> dict[str, Any]:

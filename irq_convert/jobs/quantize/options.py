@@ -145,6 +145,11 @@ class QuantizeOptions:
                 "weigh: leave out one of them"
             )
 
+    @property
+    def computes_first(self) -> bool:
+        """Whether a run computes for long before its first shard."""
+        return self.calibrate is not None or self.target is not None
+
     def to_dict(self) -> dict[str, object]:
         """What decides the bytes of the artifact, for the manifest."""
         own = {} if self.calibrate is None else self.calibrate.to_dict()

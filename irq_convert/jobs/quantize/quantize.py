@@ -39,7 +39,7 @@ from irq_convert.jobs.common.torchrun import RunProcesses
 from irq_convert.jobs.quantize.calibrated import Fitted
 from irq_convert.jobs.quantize.fitted_target import fitted_weights
 from irq_convert.jobs.quantize.importance import Weighing, find_importance, plan_importance
-from irq_convert.jobs.quantize.job import quantize_job
+from irq_convert.jobs.quantize.job import quantize_job, refuse_early
 from irq_convert.jobs.quantize.options import QuantizeOptions
 from irq_convert.jobs.quantize.plan import QuantizePlan, plan_quantize
 from irq_convert.jobs.quantize.report import QuantizeReport, WorstTensor
@@ -129,6 +129,11 @@ def _quantize(
             progress.note(note)
         require_readable(checkpoint.folder, plan.folder.carried)
         weighing = plan_importance(file, plan, progress)
+        if options.computes_first:
+            if processes.ranks.first:
+                refuse_early(plan, model, out, options, weighing)
+            if options.resume == Resume.REQUIRED:  # something is there: layers, perhaps no shard
+                options = replace(options, resume=Resume.AUTO)
         sized = reach_target(plan, model, out, options, weighing, processes, progress)
         load_kernels(options.spec, progress, device=options.device, threads=options.threads)
         lent = fitted_weights(sized, model, out, options, processes, progress)

@@ -73,7 +73,10 @@ class SensitivityFile:
         missing = sorted(set(tensors) - set(found.damages))
         if missing:
             return f"lacks {len(missing)} of the weights, the first is {missing[0]}"
-        if not set(self.choices) <= set(found.choices):
+        # What was seen of widths is seen with one of the choices, so others give other factors:
+        # a file that nobody named must not make the same command give other bytes.
+        same = set(self.choices) == set(found.choices)
+        if not (same or (self.named and set(self.choices) <= set(found.choices))):
             return "made for other codebooks or block sizes"
         for key in sorted({*self.settings, *found.settings}):
             made, wanted = found.settings.get(key), self.settings.get(key)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from irq_convert.jobs.calibration import layer, loop
 from irq_convert.jobs.calibration.judge import Judgement
 from irq_convert.jobs.calibration.options import CalibrationOptions
 from irq_convert.jobs.calibration.workspace import calibration_folder
+from irq_convert.jobs.common.resume import Resume
 from irq_convert.jobs.quantize.estimate import estimate_quantize
 from irq_convert.jobs.quantize.options import QuantizeOptions
 from irq_convert.jobs.quantize.quantize import quantize
@@ -349,3 +352,46 @@ def test_layer_zero_is_what_the_solver_gives_for_its_true_inputs(
     found = loaded.model.layers[0].self_attn.q_proj.dequantize()
     same = (found - dequantize_tensor(wanted)).abs() < 1e-6
     assert same.double().mean() > 0.99
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_source_that_gives_nan_is_named(
+    source: Path, text: Path, tmp_path: Path, own: bool
+) -> None:
+    path = source / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.norm.weight"][0] = torch.nan
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(IrqError, match=r"source model.* NaN"):
+        quantize(source, tmp_path / "out", calibrating("self" if own else text))
+
+
+def test_what_will_be_refused_is_refused_before_calibrating(
+    source: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the dry run, too."""
+    out, options = tmp_path / "out", calibrating(text, max_shard_bytes=40_000)
+    plain = QuantizeOptions.of(bits=3, block_size=16, max_shard_bytes=40_000)
+
+    def refused(says: str, **changes: Any) -> None:
+        for run in (quantize, estimate_quantize):
+            with pytest.raises(UsageError, match=says):
+                run(source, out, replace(options, **changes))
+        assert not calibration_folder(out).exists()
+
+    refused("nothing to resume", resume=Resume.REQUIRED)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(source, out, plain, progress=_StopAt("quantizing", 9))
+    refused(r"of another run: calibration .* was null.*--resume never")
+    shutil.rmtree(out.with_name("out.partial"))
+    out.mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == out)
+    refused("a mount point, which cannot be replaced")
+
+
+def test_finished_layers_are_something_to_resume(source: Path, text: Path, tmp_path: Path) -> None:
+    options = calibrating(text)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(source, tmp_path / "out", options, progress=_StopAt("calibrating", 1))
+    quantize(source, tmp_path / "out", replace(options, resume=Resume.REQUIRED))
+    assert (tmp_path / "out" / "irq_manifest.json").is_file()

@@ -1,6 +1,7 @@
 """Reading, splitting, tokenizing and cutting a text."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from irq_convert.errors import IrqError, UsageError
-from irq_convert.jobs.common.text import cut_windows, encode_stream, read_text, split_text
+from irq_convert.jobs.common.text import (
+    CHARACTERS_A_TOKEN,
+    cut_windows,
+    encode_stream,
+    read_text,
+    split_text,
+)
 
 from .conftest import make_tokenizer, story
 
@@ -45,6 +52,21 @@ def test_bad_files_are_one_line(
     assert type(caught.value) is kind
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_of_a_long_text_only_a_part_is_tokenized() -> None:
+    tokenizer, sizes = make_tokenizer(), []
+
+    def watched(text: str, **how: Any) -> Any:
+        sizes.append(len(text))
+        return tokenizer(text, **how)
+
+    text = story(3) * 100
+    found = encode_stream(watched, text, 50)
+    assert torch.equal(found, encode_stream(tokenizer, text)[:50])
+    assert sizes == [50 * CHARACTERS_A_TOKEN]
+    few = " " * 100_000 + text  # what a token stands for may be long
+    assert torch.equal(encode_stream(tokenizer, few, 50), encode_stream(tokenizer, few)[:50])
 
 
 def test_a_folder_is_no_text(tmp_path: Path) -> None:

@@ -104,3 +104,13 @@ def test_fields_that_go_nowhere_are_named_once(templated: Any, tmp_path: Path) -
     path.write_text("\n".join(map(json.dumps, rows)))
     found = load_data(path, None, templated, length=64, holdout=0.4, vocabulary=None)
     assert found.unused == ("id", "messages.weight", "source", "system", "tokenize")
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, None])
+def test_an_empty_answer_teaches_nothing(tokenizer: Any, template: str | None) -> None:
+    tokenizer.chat_template = template
+    silent = {"role": "assistant", "content": " "}
+    found = script(DataRow("row 7", {"messages": [ASK, silent, ASK, ANSWER]}), tokenizer)
+    assert learned(encode_script(found, tokenizer), tokenizer) == "A cat.</s>"
+    none = script(DataRow("row 7", {"messages": [ASK, silent]}), tokenizer)
+    assert learned(encode_script(none, tokenizer), tokenizer) == ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from irq_convert.errors import IrqError, UsageError
-from irq_convert.jobs.finetune.data import Data, load_data
+from irq_convert.jobs.finetune.data import SPLIT_SEED, Data, load_data
 from irq_convert.jobs.finetune.encode import IGNORED
 from tests.paths import ABSENT, SHARED
 
@@ -136,3 +137,13 @@ def test_real_instructions(tokenizer: Any) -> None:
         answer = tokenizer.decode(example.ids[example.labels != IGNORED])
         assert answer == raw["output"] + "</s>"
         assert raw["instruction"] in tokenizer.decode(example.ids[example.labels == IGNORED])
+
+
+def test_nothing_to_learn_in_what_is_held_out(tmp_path: Path, tokenizer: Any) -> None:
+    rows = [{"prompt": "a cat", "completion": " "} for _ in range(8)]
+    held = random.Random(SPLIT_SEED).sample(range(8), 1)[0]
+    rows = [
+        r if n == held else {"prompt": "a cat", "completion": " sat"} for n, r in enumerate(rows)
+    ]
+    with pytest.raises(IrqError, match=r"the 1 rows held out: .*; give --holdout 0"):
+        load(write(tmp_path / "a.json", rows), tokenizer, holdout=0.1)

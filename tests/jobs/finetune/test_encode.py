@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 
 from irq_convert.errors import IrqError
 from irq_convert.jobs.common.rows import DataRow
@@ -200,3 +201,16 @@ def test_a_padding_token_that_was_added_to_the_tokenizer_alone(tokenizer: Any) -
     assert padding_id(tokenizer, rows + 1) == rows
     assert padding_id(tokenizer, rows) == tokenizer.eos_token_id
     assert padding_id(tokenizer, 1) == 0
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_a_prompt_that_ends_the_text_is_only_read(tokenizer: Any, bos: bool) -> None:
+    """Also where the tokenizer puts such a token at the end of every text."""
+    if bos:
+        ends = [("<s>", tokenizer.bos_token_id), ("</s>", tokenizer.eos_token_id)]
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<s> $A </s>", special_tokens=ends
+        )
+    found = encode_script(script(row(prompt="Hi</s>", completion="Hello"), tokenizer), tokenizer)
+    assert read(found, tokenizer) == "<s>Hi</s>"
+    assert learned(found, tokenizer) == "Hello</s>"

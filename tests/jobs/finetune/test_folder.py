@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from irq_convert.artifact.adapter_config import CONFIG_FILE, NOTE_FILE, WEIGHTS_FILE
-from irq_convert.errors import UsageError
+from irq_convert.errors import IrqError, UsageError
 from irq_convert.jobs.common.resume import Resume
 from irq_convert.jobs.finetune.folder import (
     RUN,
@@ -80,7 +81,9 @@ def test_old_settings_never_stand_beside_new_weights(
         write_adapter(folder, "new")
     assert len(seen) >= 2
     for texts in seen:
-        assert CONFIG_FILE not in texts or all("new" in text for text in texts.values())
+        ages = {"new" in text for text in texts.values()}
+        assert CONFIG_FILE not in texts or len(ages) == 1
+    assert ages == {True}
 
 
 def fail(out: Path, base: Path, do: Callable[[RunFolder], None]) -> None:
@@ -124,26 +127,47 @@ def test_an_unfinished_run_is_continued_or_begun_anew(tmp_path: Path, base: Path
     write_checkpoint(folder, 7)
     folder.accept_checkpoint(7)
     for resume in (Resume.AUTO, Resume.REQUIRED):
-        same = opened(out, base, resume=resume)
-        assert same.resuming
-        assert same.checkpoint() == same.state / "checkpoint-7"
-    with pytest.raises(UsageError, match="contradict"):
-        opened(out, base, resume=Resume.REQUIRED, overwrite=True)
-    again = opened(out, base, resume=Resume.NEVER)
+        for overwrite in (False, True):  # the same command goes on, whatever it replaces
+            same = opened(out, base, resume=resume, overwrite=overwrite)
+            assert same.resuming
+            assert same.checkpoint() == same.state / "checkpoint-7"
+    again = opened(out, base, resume=Resume.NEVER, overwrite=True)
     assert not again.resuming
     assert again.checkpoint() is None
     assert again.read(RUN) is None
 
 
-def test_overwriting_begins_anew(tmp_path: Path, base: Path) -> None:
+def test_a_run_killed_before_its_first_state_is_begun_anew(tmp_path: Path, base: Path) -> None:
     out = tmp_path / "out"
-    folder = opened(out, base)
-    folder.write(RUN, {})
-    write_checkpoint(folder, 7)
-    folder.accept_checkpoint(7)
-    again = opened(out, base, overwrite=True)
+    opened(out, base).write(RUN, {"learning_rate": 1})
+    with pytest.raises(UsageError, match="nothing to resume"):
+        opened(out, base, resume=Resume.REQUIRED)
+    again = opened(out, base)
     assert not again.resuming
-    assert again.checkpoint() is None
+    assert again.read(RUN) is None
+
+
+def test_an_older_adapter_survives_a_full_disk(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "adapter"
+    with run_folder(out, base, resume=Resume.AUTO, overwrite=False) as folder:
+        write_adapter(folder, "old")
+        folder.finish()
+    with run_folder(out, base, resume=Resume.AUTO, overwrite=True) as folder:
+        full = OSError(errno.ENOSPC, "no space")
+        monkeypatch.setattr("irq_convert.jobs.finetune.folder.flush_folder", raises(full))
+        with pytest.raises(IrqError, match="no space"):
+            write_adapter(folder, "new")
+    assert {(out / name).read_text() for name in (WEIGHTS_FILE, CONFIG_FILE)} == {"old"}
+    assert "old" in (out / NOTE_FILE).read_text()
+
+
+def raises(error: Exception) -> Callable[..., None]:
+    def do(*args: object) -> None:
+        raise error
+
+    return do
 
 
 def test_nothing_to_resume(tmp_path: Path, base: Path) -> None:
@@ -190,7 +214,7 @@ def test_two_runs_at_once(tmp_path: Path, base: Path) -> None:
     with run_folder(out, base, resume=Resume.AUTO, overwrite=False) as folder:
         folder.write(RUN, {})
         with pytest.raises(UsageError, match="in use by a run"):
-            opened(out, base, resume=Resume.REQUIRED)
+            opened(out, base)
     assert (out / STATE / RUN).exists()
 
 

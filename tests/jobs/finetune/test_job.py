@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import irq_convert
 from irq_convert.artifact.adapter_kinds import AdapterKind
@@ -26,7 +26,7 @@ from irq_convert.jobs.finetune.moves import round_statistics
 from irq_convert.jobs.finetune.options import Connection
 from irq_convert.jobs.finetune.progress import TrainingProgress
 from irq_convert.jobs.finetune.report import FinetuneReport
-from irq_convert.jobs.finetune.trainer import AdapterTrainer
+from irq_convert.jobs.finetune.trainer import AdapterTrainer, write_errors
 from tests.folders import change_json, listing
 
 from .base import quick, write_tales
@@ -189,6 +189,18 @@ def test_a_second_epoch_is_resumed_where_it_stood(artifact: Path, tmp_path: Path
         assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+@pytest.mark.slow
+def test_intervals_asked_for_when_it_goes_on_count(
+    artifact: Path, tales: Path, tmp_path: Path
+) -> None:
+    finetune(artifact, tales, tmp_path, quick(eval_every=6, save_every=500), progress=stop_at(1))
+    seen: list[set[str]] = []
+    look = Listener(lambda step: seen.append({p.name for p in (tmp_path / STATE).glob("check*")}))
+    report = finetune(artifact, tales, tmp_path, quick(eval_every=2, save_every=1), progress=look)
+    assert [p.step for p in report.curve if p.heldout_loss is not None] == [0, 4, 6]
+    assert {"checkpoint-3"} in seen
+
+
 def test_nothing_there_to_resume(artifact: Path, tales: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="nothing to resume"):
         finetune(artifact, tales, tmp_path / "out", quick(steps=1), resume="required")
@@ -307,6 +319,11 @@ def test_bfloat16_trains_float32_parameters(artifact: Path, tales: Path, tmp_pat
     assert report.before is not None
     assert report.after is not None
     assert report.after.mean < report.before.mean
+
+
+def test_what_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(IrqError, match=f"{tmp_path}: cannot be written"), write_errors(tmp_path):
+        save_file({"a": torch.zeros(1)}, tmp_path)
 
 
 def test_nothing_held_out(artifact: Path, tales: Path, tmp_path: Path) -> None:

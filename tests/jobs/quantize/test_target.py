@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import re
 import shutil
 from collections.abc import Callable
@@ -136,6 +137,11 @@ def test_a_second_run_reads_what_was_measured(make: Make, text: Path, tmp_path: 
     assert listing(tmp_path / "one") == listing(tmp_path / "two")
     sized(source, tmp_path / "three", text, bits=2.6, file=kept)
     assert open_artifact(tmp_path / "three").bits_per_weight <= 2.6
+    # One that lies there and was made for other choices changes nothing.
+    shutil.copy(kept, tmp_path / "four.sensitivity.safetensors")
+    other = Notes()
+    sized(source, tmp_path / "four", text, other, bits=3.2, codebook="int")
+    assert not any("are read from" in line for line in other.lines)
 
 
 @pytest.mark.slow
