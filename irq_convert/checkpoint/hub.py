@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -42,6 +43,8 @@ from irq_convert.checkpoint.source import parse_index
 from irq_convert.checkpoint.source_formats import SourceFormat, find_format
 from irq_convert.checkpoint.system import os_errors
 from irq_convert.errors import IrqError
+
+_TOKENIZER = re.compile("token|vocab|spiece|tekken|[.]model$")
 
 
 class NoBar(tqdm):
@@ -101,13 +104,19 @@ def download(repo_id: str, revision: str | None, *, headers_only: bool) -> tuple
 def find_model(repo_id: str, revision: str | None) -> RemoteModel | tuple[Path, str]:
     """Ask the Hub, or its cache, what a repository holds; the commit is settled here, once.
 
-    Returns the folder and commit of a complete copy in the cache when the Hub cannot be reached and
-    the cache was written by a version that kept no file list. To be called in `hub_errors`.
+    Returns the folder and commit of a copy in the cache when the Hub cannot be reached and the
+    cache has no list of files: whatever brought it left that out. Then weights tell whether they
+    are all there, and a tokenizer has to be. To be called in `hub_errors`; raises `IrqError`.
     """
     commit = retrying(lambda: HfApi().resolve_revision(repo_id, revision=revision), first=True)
     files = retrying(lambda: _repo_files(repo_id, commit), first=True)
     if files is None:
         folder = Path(snapshot_download(repo_id, revision=commit, local_files_only=True))
+        if not any(_TOKENIZER.search(path.name) for path in folder.iterdir()):
+            raise IrqError(
+                f"{repo_id}: the Hub cache has neither a list of its files nor a tokenizer, so it "
+                f"may not be complete: go online once, or if it has none give {folder} itself"
+            )
         return folder, commit.resolved
     source_format, shards, index = _choose(repo_id, commit, files)
     seen = [path for path in files if not is_hidden(path)]

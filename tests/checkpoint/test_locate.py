@@ -170,6 +170,21 @@ def test_incomplete_cache_is_refused_offline(client: Client, hub: FakeHub) -> No
     assert_one_line(offline[1], "org/model", "not complete in the Hub cache", "HF_HUB_OFFLINE")
 
 
+def test_a_cache_that_may_lack_the_tokenizer_is_refused_offline(
+    client: Client, hub: FakeHub
+) -> None:
+    """As from a program that brought the weights alone, and no list of files."""
+    (online,) = client(["org/model", None], hub=hub.url)
+    for path in client.home.rglob("trees/*.json"):
+        path.unlink()
+    (offline,) = client(["org/model", None], hub=hub.url, HF_HUB_OFFLINE="1")
+    assert offline[0] == "IrqError"
+    assert_one_line(offline[1], "org/model", "neither a list of its files nor a tokenizer")
+    (Path(online[0]) / "tokenizer.json").write_text("{}")
+    (again,) = client(["org/model", None], hub=hub.url, HF_HUB_OFFLINE="1")
+    assert again == online
+
+
 def test_headers_only(client: Client, hub: FakeHub, model: Path) -> None:
     big = np.zeros((256, 1024, 16), dtype=np.float32)
     save_file({"layer.1.a": big}, model / "model-00001-of-00002.safetensors")

@@ -80,10 +80,12 @@ class EvalReport:
         """Fields ready for JSON: comparison fields only if compared, infinities as None."""
         shown = [f.name for f in fields(self) if self.compared or f.default is MISSING]
         values = {name: getattr(self, name) for name in shown}
-        return {
-            name: value if value is None or math.isfinite(value) else None
-            for name, value in values.items()
-        }
+        return {name: finite_or_none(value) for name, value in values.items()}
+
+
+def finite_or_none(value: float | None) -> float | None:
+    """`value` as JSON can hold it."""
+    return value if value is None or math.isfinite(value) else None
 
 
 def summarize_windows(sums: Sequence[WindowSums], context: int) -> EvalReport:

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from irq_convert.jobs.evaluate.report import finite_or_none
+
 _CLOSE = 1e-9
 
 
@@ -50,10 +52,11 @@ class TaskScore:
         return None if self.reference is None else self.value - self.reference
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON; what belongs to a comparison only where there is one."""
+        """For JSON, no number as None; what belongs to a comparison only where there is one."""
         fields = asdict(self) | {"difference": self.difference}
         alone = self.reference is None
-        return {k: v for k, v in fields.items() if not (alone and k in _COMPARED)}
+        shown = {k: v for k, v in fields.items() if not (alone and k in _COMPARED)}
+        return {k: finite_or_none(v) if isinstance(v, float) else v for k, v in shown.items()}
 
 
 _COMPARED = ("reference", "reference_se", "difference", "difference_se")

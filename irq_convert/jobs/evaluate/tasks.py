@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -129,11 +130,12 @@ def _kept(
         "against": None if against is None else _called(against),
         "lm_eval": report.lm_eval,
     }
+    whole = [score for score in report.scores if math.isfinite(score.value)]
+    if len(whole) < len(report.scores):
+        count = len(report.scores) - len(whole)
+        progress.note(f"{count} of {len(report.scores)} scores are no finite numbers: not kept")
     try:
-        rows = [
-            score.to_dict() | {"in_group": score not in report.shown} | said
-            for score in report.scores
-        ]
+        rows = [score.to_dict() | {"in_group": score not in report.shown} | said for score in whole]
         path = keep_scores(folder, rows)
     except IrqError as error:
         progress.note(f"the scores are not kept: {error}")

@@ -9,7 +9,9 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +22,7 @@ from typer.testing import CliRunner
 import irq_convert
 from irq_convert.cli.main import app
 from irq_convert.errors import IrqError, UsageError
-from irq_convert.jobs.evaluate import harness
+from irq_convert.jobs.evaluate import harness, tasks
 from irq_convert.jobs.evaluate.task_options import TaskOptions
 from irq_convert.jobs.evaluate.task_report import Found, TaskReport, compare
 from irq_convert.jobs.evaluate.tasks import evaluate_tasks
@@ -189,6 +191,22 @@ def test_scores_are_kept_and_shown_in_the_card(
     before = (DEMO / "irq_scores.json").exists()
     assert evaluate_tasks(DEMO, "homes", task_paths=(folder,), limit=1).kept is None
     assert not before
+
+
+def test_what_is_no_number_is_not_kept(
+    report: TaskReport, artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    score = replace(report.scores[0], value=math.nan, se=math.inf)
+    assert (score.to_dict()["value"], score.to_dict()["se"]) == (None, None)
+    said: list[str] = []
+    progress = Progress()
+    progress.note = said.append  # type: ignore[method-assign]
+    broken = replace(report, scores=(score, *report.scores[1:]))
+    model: Any = SimpleNamespace(source=str(artifact), adapter=None)
+    kept = tasks._kept(broken, model, None, TaskOptions(), progress)
+    rows = json.loads(Path(kept.kept or "").read_text())["scores"]
+    assert {row["metric"] for row in rows}
+    assert said == [f"1 of {len(report.scores)} scores are no finite numbers: not kept"]
 
 
 def refused(kind: type[Exception], task: str, *paths: Path, **how: Any) -> str:
