@@ -12,6 +12,7 @@ from irq_convert.artifact.adapter_kinds import AdapterKind, Connection, Statisti
 from irq_convert.cli.console import quiet_libraries
 from irq_convert.cli.shared import RESUMING, AsJson, TrustRemoteCode
 from irq_convert.errors import IrqError
+from irq_convert.jobs.common.ranks import Ranks
 from irq_convert.jobs.common.resume import Resume
 from irq_convert.jobs.finetune.options import FinetuneOptions as Options
 from irq_convert.jobs.finetune.options import Init, Optimizer, Schedule, TrainDtype
@@ -228,7 +229,7 @@ def _names(text: str | None) -> tuple[str, ...] | None:
 
 def _first() -> bool:
     """Whether this is the only process, or the first of torchrun's."""
-    return os.environ.get("RANK", "0") == "0"
+    return Ranks.from_environment().first
 
 
 def _speaks(error: IrqError) -> bool:

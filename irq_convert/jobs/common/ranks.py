@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 from irq_convert.errors import UsageError
 
@@ -19,7 +20,7 @@ class Ranks:
     beside: int = 1
 
     @classmethod
-    def from_environment(cls) -> Ranks:
+    def from_environment(cls) -> Self:
         """As torchrun has set it; alone when it has not."""
         found = [os.environ.get(n, "") for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]
         if not all(text.isdigit() for text in found):

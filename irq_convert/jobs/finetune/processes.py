@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,28 +10,11 @@ from torch import distributed
 
 from irq_convert.errors import UsageError
 from irq_convert.hf.causal_lm import check_device
+from irq_convert.jobs.common.ranks import Ranks
 
 
-@dataclass(frozen=True)
-class Processes:
-    """This is process `rank` of `count`, and `local` on its host; 0 of 1 without torchrun."""
-
-    rank: int = 0
-    local: int = 0
-    count: int = 1
-
-    @classmethod
-    def from_environment(cls) -> Processes:
-        """As torchrun has set it."""
-        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
-        if not all(os.environ.get(name, "").isdigit() for name in names):
-            return cls()
-        return cls(*(int(os.environ[name]) for name in names))
-
-    @property
-    def first(self) -> bool:
-        """Whether this one prints and writes."""
-        return self.rank == 0
+class Processes(Ranks):
+    """The processes of a training run, which talk through torch's process group."""
 
     def same(self, value: Any) -> Any:
         """The first process's `value`, in every process."""
@@ -72,10 +53,7 @@ def choose_device(asked: str, processes: Processes) -> str:
     name = asked
     if asked == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and processes.count > 1:
-        if ":" in name:
-            raise UsageError(f"--device {asked}: torchrun gives each process its own; say cuda")
-        name = f"cuda:{processes.local}"
+    name = processes.device(name)
     try:
         kind = torch.device(name).type
     except RuntimeError:
