@@ -120,11 +120,17 @@ def finetune_command(
     ] = None,
     learning_rate: Annotated[
         float | None,
-        _optimizer("\\[default: 2e-4 up to 13 B weights, 1e-4 above; 3e-3 of statistics alone]"),
+        _optimizer(
+            "\\[default: 2e-4 up to 13 B weights, 1e-4 above; that of --statistics-rate for "
+            "statistics alone]"
+        ),
     ] = None,
     statistics_rate: Annotated[
         float | None,
-        _optimizer("Learning rate of statistics, of each block's scale.  \\[default: 3e-3]"),
+        _optimizer(
+            "Learning rate of statistics, of each block's scale.  "
+            "\\[default: 3e-3 at 2 bits, 1.3e-3 at 3, 6e-4 at 4]"
+        ),
     ] = None,
     beta_rate: Annotated[
         float | None,

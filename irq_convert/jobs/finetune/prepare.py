@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def prepare(
         check_targets(options.target_modules, modules_on_meta(config))
     _check_rank(options, artifact)
     text = config.get_text_config()
-    base = Base(artifact.weights, longest_context(config))
+    base = Base(artifact.weights, longest_context(config), _mean_bits(artifact))
     holdout = holdout_fraction(options, eval_data is not None)
     encoder = load_tokenizer(tokenizer or folder)
     found = load_data(
@@ -94,6 +95,12 @@ def prepare(
     return Preparation(
         str(model), folder, artifact, config, encoder, found, recipe, processes, teacher, start
     )
+
+
+def _mean_bits(artifact: Artifact) -> float:
+    """Of a code, over all packed weights."""
+    counts = [(tensor.format.bits, prod(tensor.source_shape)) for tensor in artifact.quantized]
+    return sum(bits * count for bits, count in counts) / sum(count for _, count in counts)
 
 
 def _check_rank(options: FinetuneOptions, artifact: Artifact) -> None:

@@ -22,7 +22,9 @@ DEFAULT_STEPS = 10_000
 DEFAULT_LENGTH = 512
 DEFAULT_HOLDOUT = 0.05
 MOST_MICRO_BATCH = 4
-STATISTICS_RATE = 3e-3
+STATISTICS_RATE = 4.5e-3
+"""Of statistics, in mean distances between two levels of a codebook: what moves a weight by as much
+of the error that its bits leave, whatever the bits (tests/bench/adapter_kinds.py)."""
 ROUNDED_PART = 4
 """One in so many steps, the last ones, see statistics as they will be stored."""
 SMALL = 13.5e9  # "up to 13B": the models of that name have 13.02e9 weights
@@ -40,10 +42,17 @@ _NOT_OPTIONS = {
 
 @dataclass(frozen=True)
 class Base:
-    """What the recipe depends on of the base model: numbers of weights and of positions."""
+    """What the recipe depends on of the base model: numbers of weights and of positions, and the
+    mean bits of a code."""
 
     weights: int
     positions: int | None
+    bits: float
+
+    @property
+    def statistics_rate(self) -> float:
+        """In units of each block's scale, where levels reach from -1 to 1: 3e-3 at 2 bits."""
+        return float(f"{STATISTICS_RATE * 2 / (2**self.bits - 1):.2g}")
 
 
 @dataclass(frozen=True)
@@ -188,7 +197,7 @@ def decide(
         micro_batch=micro,
         accumulation=accumulation,
         processes=processes,
-        **_rates(options, small, steps),
+        **_rates(options, base, steps),
         warmup=options.warmup,
         weight_decay=options.weight_decay,
         max_grad_norm=options.max_grad_norm,
@@ -209,11 +218,12 @@ def decide(
     )
 
 
-def _rates(options: FinetuneOptions, small: bool, steps: int) -> dict[str, Any]:
+def _rates(options: FinetuneOptions, base: Base, steps: int) -> dict[str, Any]:
     """Learning rates and their schedule, and how many steps see statistics rounded."""
     alone = not options.lora.low_rank
-    rate = options.statistics_rate or (options.learning_rate if alone else None) or STATISTICS_RATE
-    matrices = options.learning_rate or (2e-4 if small else 1e-4)
+    asked = options.statistics_rate or (options.learning_rate if alone else None)
+    rate = asked or base.statistics_rate
+    matrices = options.learning_rate or (2e-4 if base.weights <= SMALL else 1e-4)
     kept = options.trains_statistics and (alone or options.lora.pooled)
     return {
         "learning_rate": rate if alone else matrices,

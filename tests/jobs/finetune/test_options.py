@@ -25,7 +25,7 @@ from irq_convert.jobs.finetune.recipe import (
     sequence_length,
 )
 
-SMALL, LARGE = Base(6_738_415_616, 2048), Base(32_528_943_616, 2048)
+SMALL, LARGE = Base(6_738_415_616, 2048, 2), Base(32_528_943_616, 2048, 4)
 
 
 def recipe(options: FinetuneOptions | None = None, base: Base = SMALL, **changes: Any) -> Recipe:
@@ -52,8 +52,17 @@ def test_the_defaults_are_the_papers_recipe() -> None:
 # LLaMA-13B, and one with a larger vocabulary
 @pytest.mark.parametrize("weights", [13_015_864_320, 13_476_839_424])
 def test_thirteen_billion_is_small(weights: int) -> None:
-    found = recipe(base=Base(weights, 2048))
+    found = recipe(base=Base(weights, 2048, 3))
     assert (found.dropout, found.learning_rate) == (0.1, 2e-4)
+
+
+def test_statistics_move_by_parts_of_the_distance_between_levels() -> None:
+    options = FinetuneOptions(lora=AdapterKind.STATISTICS)
+    rates = [recipe(options, Base(1, None, bits)).statistics_rate for bits in (2, 3, 4)]
+    assert rates == [3e-3, 1.3e-3, 6e-4]
+    mixed = recipe(options, Base(1, None, 2.5)).statistics_rate
+    assert mixed is not None
+    assert 1.3e-3 < mixed < 3e-3
 
 
 def test_large_models_get_the_other_half_of_the_recipe() -> None:
