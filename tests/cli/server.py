@@ -43,6 +43,10 @@ def become(request: dict[str, object]) -> None:
     """Make the fresh child the process that was asked for."""
     for number, key in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(str(request[key]), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    if request["unread"]:
+        unread, written = os.pipe()
+        os.dup2(written, 1)
+        os.close(unread)
     if request["terminal"]:
         for number in range(3):
             os.dup2(os.open(str(request["terminal"]), os.O_RDWR), number)

@@ -79,11 +79,13 @@ def wait_for(process: subprocess.Popen[str], ready: Callable[[], object]) -> boo
     return True
 
 
-def test_three_processes(source: Path, alone: dict[str, object], tmp_path: Path) -> None:
+def test_three_processes(
+    irq: Commands, source: Path, alone: dict[str, object], tmp_path: Path
+) -> None:
     out = tmp_path / "out"
-    code, printed, err = finish(start(3, "quantize", source, out, *ARGS))
-    assert (code, err) == (0, "")
-    assert printed.count("relative error") == 1
+    done = irq.together(3, "quantize", source, out, *ARGS)
+    assert (done.code, done.err) == (0, "")
+    assert done.out.count("relative error") == 1
     assert listing(out) == alone
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
