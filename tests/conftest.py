@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,10 @@ from tests.warm import compile_others, compile_search
 settings.register_profile("irq", deadline=None, max_examples=60)
 settings.register_profile("quick", deadline=None, max_examples=6)
 settings.load_profile("irq")
+
+MODULES = 20
+"""So many new ones are worth a look of the garbage collector at all objects."""
+_frozen: list[int] = []
 
 
 def pytest_sessionstart() -> None:
@@ -40,7 +45,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
+    _freeze_imports()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown() -> None:
+    """Much of transformers is imported when a test first names it."""
+    if len(sys.modules) > _frozen[-1] + MODULES:
+        _freeze_imports()
+
+
+def _freeze_imports() -> None:
     """What has been imported stays: every look of the garbage collector at it would be in vain."""
+    _frozen.append(len(sys.modules))
     gc.collect()
     gc.freeze()
 

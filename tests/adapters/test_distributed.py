@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +13,7 @@ import irq_convert
 from irq_convert.artifact.config import ModuleFormat
 from irq_convert.nn.linear import IrqLinear
 from irq_convert.nn.packed import statistics_parameters
+from tests.fresh import Forks
 from tests.paths import ROOT
 
 from .helpers import artifact, packed_layers
@@ -26,27 +24,39 @@ torch_distributed = pytest.mark.skipif(
 )
 
 
+RANKS = """
+import os, sys
+from pathlib import Path
+import torch
+from torch.distributed import TCPStore
+from tests.adapters.workers import main
+store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port), WORLD_SIZE="2")
+os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+ranks = {}
+for rank in range(2):
+    pid = os.fork()
+    if not pid:
+        os.environ["RANK"] = str(rank)
+        torch.set_num_threads(1)  # a new pool, before two threads ask for one
+        main(*map(Path, sys.argv[1:]))
+        sys.exit()
+    ranks[pid] = rank
+sys.exit(any([os.waitpid(pid, 0)[1] for pid in ranks]))
+"""
+"""Two processes as torchrun would start them, with all imports made."""
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return artifact(tmp_path_factory.mktemp("distributed") / "base", bias=True)
 
 
 @pytest.fixture(scope="module")
-def found(base: Path) -> dict[str, Any]:
+def found(python: Forks, base: Path) -> dict[str, Any]:
     """What two processes report; one run serves all tests."""
     out = base.parent / "found.pt"
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-        *("-m", "tests.adapters.workers", str(base), str(out)),
-    ]
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )
+    done = python(RANKS, base, out, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     loaded: dict[str, Any] = torch.load(out)
     assert loaded["world"] == 2

@@ -1,4 +1,4 @@
-"""One process of a distributed training: `torchrun -m tests.adapters.workers BASE OUT`.
+"""One process of a distributed training, as torchrun starts it.
 
 Trains the artifact in BASE with DDP and with FSDP2, each process on its half of the batch, and
 leaves what the test compares in the file OUT.
@@ -6,7 +6,6 @@ leaves what the test compares in the file OUT.
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +104,3 @@ def main(base: Path, out: Path) -> None:
     if rank == 0:
         torch.save(found, out)
     distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))

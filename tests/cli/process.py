@@ -92,11 +92,13 @@ class Commands:
         nobody: bool = False,
         ranks: int = 0,
         terminal: str | None = None,
+        unread: bool = False,
         **env: str,
     ) -> Running:
         """Start a command; one that a failed test has left running is killed before.
 
-        `terminal` is the device that it is to be run at.
+        `terminal` is the device that it is to be run at; `unread`: its output is a pipe that nobody
+        reads.
         """
         if self._running and not self._running.finished:
             self._running.kill()
@@ -112,6 +114,7 @@ class Commands:
             "nobody": nobody,
             "ranks": ranks,
             "terminal": terminal,
+            "unread": unread,
             "stdout": str(out),
             "stderr": str(err),
         }

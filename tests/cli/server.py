@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 import irq_convert.jobs.finetune.training_run
 import irq_convert.jobs.merge.merge  # noqa: F401 - for the commands that import them
 from irq_convert.cli.main import app, main
-from tests.cli.sources import make_source
+from tests.tiny import LLAMA, llama_tensors, write_source
 
 NOBODY = 65534
 
@@ -32,17 +32,22 @@ NOBODY = 65534
 def warm_up() -> None:
     """Import, parse, build and compile what a command will."""
     with tempfile.TemporaryDirectory() as folder:
-        source = make_source(Path(folder, "source"))
-        (source / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+        source = write_source(Path(folder, "source"), llama_tensors(), LLAMA)
         for more in ([], ["--dry-run", "--json"], ["--bits", "5"], ["--device", "meta"], ["--x"]):
             CliRunner().invoke(app, ["quantize", str(source), f"{folder}/{len(more)}", *more])
         CliRunner().invoke(app, ["quantize", "org/model", f"{folder}/out"])
+        done = CliRunner().invoke(app, ["verify", f"{folder}/0"])
+        assert done.exit_code == 0, "nothing was made, so that no kernel is loaded"
 
 
 def become(request: dict[str, object]) -> None:
     """Make the fresh child the process that was asked for."""
     for number, key in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(str(request[key]), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    if request["unread"]:
+        unread, written = os.pipe()
+        os.dup2(written, 1)
+        os.close(unread)
     if request["terminal"]:
         for number in range(3):
             os.dup2(os.open(str(request["terminal"]), os.O_RDWR), number)

@@ -15,6 +15,7 @@ import pytest
 
 from .process import ENVIRONMENT, Commands
 from .sources import make_source
+from .terminal import until
 
 COLUMNS = 80
 
@@ -66,11 +67,15 @@ def test_what_is_drawn_while_quantizing(tmp_path: Path) -> None:
     assert lines[-1].startswith("time")
 
 
-@pytest.mark.slow
-def test_a_failure_wipes_the_bar(tmp_path: Path) -> None:
-    source = make_source(tmp_path / "source")
-    code, drawn = on_terminal("quantize", source, tmp_path / "out", "--keep", "nope")
-    assert code == 2
+def test_a_failure_wipes_the_bar(irq: Commands, tmp_path: Path) -> None:
+    args = ("quantize", make_source(tmp_path / "source"), tmp_path / "out", "--keep", "nope")
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, COLUMNS))
+    running = irq.start(*args, terminal=os.ttyname(theirs), TERM="xterm")
+    drawn = until(ours, "\n", after="irq-convert: ")
+    assert running.wait().code == 2
+    os.close(ours)
+    os.close(theirs)
     assert "planning" in drawn
     assert lines_of(drawn)[-1].startswith("irq-convert: --keep 'nope' matches no tensor")
     assert drawn.rindex("\x1b[?25h") > drawn.rindex("\x1b[?25l")  # the cursor is shown again

@@ -6,7 +6,6 @@ import json
 import os
 import pty
 import re
-import select
 import signal
 import termios
 import time
@@ -29,6 +28,7 @@ from tests.jobs.generate.test_generate import PROMPT, TEMPLATE, with_template
 from tests.paths import DEMO
 
 from .process import Commands
+from .terminal import until
 
 
 def run(*args: object, stdin: str | None = None) -> tuple[str, str]:
@@ -171,14 +171,3 @@ def test_a_conversation_at_a_terminal(irq: Commands, demo_nf3: Path, tmp_path: P
     assert running.wait().code == 0
     os.close(ours)
     os.close(theirs)
-
-
-def until(terminal: int, end: str, after: str = "") -> str:
-    """What the terminal shows until `end` comes, once `after` was there."""
-    seen, deadline = "", time.monotonic() + 120
-    while time.monotonic() < deadline:
-        if select.select([terminal], [], [], 1)[0]:
-            seen += os.read(terminal, 4096).decode(errors="replace")
-            if after in seen and end in seen[seen.index(after) :]:
-                return seen
-    raise AssertionError(f"no {end!r} in {seen!r}")

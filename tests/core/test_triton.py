@@ -38,20 +38,15 @@ def run(*command: str, **variables: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def run_cases(folder: str, least: int) -> None:
-    """Run the cases in `folder` under the interpreter: at least so many, and all have to pass."""
-    options = ("-p", "no:cacheprovider", "-p", "no:xdist", "-o", "addopts=")
-    done = run("-m", "pytest", *options, f"{folder}/triton_cases.py", TRITON_INTERPRET="1")
-    assert done.returncode == 0, done.stdout + done.stderr
-    passed = re.search(r"(\d+) passed", done.stdout)
-    assert passed is not None
-    assert int(passed[1]) >= least, done.stdout
-
-
 @needs_triton
 @pytest.mark.slow
 def test_kernels_under_the_interpreter() -> None:
-    run_cases("tests/core", 40)
+    options = ("-p", "no:cacheprovider", "-p", "no:xdist", "-o", "addopts=")
+    files = [f"tests/core/{folder}triton_cases.py" for folder in ("", "solver/")]
+    done = run("-m", "pytest", *options, "-v", *files, TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    for file, least in zip(files, (40, 10), strict=True):
+        assert len(re.findall(rf"^{file}::.* PASSED", done.stdout, re.MULTILINE)) >= least
 
 
 @needs_triton

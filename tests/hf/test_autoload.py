@@ -41,7 +41,6 @@ def test_exports() -> None:
     assert hf.IrqQuantizer.__name__ == "IrqQuantizer"
 
 
-SLOW = pytest.mark.slow
 ORDERS = (
     "import transformers.quantizers.auto, irq_convert",
     "import transformers, irq_convert",
@@ -59,15 +58,29 @@ print(type(model.model.layers[0].mlp.up_proj).__name__)
 """
 
 
+REGISTERED = """
+{imports}
+from transformers.quantizers import auto
+print(auto.AUTO_QUANTIZER_MAPPING["irq"].__name__)
+print(auto.AUTO_QUANTIZATION_CONFIG_MAPPING["irq"].__name__)
+"""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "imports", ["import irq_convert", *(pytest.param(o, marks=SLOW) for o in ORDERS)]
-)
-def test_any_order_of_imports(python: Forks, tmp_path: Path, imports: str) -> None:
+def test_an_artifact_is_loaded_by_transformers(python: Forks, tmp_path: Path) -> None:
     write_artifact(tmp_path, tiny_model())
-    done = python(LOAD.format(imports=imports), tmp_path)
+    done = python(LOAD.format(imports="import irq_convert"), tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "IrqLinear"
+    assert "cannot load irq artifacts" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("imports", ORDERS)
+def test_any_order_of_imports(python: Forks, imports: str) -> None:
+    done = python(REGISTERED.format(imports=imports))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["IrqQuantizer", "IrqConfig"]
     assert "cannot load irq artifacts" not in done.stderr
 
 

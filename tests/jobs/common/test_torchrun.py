@@ -8,13 +8,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from irq_convert.core.spec import QuantSpec
-from irq_convert.jobs.common.resume import Resume
 from irq_convert.jobs.merge.merge import merge
 from irq_convert.jobs.merge.options import Check, MergeOptions, MergeTo
 from irq_convert.jobs.quantize.options import QuantizeOptions
@@ -79,24 +77,26 @@ def wait_for(process: subprocess.Popen[str], ready: Callable[[], object]) -> boo
     return True
 
 
-def test_three_processes(source: Path, alone: dict[str, object], tmp_path: Path) -> None:
+def test_three_processes(
+    irq: Commands, source: Path, alone: dict[str, object], tmp_path: Path
+) -> None:
     out = tmp_path / "out"
-    code, printed, err = finish(start(3, "quantize", source, out, *ARGS))
-    assert (code, err) == (0, "")
-    assert printed.count("relative error") == 1
+    done = irq.together(3, "quantize", source, out, *ARGS)
+    assert (done.code, done.err) == (0, "")
+    assert done.out.count("relative error") == 1
     assert listing(out) == alone
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_processes_are_killed_and_other_numbers_go_on(
-    source: Path, alone: dict[str, object], tmp_path: Path
+    irq: Commands, source: Path, alone: dict[str, object], tmp_path: Path
 ) -> None:
-    """The last of three, then the first of two: the others end, and one process finishes it."""
+    """The last of two, then the first: the other one ends, and three processes finish it."""
     out, partial = tmp_path / "out", tmp_path / "out.partial"
     records = lambda: len(list(partial.glob("records/model*")))  # noqa: E731
     kept = 0
-    for processes, victim in ((3, 2), (2, 0)):
-        running = start(processes, "quantize", source, out, *ARGS)
+    for victim in (1, 0):
+        running = start(2, "quantize", source, out, *ARGS)
         if not wait_for(running, lambda: records() > kept):  # noqa: B023
             finish(running)
             pytest.skip("this machine is faster than a signal")
@@ -115,7 +115,8 @@ def test_processes_are_killed_and_other_numbers_go_on(
             assert f"{kept} of {len(shards(alone))} shards are finished and kept in" in line
         else:
             assert len(lines) <= 1
-    quantize(str(source), out, replace(OPTIONS, resume=Resume.REQUIRED))
+    done = irq.together(3, "quantize", source, out, *ARGS, "--resume", "required")
+    assert done.code == 0, done
     assert listing(out) == alone
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from irq_convert.errors import UsageError
 from irq_convert.jobs.finetune.finetune import finetune
+from tests.cli.process import Commands, Result, assert_fails
 
 from .base import quick
 
@@ -26,12 +27,15 @@ ARGS += ["--dropout", 0, "--save-every", 2, "--device", "cpu", "--eval-every", 3
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
-def start(processes: int, *args: object, steps: int | None = 6) -> subprocess.Popen[str]:
-    length = [] if steps is None else ["--steps", steps]
-    many = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
+def together(irq: Commands, *args: object) -> Result:
+    """Two processes as torchrun would start them."""
+    return irq.together(2, "finetune", *ARGS, "--steps", 6, *args)
+
+
+def torchrun(*args: object) -> subprocess.Popen[str]:
+    many = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     return subprocess.Popen(
-        [sys.executable, *(many if processes > 1 else []), "-m", "irq_convert", "finetune"]
-        + [str(arg) for arg in (*args, *ARGS, *length)],
+        [sys.executable, *many, "-m", "irq_convert", "finetune", *map(str, (*args, *ARGS))],
         env=ENVIRONMENT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -39,17 +43,12 @@ def start(processes: int, *args: object, steps: int | None = 6) -> subprocess.Po
     )
 
 
-def run(processes: int, *args: object, steps: int | None = 6) -> tuple[int, str, str]:
-    process = start(processes, *args, steps=steps)
-    out, err = process.communicate(timeout=300)
-    return process.returncode, out, err
-
-
-def test_two_processes_train_as_one_does(artifact: Path, tales: Path, tmp_path: Path) -> None:
-    code, printed, err = run(2, artifact, "--data", tales, "--out", tmp_path / "two", "--json")
-    assert code == 0, err
-    assert "Warning" not in err
-    report = json.loads(printed)  # one report, not two
+def test_two_processes_train_as_one_does(
+    irq: Commands, artifact: Path, tales: Path, tmp_path: Path
+) -> None:
+    done = together(irq, artifact, "--data", tales, "--out", tmp_path / "two", "--json")
+    assert (done.code, done.err) == (0, "")
+    report = json.loads(done.out)  # one report, not two
     options = quick(batch_size=8, dropout=0.0, learning_rate=None, rank=4)
     alone = finetune(artifact, tales, tmp_path / "one", options)
     assert report["recipe"]["processes"] == 2
@@ -67,7 +66,7 @@ def test_two_processes_train_as_one_does(artifact: Path, tales: Path, tmp_path: 
 def test_an_interrupted_pair_saves(artifact: Path, tales: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     args = (artifact, "--data", tales, "--out", out, "--epochs", 1000)
-    process = start(2, *args, steps=None)
+    process = torchrun(*args)
     end = time.monotonic() + 240
     while not list(out.glob(".training/checkpoint-*")):
         assert time.monotonic() < end
@@ -76,6 +75,7 @@ def test_an_interrupted_pair_saves(artifact: Path, tales: Path, tmp_path: Path) 
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=240)
     assert process.returncode != 0
+    assert "Warning" not in err
     assert err.count("holds the adapter so far: the same command continues there") == 1
     assert (out / "adapter_config.json").exists()
     assert len(list(out.glob(".training/checkpoint-*"))) == 1
@@ -84,9 +84,7 @@ def test_an_interrupted_pair_saves(artifact: Path, tales: Path, tmp_path: Path) 
         finetune(artifact, tales, out, quick(**settings, steps=None, epochs=1000))
 
 
-def test_an_error_is_said_once(artifact: Path, tmp_path: Path) -> None:
-    code, printed, err = run(2, artifact, "--data", tmp_path / "none.txt", "--out", tmp_path / "o")
-    assert code != 0
-    assert printed == ""
-    assert err.count("no such text file") == 1
+def test_an_error_is_said_once(irq: Commands, artifact: Path, tmp_path: Path) -> None:
+    done = together(irq, artifact, "--data", tmp_path / "none.txt", "--out", tmp_path / "o")
+    assert_fails(done, 2, "no such text file")
     assert not (tmp_path / "o").exists()

@@ -314,7 +314,7 @@ def test_gradient_checkpointing_changes_nothing(
 def test_bfloat16_trains_float32_parameters(artifact: Path, tales: Path, tmp_path: Path) -> None:
     from irq_convert.jobs.finetune.options import TrainDtype
 
-    report = finetune(artifact, tales, tmp_path / "out", quick(dtype=TrainDtype.BFLOAT16))
+    report = finetune(artifact, tales, tmp_path / "out", quick(dtype=TrainDtype.BFLOAT16, steps=3))
     assert {tensor.dtype for tensor in weights(tmp_path / "out").values()} == {torch.float32}
     assert report.before is not None
     assert report.after is not None

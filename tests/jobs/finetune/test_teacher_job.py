@@ -26,10 +26,12 @@ from irq_convert.jobs.finetune.prepare import prepare
 from irq_convert.jobs.finetune.report import FinetuneReport
 from irq_convert.jobs.finetune.teacher_file import TOP
 from irq_convert.jobs.finetune.teacher_pass import TeacherPass
+from tests.cli.process import Commands, assert_fails
 from tests.paths import DEMO
 
 from .base import quick
 from .teaching import taught
+from .test_distributed import together
 from .test_job import Listener, stop_at, weights
 
 
@@ -288,14 +290,16 @@ def test_a_class_that_turns_out_not_to_be_layered(
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_does(int2: Path, tales: Path, tmp_path: Path) -> None:
-    from .test_distributed import run as torchrun
-
-    common = (int2, "--data", tales, "--teacher", DEMO, "--learning-rate", 1e-3, "--json")
-    code, printed, err = torchrun(2, *common, "--out", tmp_path / "two")
-    assert (code, err) == (0, ""), err
-    report = json.loads(printed)
-    alone = finetune(int2, tales, tmp_path / "one", taught(batch_size=8, dropout=0.0)).to_dict()
+def test_two_processes_train_as_one_does(
+    irq: Commands, int2: Path, tales: Path, tmp_path: Path
+) -> None:
+    common = (int2, "--data", tales, "--teacher", DEMO, "--teacher-logits", tmp_path / "logits")
+    better = ("--learning-rate", 1e-3, "--steps", 3, "--out", tmp_path / "two", "--json")
+    done = together(irq, *common, *better)
+    assert (done.code, done.err) == (0, "")
+    report = json.loads(done.out)
+    options = taught(batch_size=8, dropout=0.0, steps=3)
+    alone = finetune(int2, tales, tmp_path / "one", options).to_dict()
     for name in ("heldout_before", "heldout_after"):
         values = [each["losses"][name]["value"] for each in (report, alone)]
         assert math.isclose(*values, rel_tol=1e-4), name
@@ -304,8 +308,6 @@ def test_two_processes_train_as_one_does(int2: Path, tales: Path, tmp_path: Path
     )
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-2, atol=1e-4)
-    worse = (*common[:-3], "--learning-rate", 30, "--out", tmp_path / "worse")
-    code, printed, err = torchrun(2, *worse)
-    assert code != 0
-    assert err.count("no adapter is kept") == 1
+    worse = ("--learning-rate", 30, "--steps", 1, "--out", tmp_path / "worse")
+    assert_fails(together(irq, *common, *worse), 1, "no adapter is kept")
     assert not (tmp_path / "worse" / "adapter_config.json").exists()
