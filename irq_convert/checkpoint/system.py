@@ -84,3 +84,11 @@ def os_errors(action: str, path: Path, needed: int | None = None) -> Iterator[No
         yield
     except OSError as error:
         raise IrqError(explain_os_error(error, action, path, needed)) from error
+
+
+def require_utf8(path: Path, name: str) -> None:
+    """Raise `IrqError` unless `name`, of `path` or in it, is UTF-8, as records are."""
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        raise IrqError(f"{path}: its name is not UTF-8, as records need it: give another") from None
