@@ -13,7 +13,7 @@ from irq_convert.checkpoint.hub_errors import hub_errors
 from irq_convert.checkpoint.hub_fetcher import CacheFetcher, HubFetcher
 from irq_convert.checkpoint.hub_stream import StreamFetcher
 from irq_convert.checkpoint.source import Checkpoint, open_checkpoint
-from irq_convert.checkpoint.system import os_errors
+from irq_convert.checkpoint.system import expand_home, os_errors
 from irq_convert.errors import UsageError
 
 
@@ -114,7 +114,7 @@ def find_folder(model: str, revision: str | None = None) -> Path | None:
     """
     if not model:
         raise UsageError("no model given; give a folder or a Hub id")
-    path = Path(model).expanduser()
+    path = expand_home(model)
     with os_errors("look at it", path):
         exists, is_folder = path.exists(), path.is_dir()
     if exists:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from irq_convert.errors import IrqError
+from irq_convert.errors import IrqError, UsageError
 
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 _REASONS = {
@@ -92,3 +92,13 @@ def require_utf8(path: Path, name: str) -> None:
         name.encode("utf-8")
     except UnicodeEncodeError:
         raise IrqError(f"{path}: its name is not UTF-8, as records need it: give another") from None
+
+
+def expand_home(path: str | Path) -> Path:
+    """`path` with the folder that a leading `~` or `~user` means; `UsageError` for no such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UsageError(
+            f"{path}: no such folder: nobody of that name has a home here; write the path out"
+        ) from None
