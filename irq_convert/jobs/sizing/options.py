@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import asdict, dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,10 @@ def parse_size(text: str) -> int:
     found = _SIZE.fullmatch(text)
     if found is None:
         raise UsageError(f"--target-size {text!r}: write a size with its unit, as 3.5GB or 700MB")
-    return int(float(found[1]) * _UNITS[found[2].lower()])
+    size = float(found[1]) * _UNITS[found[2].lower()]
+    if not isfinite(size):
+        raise UsageError(f"--target-size {text[:20]}...: no size has so many digits; ask for less")
+    return int(size)
 
 
 @dataclass(frozen=True)
