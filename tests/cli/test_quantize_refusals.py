@@ -145,6 +145,8 @@ def test_names_that_no_record_could_tell(
         for model, out in ((source, latin + "-irq"), (named, "out")):
             result = irq("quantize", model, tmp_path / out, *more)
             assert_fails(result, FAILURE, "mod\\udce8le", "not UTF-8")
+    above = make_source(tmp_path / os.fsdecode(b"\xe8") / "m")  # no record names that
+    assert irq("quantize", above, tmp_path / "fine", *more).code == 0
     (source / latin).touch()
     assert_fails(irq("quantize", source, tmp_path / "out", *more), FAILURE, "not UTF-8")
 
