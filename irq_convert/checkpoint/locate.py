@@ -30,8 +30,8 @@ def locate(model: str, revision: str | None = None, *, headers_only: bool = Fals
     """Find the model called `model`: a folder if one exists there, else a Hub id.
 
     A Hub model is downloaded into the Hub cache, or taken from it, at `revision` (branch, tag or
-    commit; by default the main branch): the safetensors files that `open_checkpoint` would read and
-    every file that is not a weight file. With `headers_only` the data of the weights is not
+    commit; by default the main branch): the weight files that `open_checkpoint` would read, of any
+    format, and every file that holds no weights. With `headers_only` the data of the weights is not
     downloaded: the folder then holds each shard cut off after its header, enough for
     `open_checkpoint`, while reading a tensor from it is an `IrqError`.
     A local folder inside a Hub cache reports the id and commit it belongs to.

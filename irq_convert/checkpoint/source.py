@@ -94,10 +94,10 @@ def open_checkpoint(
     it, but dropping data without a word is worse than keeping it.
 
     Raises `UsageError` when `folder` is not a readable folder, and `IrqError` when it holds no
-    safetensors, an index names a missing shard or a tensor that its shard lacks, two shards hold
-    the same tensor, a file lies outside the folder (`..`, an absolute path, a symbolic link; links
-    inside a Hub cache are fine), a header is damaged, a name is not UTF-8, or `config.json` is not
-    a JSON object.
+    weights of a format that is read, an index names a missing shard or a tensor that its shard
+    lacks, two shards hold the same tensor, a file lies outside the folder (`..`, an absolute path,
+    a symbolic link; links inside a Hub cache are fine), a header is damaged, a name is not UTF-8,
+    or `config.json` is not a JSON object.
     """
     folder = Path(folder)
     files = _list_folder(folder)

@@ -10,7 +10,6 @@ from typing import Any
 
 from irq_convert.core.codebook import WIDTHS, in_words
 from irq_convert.errors import UsageError
-from irq_convert.jobs.calibration.options import SELF
 from irq_convert.jobs.common.expressions import check_expression
 from irq_convert.jobs.sizing.choices import DENSE_BITS
 
@@ -82,11 +81,6 @@ class TargetOptions:
                 if bits not in (*WIDTHS, DENSE_BITS):
                     known = in_words([*map(str, WIDTHS), str(DENSE_BITS)])
                     raise UsageError(f"{option} {pattern!r} = {bits}: choose {known}")
-
-    @property
-    def source_text(self) -> str:
-        """The text, or the source itself where none is given."""
-        return SELF if self.text is None else self.text
 
     def to_dict(self) -> dict[str, Any]:
         """What decides the mix; the text is told by its hash elsewhere."""
