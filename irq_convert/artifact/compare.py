@@ -175,7 +175,8 @@ def _disagreements(
             f"{where}: the source is {source.dtype}, {MANIFEST_NAME} says {entry.get('dtype')!r}: "
             f"{WAY_OUT}"
         )
-    noted, error = entry.get("relative_error"), result.relative_error
+    noted: Any = entry.get("relative_error")
+    error = result.relative_error
     # Anything else is a problem of the manifest that has been told.
     if is_number(noted) and abs(noted - error) > error_tolerance(tensor, error):
         yield (
