@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from irq_convert.cli.merge import _KINDS
+from irq_convert.jobs.push.pushed_folder import FolderKind
 from tests.folders import listing
 from tests.jobs.push.server import Hub, serve
 from tests.jobs.push.state import World
@@ -107,3 +109,11 @@ def test_a_repository_of_another_kind_is_refused_first(run: Run, world: World, w
     result = run("quantize", "org/model", "out", "--push-to-hub", "org/dense")
     assert_fails(result, 2, "org/dense", "`irq-convert push OUT org/dense --overwrite`")
     assert not (work / "out").exists()
+
+
+def test_what_a_merge_pushes_is_what_its_folder_will_be() -> None:
+    assert {to.value: FolderKind(kind) for to, kind in _KINDS.items()} == {
+        "dense": FolderKind.DENSE,
+        "adapter": FolderKind.ADAPTER,
+        "irq": FolderKind.MERGED,
+    }
