@@ -26,7 +26,7 @@ class CheckedAdapter:
 
     Attributes:
         folder: where it lies.
-        kind: `plain`, `iec` or `block`.
+        kind: `plain`, `iec`, `block` or `statistics`.
         base_sha256: the identity of the artifact it was trained on, None if it does not say.
         base_matches: whether that is the model; None if it is not known.
     """

@@ -30,7 +30,7 @@ from irq_convert.artifact.adapter_tokens import ROWS, StoredTokens, require_toke
 from irq_convert.checkpoint.files import sha256_file
 from irq_convert.checkpoint.float_dtypes import FLOATS
 from irq_convert.checkpoint.header import TensorInfo, read_header
-from irq_convert.checkpoint.system import os_errors
+from irq_convert.checkpoint.system import os_errors, require_utf8
 from irq_convert.errors import IrqError, UsageError
 
 if TYPE_CHECKING:
@@ -127,6 +127,7 @@ def open_adapter(folder: Path | str) -> StoredAdapter:
         if not folder.is_dir():
             raise UsageError(f"{folder}: no such folder; give the folder of an adapter")
         found = {path.name for path in folder.iterdir()}
+    require_utf8(folder, folder.resolve().name)
     if CONFIG_FILE not in found:
         raise UsageError(f"{folder}: not an adapter: it has no {CONFIG_FILE}")
     config = read_config(folder)

@@ -11,7 +11,7 @@ from irq_convert.artifact.manifest import MANIFEST_NAME
 from irq_convert.checkpoint.disk import check_output
 from irq_convert.checkpoint.json_files import read_json_object
 from irq_convert.checkpoint.layout import LOCK_NAME
-from irq_convert.checkpoint.system import existing_parent, os_errors
+from irq_convert.checkpoint.system import existing_parent, os_errors, require_utf8
 from irq_convert.errors import UsageError
 
 MERGE_NAME = "irq_merge.json"
@@ -29,11 +29,13 @@ def check_result_folder(
 
     Raises `UsageError` as `check_output` does against each of `inputs`, for a path that leads
     through a file, and for a folder that holds anything but a result (with `artifacts_only`,
-    anything but an artifact): --overwrite deletes what it replaces.
+    anything but an artifact): --overwrite deletes what it replaces. `IrqError` for a path that is
+    not UTF-8.
     """
     for folder in inputs:
         check_output(out, folder, overwrite)
     check_output(out, None, overwrite)
+    require_utf8(out, str(out))
     with os_errors("look at it", out):
         real = out.resolve()
         parent = existing_parent(real)

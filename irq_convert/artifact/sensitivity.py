@@ -131,7 +131,7 @@ def read_sensitivity(path: Path) -> Sensitivity:
             f"reads version {FORMAT_VERSION}: update irq-convert, or {_AGAIN}"
         )
     choices = _parsed(path, metadata, "choices", list)
-    widths = _widths(path, _parsed(path, metadata, "widths", dict))
+    widths = _widths(path, _parsed(path, metadata, "widths", dict, empty=True))
     source = _parsed(path, metadata, "source", dict)
     if not all(key in source for key in SOURCE_KEYS):
         raise IrqError(f"{path}: source in its metadata lacks {', '.join(SOURCE_KEYS)}: {_AGAIN}")
@@ -157,12 +157,14 @@ def read_sensitivity(path: Path) -> Sensitivity:
     return Sensitivity(damages, tuple(map(str, choices)), widths, settings, source, depth)
 
 
-def _parsed(path: Path, metadata: Mapping[str, str], key: str, kind: type) -> Any:
+def _parsed(
+    path: Path, metadata: Mapping[str, str], key: str, kind: type, *, empty: bool = False
+) -> Any:
     try:
         found = json.loads(metadata.get(key, ""))
     except (ValueError, RecursionError):
         found = None
-    if not isinstance(found, kind) or not found:
+    if not isinstance(found, kind) or not (found or empty):
         raise IrqError(f"{path}: {key} in its metadata is no {kind.__name__} in JSON: {_AGAIN}")
     return found
 

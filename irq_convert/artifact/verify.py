@@ -55,9 +55,9 @@ def verify_artifact(
     The entropies that the manifest notes are counted again from the codes. With the source every
     tensor is accounted for, copied ones are compared byte for byte, and errors of quantized ones
     are recomputed; where checksums show damage, the tensors that differ are found by quantizing
-    again. Memory is bounded by a tile, whatever the sizes. What is wrong is in the report's
-    `failures`. Raises `UsageError` when `folder` is no irq artifact and `IrqError` when the source
-    cannot be read.
+    again, and where nothing does, what differs is another source. Memory is bounded by a tile,
+    whatever the sizes. What is wrong is in the report's `failures`. Raises `UsageError` when
+    `folder` is no irq artifact and `IrqError` when the source cannot be read.
     """
     folder = Path(folder)
     failures: list[str] = []
@@ -86,7 +86,9 @@ def verify_artifact(
             failures += _totals(artifact)
             failures += wrong_entropies(artifact, frozenset(changed))
         if against is not None:
-            comparison = Comparison(artifact, against, frozenset(changed), frozenset(illegal))
+            comparison = Comparison(
+                artifact, against, frozenset(changed), frozenset(illegal), sound=not failures
+            )
             failures += comparison.run(advance, complete=not problems)
             results = comparison.results
     return _report(folder, failures, files, artifact, results)

@@ -39,7 +39,7 @@ class StreamFetcher(HubFetcher):
             path = folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.unlink(missing_ok=True)
-            path.symlink_to(heads / name)
+            path.symlink_to((heads / name).absolute())  # HF_HOME may be relative
 
     def ahead(self, names: Sequence[str]) -> None:
         self._wanted |= set(names)
@@ -90,7 +90,7 @@ class StreamFetcher(HubFetcher):
         if cached is not None:
             with os_errors("link it", path):
                 path.unlink(missing_ok=True)
-                path.symlink_to(cached)
+                path.symlink_to(cached.absolute())
             return
         if path.is_symlink():  # the cache was emptied since
             path.unlink()

@@ -13,7 +13,7 @@ from irq_convert.checkpoint.hub_errors import hub_errors
 from irq_convert.checkpoint.hub_fetcher import CacheFetcher, HubFetcher
 from irq_convert.checkpoint.hub_stream import StreamFetcher
 from irq_convert.checkpoint.source import Checkpoint, open_checkpoint
-from irq_convert.checkpoint.system import os_errors
+from irq_convert.checkpoint.system import expand_home, os_errors
 from irq_convert.errors import UsageError
 
 
@@ -30,8 +30,8 @@ def locate(model: str, revision: str | None = None, *, headers_only: bool = Fals
     """Find the model called `model`: a folder if one exists there, else a Hub id.
 
     A Hub model is downloaded into the Hub cache, or taken from it, at `revision` (branch, tag or
-    commit; by default the main branch): the safetensors files that `open_checkpoint` would read and
-    every file that is not a weight file. With `headers_only` the data of the weights is not
+    commit; by default the main branch): the weight files that `open_checkpoint` would read, of any
+    format, and every file that holds no weights. With `headers_only` the data of the weights is not
     downloaded: the folder then holds each shard cut off after its header, enough for
     `open_checkpoint`, while reading a tensor from it is an `IrqError`.
     A local folder inside a Hub cache reports the id and commit it belongs to.
@@ -114,7 +114,7 @@ def find_folder(model: str, revision: str | None = None) -> Path | None:
     """
     if not model:
         raise UsageError("no model given; give a folder or a Hub id")
-    path = Path(model).expanduser()
+    path = expand_home(model)
     with os_errors("look at it", path):
         exists, is_folder = path.exists(), path.is_dir()
     if exists:

@@ -23,7 +23,7 @@ from irq_convert.checkpoint.layout import (
     shards_of_index,
 )
 from irq_convert.checkpoint.source_formats import SourceFormat, find_format
-from irq_convert.checkpoint.system import os_errors
+from irq_convert.checkpoint.system import os_errors, require_utf8
 from irq_convert.errors import IrqError, UsageError
 
 CONFIG_NAME = "config.json"
@@ -94,9 +94,10 @@ def open_checkpoint(
     it, but dropping data without a word is worse than keeping it.
 
     Raises `UsageError` when `folder` is not a readable folder, and `IrqError` when it holds no
-    safetensors, an index names a missing shard or a tensor that its shard lacks, two shards hold
-    the same tensor, a file lies outside the folder (`..`, an absolute path, a symbolic link; links
-    inside a Hub cache are fine), a header is damaged, or `config.json` is not a JSON object.
+    weights of a format that is read, an index names a missing shard or a tensor that its shard
+    lacks, two shards hold the same tensor, a file lies outside the folder (`..`, an absolute path,
+    a symbolic link; links inside a Hub cache are fine), a header is damaged, a name is not UTF-8,
+    or `config.json` is not a JSON object.
     """
     folder = Path(folder)
     files = _list_folder(folder)
@@ -169,6 +170,7 @@ def _list_folder(folder: Path) -> list[str]:
         raise UsageError(f"{folder}: no such folder")
     if not is_folder:
         raise UsageError(f"{folder}: a file, not a folder; give the folder that holds it")
+    require_utf8(folder, folder.resolve().name)
     with os_errors("list it", folder):
         return _list_files(folder)
 
@@ -188,6 +190,7 @@ def _list_files(folder: Path) -> list[str]:
             path, relative = Path(root) / name, (base / name).as_posix()
             if is_hidden(relative):
                 continue
+            require_utf8(path, relative)
             if path.is_symlink() and not path.exists():
                 raise IrqError(f"{path}: a symbolic link to nothing; get the file or remove it")
             if path.is_file():

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from irq_convert.errors import IrqError
+from irq_convert.errors import IrqError, UsageError
 
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 _REASONS = {
@@ -84,3 +84,21 @@ def os_errors(action: str, path: Path, needed: int | None = None) -> Iterator[No
         yield
     except OSError as error:
         raise IrqError(explain_os_error(error, action, path, needed)) from error
+
+
+def require_utf8(path: Path, name: str) -> None:
+    """Raise `IrqError` unless `name`, of `path` or in it, is UTF-8, as records are."""
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        raise IrqError(f"{path}: its name is not UTF-8, as records need it: give another") from None
+
+
+def expand_home(path: str | Path) -> Path:
+    """`path` with the folder that a leading `~` or `~user` means; `UsageError` for no such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UsageError(
+            f"{path}: no such folder: nobody of that name has a home here; write the path out"
+        ) from None

@@ -20,7 +20,7 @@ from irq_convert.cli.shared import (
     TrustRemoteCode,
 )
 from irq_convert.errors import UsageError
-from irq_convert.jobs.generate.options import GenerateDtype, GenerateOptions
+from irq_convert.jobs.generate.options import GenerateDtype, GenerateOptions, check_text
 
 if TYPE_CHECKING:
     from irq_convert.jobs.generate.models import Writer
@@ -80,7 +80,7 @@ def generate_command(
     )
     talk = chat and prompt is None
     _check(prompt, chat, system, talk, as_json)
-    given = sys.stdin.read() if prompt == "-" else prompt
+    given = _given(prompt, system)
     quiet_libraries(threads)
     from irq_convert.jobs.generate.models import load_writers
 
@@ -112,6 +112,17 @@ def _check(prompt: str | None, chat: bool, system: str | None, talk: bool, as_js
             "--chat without --prompt talks with who sits at the terminal"
             f"{', and --json does not' if as_json else ', and there is none'}: give --prompt"
         )
+
+
+def _given(prompt: str | None, system: str | None) -> str | None:
+    """The prompt, from standard input where it says so; texts that are none are refused here."""
+    if prompt == "-":
+        # Read as bytes: what a locale makes of them is not the text's encoding.
+        prompt = sys.stdin.buffer.read().decode("utf-8", "surrogateescape").replace("\r\n", "\n")
+        check_text("standard input", prompt)
+    for option, text in (("--prompt", prompt), ("--system", system)):
+        check_text(option, text or "")
+    return prompt
 
 
 def _once(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from io import TextIOWrapper
 from types import FrameType
 from typing import Annotated
 
@@ -66,6 +67,17 @@ def _stop(number: int, frame: FrameType | None) -> None:
     sys.exit(128 + number)
 
 
+def _lost_output() -> None:
+    """End with one line where it is standard output that cannot be written."""
+    try:
+        print(flush=True)  # nothing else tells whose error it was
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter tries once more
+        reason = (error.strerror or type(error).__name__).lower()
+        print(f"irq-convert: standard output: {reason}", file=sys.stderr)
+        sys.exit(1)
+
+
 def main() -> None:
     """Run a command; an `IrqError` becomes one line on stderr and its exit code.
 
@@ -74,6 +86,8 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # what matters is told by errors of ours
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if isinstance(sys.stdout, TextIOWrapper):  # a path may have bytes that are no text
+        sys.stdout.reconfigure(errors="backslashreplace")
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores SIGHUP: leave it so
             signal.signal(number, _stop)
@@ -84,6 +98,7 @@ def main() -> None:
         sys.exit(error.exit_code)
     except OSError as error:
         if error.filename is None:
+            _lost_output()
             raise
         reason = (error.strerror or type(error).__name__).lower()
         print(f"irq-convert: {error.filename}: {reason}; check the path", file=sys.stderr)

@@ -10,7 +10,7 @@ import typer
 
 from irq_convert.cli.console import is_main_process, main_process_only
 from irq_convert.cli.merge_show import print_estimate, print_layers, print_report
-from irq_convert.cli.push import print_push, push_result, push_target
+from irq_convert.cli.push import push_and_show, push_target
 from irq_convert.cli.shared import (
     AsJson,
     DryRun,
@@ -30,6 +30,13 @@ from irq_convert.jobs.merge.options import Check, Dtype, MergeOptions, MergeTo, 
 
 if TYPE_CHECKING:
     from irq_convert.jobs.push.push import PushOptions
+
+_KINDS = {
+    MergeTo.DENSE: "merged model",
+    MergeTo.ADAPTER: "adapter",
+    MergeTo.IRQ: "merged artifact",
+}
+"""What the Hub's side calls each result."""
 
 
 def merge_command(
@@ -106,7 +113,7 @@ def merge_command(
             max_shard_bytes=shard_bytes(max_shard_size),
             resume=resume,
         )
-        target = push_target(push_to_hub, private=private, revision=push_revision)
+        target = push_target(push_to_hub, _KINDS[to], private=private, revision=push_revision)
     if not dry_run:
         with main_process_only():
             _merge(base, adapter, out, options, as_json, target)
@@ -144,9 +151,4 @@ def _merge(
     if not as_json:
         print_report(report)
         print_layers(report)
-    pushed = push_result(out, target) if target else None
-    if as_json:
-        more = {"push": pushed.to_dict()} if pushed else {}
-        typer.echo(json.dumps(report.to_dict() | more, indent=2))
-    elif pushed:
-        print_push(pushed)
+    push_and_show(report.to_dict(), out, target, as_json)

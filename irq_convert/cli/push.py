@@ -69,9 +69,12 @@ def push_command(
 
 
 def push_target(
-    repo_id: str | None, *, private: bool, revision: str | None
+    repo_id: str | None, kind: str, *, private: bool, revision: str | None
 ) -> tuple[str, PushOptions] | None:
-    """What --push-to-hub asks for, refused before the work begins if it cannot be done."""
+    """What --push-to-hub asks for, refused before the work begins if it cannot be done.
+
+    `kind` is what will be pushed, a `FolderKind`.
+    """
     from irq_convert.errors import UsageError
 
     if repo_id is None:
@@ -80,14 +83,34 @@ def push_target(
             raise UsageError(f"{option} is for --push-to-hub ORG/NAME, which is missing")
         return None
     from irq_convert.jobs.push.push import PushOptions, check_push
+    from irq_convert.jobs.push.pushed_folder import FolderKind
 
     options = PushOptions(revision=revision or "main", private=private, verify=False)
     if is_main_process():
-        check_push(repo_id, options)
+        check_push(repo_id, FolderKind(kind), options)
     return repo_id, options
 
 
-def push_result(folder: Path, target: tuple[str, PushOptions]) -> PushReport:
+def push_and_show(
+    report: dict[str, object], folder: Path, target: tuple[str, PushOptions] | None, as_json: bool
+) -> None:
+    """Push to `target`, where there is one, and show that; as JSON together with `report`.
+
+    The report of what is done is printed also where the push fails.
+    """
+    more = {}
+    try:
+        if target:
+            pushed = _push_result(folder, target)
+            more = {"push": pushed.to_dict()}
+    finally:
+        if as_json:
+            typer.echo(json.dumps(report | more, indent=2))
+    if target and not as_json:
+        print_push(pushed)
+
+
+def _push_result(folder: Path, target: tuple[str, PushOptions]) -> PushReport:
     """Push what a command has just written; a failure says how to push it later."""
     from irq_convert.errors import IrqError
     from irq_convert.jobs.push.push import push

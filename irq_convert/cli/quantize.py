@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from irq_convert.cli.console import is_main_process, main_process_only
-from irq_convert.cli.push import print_push, push_result, push_target
+from irq_convert.cli.push import push_and_show, push_target
 from irq_convert.cli.quantize_show import print_estimate, print_report, warn_of_little
 from irq_convert.cli.shared import (
     AsJson,
@@ -202,7 +202,7 @@ def quantize_command(
                 at_least, at_most,
             ),
         )  # fmt: skip
-        push = push_target(push_to_hub, private=private, revision=push_revision)
+        push = push_target(push_to_hub, "artifact", private=private, revision=push_revision)
     if not dry_run:
         with main_process_only():
             _quantize(model, out, options, revision, as_json, push)
@@ -263,9 +263,4 @@ def _quantize(
     if not as_json:
         print_report(report, options)
     warn_of_little(report)
-    pushed = push_result(Path(report.out), target) if target else None
-    if as_json:
-        more = {"push": pushed.to_dict()} if pushed else {}
-        typer.echo(json.dumps(report.to_dict() | more, indent=2))
-    elif pushed:
-        print_push(pushed)
+    push_and_show(report.to_dict(), Path(report.out), target, as_json)

@@ -23,7 +23,11 @@ def verify_command(
         typer.Option(metavar="MODEL", help="Its source, folder or Hub id, to compare with."),
     ] = None,
     revision: Annotated[
-        str | None, typer.Option(help="Branch, tag or commit of the source on the Hub.")
+        str | None,
+        typer.Option(
+            help="Branch, tag or commit of the source on the Hub.  "
+            "\\[default: the commit that the manifest names]"
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:

@@ -19,14 +19,6 @@ import torch
 from torch.nn import functional
 
 
-def elastic_matrix(rows: int, cols: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    """`M(rows, cols)` in full, `[rows, cols]`: to check against, not to compute with."""
-    groups = math.gcd(rows, cols)
-    row = torch.arange(rows) // (rows // groups)
-    col = torch.arange(cols) // (cols // groups)
-    return (row[:, None] == col[None, :]).to(dtype) * (groups / cols)
-
-
 def elastic(x: torch.Tensor, rows: int) -> torch.Tensor:
     """`x M(rows, cols)^T` for `x` `[..., cols]`: `[..., rows]` in the dtype of `x`."""
     groups = math.gcd(rows, x.shape[-1])

@@ -26,8 +26,7 @@ class WeightSource:
     """What the files hold for each key of a model's state dict.
 
     `plain`: a tensor under another name. `stacks`: the experts of a layer. `module_of`: the module
-    of the model that each linear weight of the files belongs to. `model_keys` are the keys that
-    tied parameters share.
+    of the model that each linear weight of the files belongs to.
     """
 
     checkpoint: Checkpoint

@@ -22,6 +22,7 @@ from irq_convert.artifact.config import (
     module_name,
 )
 from irq_convert.artifact.structure import swapped
+from irq_convert.checkpoint.float_dtypes import FLOATS
 from irq_convert.checkpoint.header import TensorInfo, read_header
 from irq_convert.core.scales import statistic_dtype
 from irq_convert.errors import IrqError
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-FLOATS = ("F32", "BF16", "F16", "F64")
 _WAY_OUT = "the artifact is damaged or of another model: convert or download it again"
 
 

@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from irq_convert.checkpoint.float_dtypes import FLOATS
 from irq_convert.checkpoint.header import TensorInfo
 from irq_convert.hf.empty_model import NoModel, ask_model, named_class, quiet_transformers
 
-_FLOATS = ("F16", "BF16", "F32", "F64")
 Shape = tuple[int, ...]
 
 
@@ -145,7 +145,7 @@ def _narrow(model: Any, tensors: Mapping[str, TensorInfo]) -> str | None:
     state = model.state_dict()
     for place in places(model, tensors):
         info, wanted = tensors[place.tensor], state.get(place.key)
-        if wanted is None or not wanted.is_floating_point() or info.dtype in _FLOATS:
+        if wanted is None or not wanted.is_floating_point() or info.dtype in FLOATS:
             continue
         return (
             f"{info.name} {list(info.shape)} in {info.shard.name} is {info.dtype}, which "

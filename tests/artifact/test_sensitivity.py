@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,12 @@ def test_what_is_written_is_read(
     assert (found.choices, found.widths) == (wanted.choices, wanted.widths)
     assert (found.settings, found.source) == (wanted.settings, wanted.source)
     assert found.depth == wanted.depth
+
+
+def test_no_width_was_seen(tmp_path: Path) -> None:
+    wanted = replace(sensitivity({"w": [1.0, 2.0]}), widths={})
+    write_sensitivity(tmp_path / "s.safetensors", wanted)
+    assert read_sensitivity(tmp_path / "s.safetensors").widths == {}
 
 
 def test_damage_is_worth_what_its_width_was_seen_to_cost() -> None:

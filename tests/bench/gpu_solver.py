@@ -13,9 +13,9 @@ from irq_convert.core.importance import column_shares
 from irq_convert.core.packing import unpack_codes
 from irq_convert.core.quantize import quantize_tensor, quantize_with_stats
 from irq_convert.core.quantized import QuantizedTensor
-from irq_convert.core.solver.solve import solve_matrix
 from irq_convert.core.spec import QuantSpec
 from tests.bench.gpu_parts import Clock, Row, describe, differing, normal
+from tests.core.solver.make import solve_matrix
 
 WEIGHTED = (
     QuantSpec("nf4", 64, "entropy", 2),

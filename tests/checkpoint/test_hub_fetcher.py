@@ -144,6 +144,22 @@ def test_streaming_keeps_at_most_two_files(
     assert shards_sent(server) <= 2 * sizes  # each once, and its header
 
 
+def test_a_home_that_is_relative(
+    files: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Links would lead to where nothing is; both kinds, to small files and to cached weights."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "HF_HOME", "home")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", "home/hub")
+    kept = open_source(NAME, fetch=Fetch.AS_READ)
+    with kept.fetcher:
+        kept.fetcher.ensure([SHARDS[1]])
+    checkpoint = open_source(NAME, fetch=Fetch.STREAM)
+    with checkpoint.fetcher:
+        assert (checkpoint.folder / "sub" / "notes.txt").read_text() == "carried"
+        assert read_all(checkpoint) == wanted(tmp_path, files)
+
+
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux's list of open files")
 def test_a_deleted_file_is_not_held_open() -> None:
     """It would keep its room on the disk."""

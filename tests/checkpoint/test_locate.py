@@ -113,6 +113,7 @@ def test_folder_in_a_hub_cache_knows_its_origin(tmp_path: Path) -> None:
         ("../absent", "no such folder"),
         ("/absent", "no such folder"),
         ("~/absent", "no such folder"),
+        ("~no-such-user-here/m", "no such folder"),
         ("a/b/c", "no such folder"),
         ("org/model/", "no such folder"),
         ("", "no model given"),

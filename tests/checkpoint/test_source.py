@@ -223,3 +223,14 @@ def test_refuses_a_damaged_shard(tmp_path: Path) -> None:
     shard = folder / "model-00002-of-00002.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1])
     refused(folder, shard.name, "truncated")
+
+
+def test_refuses_names_that_are_not_utf8(tmp_path: Path) -> None:
+    """No record could tell them, which is said before anything is read."""
+    folder = make_checkpoint(tmp_path / "m")
+    (folder / "sub").mkdir()
+    (folder / "sub" / os.fsdecode(b"mod\xe8le.txt")).touch()
+    refused(folder, "mod\udce8le.txt", "not UTF-8", "another")
+    refused(make_checkpoint(tmp_path / os.fsdecode(b"mod\xe8le")), "mod\udce8le", "not UTF-8")
+    above = tmp_path / os.fsdecode(b"\xe8") / "m"  # no record names it
+    assert open_checkpoint(make_checkpoint(above)).other_files == ("config.json",)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.checkpoint.meta_files import MetaModel, write_meta
 from tests.jobs.calibration.words import write_word_tokenizer
 from tests.jobs.finetune.base import write_tales
 from tests.paths import DEMO
@@ -110,7 +111,9 @@ def test_teachers_that_cannot_teach(
     tensors = load_file(broken / "model.safetensors")
     tensors["model.norm.weight"][0] = float("nan")
     save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    write_meta(tmp_path / "meta", MetaModel())
     for teacher, code, words in (
+        ("meta", 2, ["--teacher meta", "which LLaMA it is", "the same model with config.json"]),
         ("small", 2, ["--teacher small", "vocabulary of 80", f"one of {vocabulary}"]),
         ("words", 2, ["--teacher words", "another tokenizer", "id 0 is"]),
         ("short", 2, ["--teacher short", "40 positions", "lower --sequence-length to 40"]),

@@ -47,6 +47,8 @@ def test_the_text_alone_is_on_standard_output(demo_nf3: Path) -> None:
     assert " tokens a second, the first after " in err
     assert err.endswith("--max-tokens reached\n")
     assert run(demo_nf3, "--prompt", "-", "--max-tokens", 16, stdin=PROMPT)[0] == out
+    with pytest.raises(UsageError, match="prompt: not UTF-8"):
+        generate(demo_nf3, os.fsdecode(b"caf\xe9"))
 
 
 def test_json_of_two(demo_nf3: Path) -> None:
@@ -121,10 +123,15 @@ def test_names_are_told_apart() -> None:
         (["--system", "x", "--prompt", "y"], "--chat makes of it"),
         (["--chat", "--prompt", "Hi"], "has no chat template"),
         (["--prompt", "x", "--adapter", "nothing"], "no such folder"),
+        (["--prompt", "-"], "standard input: not UTF-8"),
+        (["--prompt", os.fsdecode(b"caf\xe9")], "--prompt: not UTF-8"),
+        (["--prompt", "x", "--chat", "--system", os.fsdecode(b"\xe9")], "--system: not UTF-8"),
+        (["--prompt", "x", "--adapter", "~no-such-user-here/a"], "no such folder"),
+        (["--prompt", "x", "--against", "~no-such-user-here/m"], "no such folder"),
     ],
 )
 def test_refusals(args: list[str], says: str) -> None:
-    result = CliRunner().invoke(app, ["generate", str(DEMO), *args])
+    result = CliRunner().invoke(app, ["generate", str(DEMO), *args], input=b"caf\xe9")
     assert isinstance(result.exception, UsageError)
     assert says in str(result.exception)
     assert result.stdout == ""

@@ -11,6 +11,8 @@ import pytest
 
 from tests.checkpoint.hub_server import COMMIT, FakeHub, serve
 from tests.folders import listing
+from tests.jobs.push.server import serve as serve_world
+from tests.jobs.push.state import World
 
 from .process import Commands, assert_fails, nothing_left
 from .sources import make_source
@@ -68,6 +70,27 @@ def test_models_that_the_hub_refuses(
     with nothing_left(tmp_path / "repo"):
         assert_fails(irq("quantize", model, cwd=work, **own), 1, *words)
     assert [p.name for p in work.iterdir() if p.name != "home"] == []
+
+
+def test_a_source_is_verified_at_the_commit_it_was_taken_from(
+    irq: Commands, tmp_path: Path, work: Path, hub_settings: Settings
+) -> None:
+    """The branch may have moved since, and that is no damage."""
+    world = World()
+    first, second = (make_source(tmp_path / str(seed), seed=seed) for seed in range(2))
+    repo = world.add("org/model", {p.name: p.read_bytes() for p in first.iterdir()})
+    commit = repo.branches["main"]
+    with serve_world(world) as hub:
+        own = hub_settings(hub.url)
+        assert irq("quantize", "org/model", "out", cwd=work, **own).code == 0
+        repo.commit("main", {p.name: p.read_bytes() for p in second.iterdir()}, "moved")
+        args = ("verify", "out", "--against", "org/model")
+        result = irq(*args, cwd=work, **own)
+        assert (result.code, result.err) == (0, ""), result
+        moved = irq(*args, "--revision", "main", cwd=work, **own)
+    assert moved.code == 1
+    (line,) = moved.out.splitlines()
+    assert f"another revision of it: give 'org/model' at revision {commit}" in line
 
 
 LAST = "model-00003-of-00003.safetensors"

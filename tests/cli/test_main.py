@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -74,6 +75,22 @@ def test_a_full_device_is_one_line(
     assert capsys.readouterr().err == (
         "irq-convert: CUDA out of memory: stop what else uses it, or use --device cpu\n"
     )
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_an_output_that_is_full_is_one_line(unbuffered: str) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "irq_convert", "--version"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+            check=False,
+        )
+    line = "irq-convert: standard output: no space left on device\n"
+    assert (done.returncode, done.stderr) == (1, line)
 
 
 @pytest.mark.slow

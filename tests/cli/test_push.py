@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from irq_convert.cli.merge import _KINDS
+from irq_convert.jobs.push.pushed_folder import FolderKind
 from tests.folders import listing
 from tests.jobs.push.server import Hub, serve
 from tests.jobs.push.state import World
@@ -93,7 +96,24 @@ def test_a_push_that_fails_leaves_the_artifact_and_says_how_to_go_on(
     to = ["--push-to-hub", "org/x", "--private", "--push-revision", "v1"]
     result = run("quantize", "org/model", "out", "--json", *to)
     later = "irq-convert push out org/x --private --revision v1"  # or else all could read it
-    assert_fails(result, 1, "org/x", "HTTP 400", later)
+    report = json.loads(result.out)  # of the conversion, which is done
+    assert (report["out"], "push" in report) == ("out", False)
+    assert_fails(replace(result, out=""), 1, "org/x", "HTTP 400", later)
     server.faults.clear()
     assert run("push", "out", "org/x").code == 0
     assert "irq_manifest.json" in world.repos["org/x"].main
+
+
+def test_a_repository_of_another_kind_is_refused_first(run: Run, world: World, work: Path) -> None:
+    world.add("org/dense", {"model.safetensors": b"merged", "irq_merge.json": b"{}"})
+    result = run("quantize", "org/model", "out", "--push-to-hub", "org/dense")
+    assert_fails(result, 2, "org/dense", "`irq-convert push OUT org/dense --overwrite`")
+    assert not (work / "out").exists()
+
+
+def test_what_a_merge_pushes_is_what_its_folder_will_be() -> None:
+    assert {to.value: FolderKind(kind) for to, kind in _KINDS.items()} == {
+        "dense": FolderKind.DENSE,
+        "adapter": FolderKind.ADAPTER,
+        "irq": FolderKind.MERGED,
+    }

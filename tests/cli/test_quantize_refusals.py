@@ -135,6 +135,22 @@ def test_models_that_are_not_there(irq: Commands, tmp_path: Path, source: Path) 
                 assert_fails(result, code, word)
 
 
+@pytest.mark.parametrize("more", [[], ["--dry-run"]], ids=["run", "dry-run"])
+def test_names_that_no_record_could_tell(
+    irq: Commands, tmp_path: Path, source: Path, more: list[str]
+) -> None:
+    latin = os.fsdecode(b"mod\xe8le")
+    named = make_source(tmp_path / latin)
+    with nothing_left(tmp_path):
+        for model, out in ((source, latin + "-irq"), (named, "out")):
+            result = irq("quantize", model, tmp_path / out, *more)
+            assert_fails(result, FAILURE, "mod\\udce8le", "not UTF-8")
+    above = make_source(tmp_path / os.fsdecode(b"\xe8") / "m")  # no record names that
+    assert irq("quantize", above, tmp_path / "fine", *more).code == 0
+    (source / latin).touch()
+    assert_fails(irq("quantize", source, tmp_path / "out", *more), FAILURE, "not UTF-8")
+
+
 # --- damaged sources ------------------------------------------------------------------------------
 
 

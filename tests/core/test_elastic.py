@@ -14,10 +14,10 @@ from irq_convert.core.elastic import (
     block_sums,
     block_weights,
     elastic,
-    elastic_matrix,
     fold_elastic,
     repeat_blocks,
 )
+from tests.core.elastic_matrix import elastic_matrix
 
 SIZES = st.integers(1, 40)
 SEEDS = st.integers(0, 2**31)

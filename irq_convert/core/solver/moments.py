@@ -123,16 +123,6 @@ def factorize(moments: torch.Tensor, damping: float, name: str) -> Factor:
     raise IrqError(f"{name}: the second moments of its inputs cannot be factored")
 
 
-def corrected(
-    weight: torch.Tensor, moments: torch.Tensor, cross: torch.Tensor, part: float, ridge: float
-) -> torch.Tensor:
-    """`W + part W C (H + ridge I)^-1`, float32 `[rows, cols]`; `ridge` in mean diagonals.
-
-    `moments` H and `cross` C, float32 `[cols, cols]`.
-    """
-    return corrections([weight], [pulled(weight, cross)], moments, part, ridge)[0]
-
-
 def pulled(weight: torch.Tensor, cross: torch.Tensor) -> torch.Tensor:
     """`W C`, float32 `[rows, cols]`: all that `corrections` needs of C, which is large."""
     with full_precision():
@@ -146,9 +136,10 @@ def corrections(
     part: float,
     ridge: float,
 ) -> list[torch.Tensor]:
-    """`corrected` of several matrices that are given the same inputs; `pulls` as of `pulled`.
+    """`W + part W C (H + ridge I)^-1` of several matrices W that are given the same inputs.
 
-    The result is in the memory of `pulls`, which are lost.
+    `pulls` are `W C`, as of `pulled`; `moments` H, float32 `[cols, cols]`; `ridge` in mean
+    diagonals. The result, float32 `[rows, cols]`, is in the memory of `pulls`, which are lost.
     """
     wide = torch.float64 if len(moments) < WIDE else torch.float32
     factor = damped(moments, ridge).to(wide)

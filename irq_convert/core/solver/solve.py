@@ -20,7 +20,7 @@ import torch
 
 from irq_convert.core.backends import resolve_backend
 from irq_convert.core.blocks import GROUP_SIZE
-from irq_convert.core.importance import Shares, column_shares
+from irq_convert.core.importance import Shares
 from irq_convert.core.kernels.descend import descend_rows
 from irq_convert.core.kernels.sweep import sweep_rows
 from irq_convert.core.objective import ZeroPoint
@@ -30,7 +30,7 @@ from irq_convert.core.quantize import quantize_with_stats
 from irq_convert.core.quantized import QuantizedTensor
 from irq_convert.core.scales import expand_statistic
 from irq_convert.core.solver import portable
-from irq_convert.core.solver.moments import Factor, damped_in_place, factorize
+from irq_convert.core.solver.moments import Factor, damped_in_place
 from irq_convert.core.solver.options import SolverOptions
 from irq_convert.core.spec import QuantSpec
 from irq_convert.core.tensor_stats import TensorStats, entropy_sum
@@ -141,31 +141,6 @@ class MatrixSolver:
         stored = _store(self._found, self._spec, self._scale, self._tau, self._codes)
         stats = _restate(self._stats, self._weight, self._codes, self._scale, self._tau, self._book)
         return stored, stats
-
-
-def solve_matrix(
-    weight: torch.Tensor,
-    target: torch.Tensor,
-    moments: torch.Tensor,
-    spec: QuantSpec,
-    options: SolverOptions | None = None,
-    *,
-    threads: int | None = None,
-    name: str = "weight",
-    backend: str = "auto",
-) -> tuple[QuantizedTensor, TensorStats]:
-    """Quantize `target`, float32 `[rows, cols]`, for inputs with second moments `moments`.
-
-    `weight` are the original weights, of which scale and tau are found; statistics speak of them.
-    `moments`: H, float32 `[cols, cols]`, symmetric. All lie on one device. Raises `IrqError`
-    naming the tensor for weights or moments that are not finite.
-    """
-    options = options or SolverOptions()
-    diagonal = moments.diagonal().double().cpu().numpy()
-    shares = column_shares(diagonal, len(weight), spec.block_size, name)
-    solver = MatrixSolver(weight, spec, shares, threads=threads, name=name, backend=backend)
-    solver.solve(0, target, moments, factorize(moments, options.damping, name), options)
-    return solver.result()
 
 
 def _panels(backend: str) -> tuple[Callable[..., Any], Callable[..., Any]]:

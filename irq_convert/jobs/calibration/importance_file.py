@@ -16,7 +16,7 @@ from irq_convert.artifact.imatrix import Imatrix, read_imatrix
 from irq_convert.artifact.importance import FORMAT, Importance, read_importance
 from irq_convert.checkpoint.files import sha256_file
 from irq_convert.checkpoint.source import Checkpoint
-from irq_convert.checkpoint.system import os_errors
+from irq_convert.checkpoint.system import expand_home, os_errors
 from irq_convert.errors import UsageError
 from irq_convert.hf.llama_cpp_names import LlamaCppNames
 
@@ -49,7 +49,7 @@ def read_importance_file(path: Path) -> ImportanceFile:
     Raises `UsageError` where there is no such file, and `IrqError` for one that is damaged or
     neither, naming the tensor where it is one.
     """
-    path = path.expanduser()
+    path = expand_home(path)
     with os_errors("look at it", path):
         if not path.is_file():
             what = "a folder, not a file" if path.is_dir() else "no such file"

@@ -16,8 +16,7 @@ from typing import Any
 from irq_convert.artifact.contents import Artifact, read_quantized
 from irq_convert.artifact.dense import dense_config, dense_tensors
 from irq_convert.artifact.dense_dtype import Dtype
-from irq_convert.artifact.manifest import MANIFEST_NAME
-from irq_convert.artifact.results import MERGE_NAME
+from irq_convert.artifact.results import MARKS
 from irq_convert.artifact.structure import StoredTensor
 from irq_convert.checkpoint.buffers import tensor_bytes
 from irq_convert.checkpoint.cast import cast_bytes
@@ -91,7 +90,7 @@ def plan_export_folder(
         options.max_shard_bytes,
         artifact.checkpoint,
         config(dense_config(artifact, dtype)),
-        replaced=(MANIFEST_NAME, MERGE_NAME),
+        replaced=MARKS,
         metadata=metadata,
     )
 

@@ -11,6 +11,7 @@ from math import isfinite
 from pathlib import Path
 
 from irq_convert.artifact.adapter_kinds import AdapterKind, Connection, Statistics
+from irq_convert.checkpoint.system import expand_home
 from irq_convert.errors import UsageError
 from irq_convert.jobs.common.options import fix_choices, option_name
 
@@ -209,7 +210,7 @@ class FinetuneOptions:
         if self.source is not None:
             object.__setattr__(self, "source", str(self.source))
         if self.importance is not None:
-            object.__setattr__(self, "importance", Path(self.importance).expanduser())
+            object.__setattr__(self, "importance", expand_home(self.importance))
 
     @property
     def from_error(self) -> bool:
@@ -240,7 +241,7 @@ class FinetuneOptions:
             return
         object.__setattr__(self, "teacher", str(self.teacher))  # a notebook says Path(...)
         if self.teacher_logits is not None:
-            object.__setattr__(self, "teacher_logits", Path(self.teacher_logits).expanduser())
+            object.__setattr__(self, "teacher_logits", expand_home(self.teacher_logits))
 
 
 def _at_least(name: str, value: int | None, least: int) -> None:

@@ -102,7 +102,10 @@ def find_teacher(
 def open_teacher(model: str, checkpoint: Checkpoint, device: str = "cpu") -> LayeredModel:
     """The teacher to be run layer by layer; raises as `find_teacher`."""
     if checkpoint.unknown is not None:
-        raise UsageError(f"--teacher {model}: {checkpoint.unknown}")
+        raise UsageError(
+            f"--teacher {model}: its files do not tell which LLaMA it is, and so how it computes; "
+            "give the same model with config.json"
+        )
     setting = (checkpoint.config or {}).get("quantization_config")
     if isinstance(setting, Mapping) and setting.get("quant_method") == QUANT_METHOD:
         raise UsageError(

@@ -11,7 +11,7 @@ from irq_convert.adapters.put_on import CheckedAdapter
 from irq_convert.hf.limits import check_vocabulary
 from irq_convert.jobs.common.options import chosen
 from irq_convert.jobs.generate.models import Writer, load_writers
-from irq_convert.jobs.generate.options import GenerateOptions
+from irq_convert.jobs.generate.options import GenerateOptions, check_text
 from irq_convert.jobs.generate.prompt import Message, encode_chat, encode_text
 from irq_convert.jobs.generate.report import GenerateReport
 from irq_convert.jobs.generate.stream import TextStream
@@ -73,8 +73,10 @@ def begin(
     writer: Writer, prompt: str, messages: Sequence[Message] | None, options: GenerateOptions
 ) -> TextStream:
     """The stream of a writer's answer to `messages`, or where there are none of what follows
-    `prompt`. Raises as `encode_chat`, `encode_text` and `TextStream`.
+    `prompt`. Raises as `check_text`, `encode_chat`, `encode_text` and `TextStream`.
     """
+    for text in (prompt, *(message["content"] for message in messages or ())):
+        check_text("prompt", text)
     if messages is None:
         ids = encode_text(writer.tokenizer, prompt, writer.name)
     else:

@@ -21,6 +21,14 @@ class GenerateDtype(StrEnum):
     FLOAT16 = "float16"
 
 
+def check_text(name: str, text: str) -> None:
+    """Raise `UsageError` for a text, of that `name`, that was made of bytes that are not UTF-8."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise UsageError(f"{name}: not UTF-8, as tokenizers need it; convert it first") from None
+
+
 @dataclass(frozen=True)
 class GenerateOptions:
     """Options of generating.

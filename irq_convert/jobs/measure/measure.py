@@ -13,7 +13,7 @@ from irq_convert.artifact.manifest import describe_source
 from irq_convert.checkpoint.arranged import SourceHints
 from irq_convert.checkpoint.locate import Fetch, find_folder, locate, open_source
 from irq_convert.checkpoint.source import Checkpoint
-from irq_convert.checkpoint.system import free_bytes
+from irq_convert.checkpoint.system import expand_home, free_bytes
 from irq_convert.errors import IrqError, UsageError
 from irq_convert.hf.causal_lm import check_device
 from irq_convert.hf.layer_calls import NotLayered
@@ -133,7 +133,7 @@ def _checked(model: str, out: Path | str | None, options: MeasureOptions) -> Pat
     if options.device == "auto":
         raise UsageError("--device auto: name one, as cpu or cuda")
     check_device(options.device)
-    target = default_output(model) if out is None else Path(out).expanduser()
+    target = default_output(model) if out is None else expand_home(out)
     check_output_file(model, target, options.overwrite)
     return target
 

@@ -9,7 +9,7 @@ from irq_convert.artifact.importance import is_importance
 from irq_convert.checkpoint.float_dtypes import FLOATS
 from irq_convert.checkpoint.locate import find_folder
 from irq_convert.checkpoint.source import Checkpoint
-from irq_convert.checkpoint.system import os_errors
+from irq_convert.checkpoint.system import expand_home, os_errors
 from irq_convert.errors import IrqError, UsageError
 from irq_convert.hf.causal_lm import load_config, require_causal_lm
 from irq_convert.hf.layer_calls import NotLayered
@@ -94,7 +94,7 @@ def plan_measure(
 
 def default_output(model: str) -> Path:
     """`NAME-importance.safetensors` in the current folder."""
-    name = Path(model).expanduser().resolve().name
+    name = expand_home(model).resolve().name
     return Path(f"{name or 'model'}-importance.safetensors")
 
 
@@ -106,7 +106,7 @@ def check_output_file(model: str, out: Path, overwrite: bool) -> None:
     become a part.
     """
     with os_errors("look at it", out):
-        real = out.expanduser().resolve()
+        real = out.resolve()
         if real.is_dir():
             raise UsageError(f"{out}: a folder; name a file in it, as importance.safetensors")
         if not real.parent.is_dir():

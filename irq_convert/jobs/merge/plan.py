@@ -13,8 +13,8 @@ from irq_convert.artifact.config import ModuleFormat, QuantizationConfig, module
 from irq_convert.artifact.contents import Artifact
 from irq_convert.artifact.dense import dense_config, dense_dtype
 from irq_convert.artifact.head import untied_config
-from irq_convert.artifact.manifest import MANIFEST_NAME, manifest_room
-from irq_convert.artifact.results import MERGE_NAME
+from irq_convert.artifact.manifest import manifest_room
+from irq_convert.artifact.results import MARKS
 from irq_convert.artifact.structure import StoredTensor, part_specs
 from irq_convert.checkpoint.header import TensorInfo
 from irq_convert.checkpoint.planned_folder import PlannedFolder, plan_folder
@@ -146,7 +146,7 @@ def plan_merge(artifact: Artifact, match: Match, options: MergeOptions) -> Merge
         options.max_shard_bytes,
         artifact.checkpoint,
         _config_json(artifact, config, match, options),
-        replaced=(MANIFEST_NAME, MERGE_NAME),
+        replaced=MARKS,
     )
     return MergePlan(artifact, folder, config, options)
 

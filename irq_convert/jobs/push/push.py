@@ -12,9 +12,7 @@ from typing import Any
 
 from huggingface_hub import constants, hf_hub_download
 
-from irq_convert.artifact.adapter_config import CONFIG_FILE
-from irq_convert.artifact.manifest import MANIFEST_NAME
-from irq_convert.artifact.results import EXPORT_NAME
+from irq_convert.artifact.manifest import CARD_NAME
 from irq_convert.checkpoint import hub_errors
 from irq_convert.checkpoint.files import git_sha1, sha256_file
 from irq_convert.checkpoint.layout import SCORES_NAME
@@ -22,7 +20,12 @@ from irq_convert.errors import IrqError, UsageError
 from irq_convert.jobs.common.options import chosen
 from irq_convert.jobs.push.card import is_ours, make_card
 from irq_convert.jobs.push.local_paths import last_part
-from irq_convert.jobs.push.pushed_folder import CARD, FolderKind, PushedFolder, open_pushed_folder
+from irq_convert.jobs.push.pushed_folder import (
+    RECORDS,
+    FolderKind,
+    PushedFolder,
+    open_pushed_folder,
+)
 from irq_convert.jobs.push.remote import (
     Remote,
     check_repo_id,
@@ -36,7 +39,6 @@ from irq_convert.jobs.push.verify import verify_pushed_folder
 from irq_convert.progress import Progress
 
 _WEIGHTS = re.compile(r"[^/]+\.safetensors(\.index\.json)?")
-_RECORDS = (MANIFEST_NAME, "irq_merge.json", EXPORT_NAME, "irq_adapter.json", CONFIG_FILE)
 
 
 @dataclass(frozen=True)
@@ -86,18 +88,19 @@ class PushReport:
         return asdict(self)
 
 
-def check_push(repo_id: str, options: PushOptions) -> None:
+def check_push(repo_id: str, kind: FolderKind, options: PushOptions) -> None:
     """Refuse a push that cannot succeed, before hours are spent on what would be pushed.
 
-    Raises `UsageError` for an id that is none, and `IrqError` without a token that may write.
+    Raises `UsageError` for an id that is none and a repository that holds another kind of folder,
+    and `IrqError` without a token that may write.
     """
     check_repo_id(repo_id)
     if options.base_model is not None:
         check_repo_id(options.base_model)
     remote = read_remote(who_pushes(repo_id), options.revision)
     _check_private(remote, options)
-    if not any(record in remote.files for record in _RECORDS):
-        _check_foreign(remote, [name for name in remote.files if _WEIGHTS.fullmatch(name)], options)
+    later = f"push it afterwards with `irq-convert push OUT {remote.repo_id} --overwrite`"
+    _check_foreign(remote, kind, _ours(remote), options, later)
 
 
 def push(
@@ -174,11 +177,21 @@ def _check_private(remote: Remote, options: PushOptions) -> None:
         )
 
 
-def _check_foreign(remote: Remote, weights: list[str], options: PushOptions) -> None:
-    if weights and not options.overwrite:
+def _ours(remote: Remote) -> list[str]:
+    """The files of a repository that a push may replace or delete."""
+    written = {SCORES_NAME, *(record for records in RECORDS.values() for record in records)}
+    return [name for name in remote.files if _WEIGHTS.fullmatch(name) or name in written]
+
+
+def _check_foreign(
+    remote: Remote, kind: FolderKind, lost: list[str], options: PushOptions, replace: str
+) -> None:
+    """Refuse that files are `lost` that no folder of this `kind` left; `replace` is the way to."""
+    alike = any(record in remote.files for record in RECORDS[kind])
+    if lost and not alike and not options.overwrite:
         raise UsageError(
-            f"{remote.repo_id}: holds something else than such a folder ({weights[0]}); choose "
-            "another repository, or --overwrite to replace it"
+            f"{remote.repo_id}: holds something else than such a folder ({lost[0]}); choose "
+            f"another repository, or {replace}"
         )
 
 
@@ -187,12 +200,9 @@ def _plan(
 ) -> PushReport:
     """What has to change in the repository."""
     changed = [n for n in sums if not remote.same(n, subject.content(n), sums[n])]
-    written = (*_RECORDS, SCORES_NAME)
-    ours = [name for name in remote.files if _WEIGHTS.fullmatch(name) or name in written]
-    stale = [name for name in ours if name not in subject.files]
+    stale = [name for name in _ours(remote) if name not in subject.files]
     lost = [*stale, *(n for n in changed if n in remote.files and _WEIGHTS.fullmatch(n))]
-    if not any(record in remote.files for record in _RECORDS if record in subject.files):
-        _check_foreign(remote, lost, options)
+    _check_foreign(remote, subject.kind, lost, options, "`push --overwrite` to replace it")
     base_model = options.base_model or subject.base_model
     card = make_card(
         subject,
@@ -204,10 +214,10 @@ def _plan(
         revision=None if remote.branch == constants.DEFAULT_REVISION else remote.branch,
     )
     size = sum(subject.sizes[name] for name in changed)
-    there = remote.files.get(CARD)
+    there = remote.files.get(CARD_NAME)
     data = card.encode()
     if there is None or there.blob_id != git_sha1(data):
-        changed.append(CARD)
+        changed.append(CARD_NAME)
         size += len(data)
     return PushReport(
         repo_id=remote.repo_id,
@@ -221,7 +231,7 @@ def _plan(
         dry_run=options.dry_run,
         uploaded=tuple(sorted(changed)),
         bytes=size,
-        unchanged=tuple(sorted({*sums, CARD} - {*changed})),
+        unchanged=tuple(sorted({*sums, CARD_NAME} - {*changed})),
         deleted=tuple(stale),
         card=card,
         seconds=0.0,
@@ -241,7 +251,7 @@ def _source_card(subject: PushedFolder, base_model: str | None) -> str | None:
         return None
     revision = subject.source.get("revision") if base_model == subject.source.get("model") else None
     try:
-        path = hf_hub_download(base_model, CARD, revision=revision)
+        path = hf_hub_download(base_model, CARD_NAME, revision=revision)
     except Exception:  # gated, private, gone: the licence can be written into the card by hand
         return None
     return Path(path).read_bytes().decode("utf-8", "replace")
@@ -250,7 +260,7 @@ def _source_card(subject: PushedFolder, base_model: str | None) -> str | None:
 def _commit(subject: PushedFolder, remote: Remote, push: PushReport, options: PushOptions) -> str:
     """Commit, and try again where that may help; an answer that got lost is found out about."""
     files: dict[str, Path | bytes] = {
-        name: push.card.encode() if name == CARD else subject.content(name)
+        name: push.card.encode() if name == CARD_NAME else subject.content(name)
         for name in push.uploaded
     }
     deleted = [name for name in push.deleted if name in remote.files]
@@ -263,7 +273,7 @@ def _commit(subject: PushedFolder, remote: Remote, push: PushReport, options: Pu
             if not hub_errors.is_transient(error):
                 raise
             now = read_remote(remote.repo_id, remote.branch)
-            card = now.files.get(CARD)
+            card = now.files.get(CARD_NAME)
             if now.head == remote.head or card is None:
                 raise
             return now.head or ""  # `_check_arrived` tells whether it is ours
@@ -277,9 +287,9 @@ def _check_arrived(
 ) -> None:
     """Compare what the Hub lists with the folder. Raises `IrqError` naming what is missing."""
     wrong = [n for n in sums if not remote.same(n, subject.content(n), sums[n])]
-    card = remote.files.get(CARD)
+    card = remote.files.get(CARD_NAME)
     if card is None or card.blob_id != git_sha1(push.card.encode()):
-        wrong.append(CARD)
+        wrong.append(CARD_NAME)
     wrong += [name for name in push.deleted if name in remote.files]
     if wrong:
         raise IrqError(

@@ -13,7 +13,7 @@ from typing import Any
 from irq_convert.artifact.adapter_config import CONFIG_FILE, NOTE_FILE, WEIGHTS_FILE
 from irq_convert.artifact.adapter_kinds import AdapterKind, kind_of
 from irq_convert.artifact.checksums import list_files
-from irq_convert.artifact.manifest import MANIFEST_NAME, read_manifest
+from irq_convert.artifact.manifest import CARD_NAME, MANIFEST_NAME, read_manifest
 from irq_convert.artifact.results import EXPORT_NAME, MERGE_NAME
 from irq_convert.artifact.scores import read_scores
 from irq_convert.checkpoint.json_files import read_json_object
@@ -23,7 +23,6 @@ from irq_convert.core.codebook import CODEBOOKS
 from irq_convert.errors import UsageError
 from irq_convert.jobs.push.local_paths import FILES, is_local, without_paths
 
-CARD = "README.md"
 _ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -46,6 +45,14 @@ RELATIONS = {
     FolderKind.ADAPTER: "adapter",
 }
 """The Hub's word for how each is related to its base model."""
+RECORDS = {
+    FolderKind.ARTIFACT: (MANIFEST_NAME,),
+    FolderKind.MERGED: (MANIFEST_NAME,),
+    FolderKind.DENSE: (MERGE_NAME,),
+    FolderKind.EXPORT: (EXPORT_NAME,),
+    FolderKind.ADAPTER: (NOTE_FILE, CONFIG_FILE),
+}
+"""Files of which each says that a folder or repository is of this kind."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +169,7 @@ class PushedFolder:
     @cached_property
     def local_card(self) -> str | None:
         """The text of the folder's own README.md."""
-        path = self.folder / CARD
+        path = self.folder / CARD_NAME
         with os_errors("read it", path):
             return path.read_bytes().decode("utf-8", "replace") if path.is_file() else None
 
@@ -183,7 +190,7 @@ def open_pushed_folder(folder: Path) -> PushedFolder:
         if not folder.is_dir():
             raise UsageError(f"{folder}: no such folder; give an artifact, an adapter or a model")
         _check_finished(folder)
-        files = [name for name in list_files(folder) if name != CARD]
+        files = [name for name in list_files(folder) if name != CARD_NAME]
         files += [SCORES_NAME] if read_scores(folder) else []
     if MANIFEST_NAME in files:
         manifest = read_manifest(folder)

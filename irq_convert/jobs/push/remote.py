@@ -27,11 +27,12 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id
 
+from irq_convert.artifact.manifest import CARD_NAME
 from irq_convert.checkpoint.files import git_sha1
 from irq_convert.checkpoint.hub_errors import error_detail, retrying
 from irq_convert.checkpoint.system import explain_os_error
 from irq_convert.errors import IrqError, UsageError
-from irq_convert.jobs.push.pushed_folder import CARD, content_bytes
+from irq_convert.jobs.push.pushed_folder import content_bytes
 
 _TOKEN = "log in with `hf auth login` or set HF_TOKEN to a token that may write"
 
@@ -115,8 +116,8 @@ def read_remote(repo_id: str, branch: str) -> Remote:
         )
         files = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
         card = None
-        if CARD in files:
-            path = retrying(lambda: hf_hub_download(repo_id, CARD, revision=head), first=True)
+        if CARD_NAME in files:
+            path = retrying(lambda: hf_hub_download(repo_id, CARD_NAME, revision=head), first=True)
             card = Path(path).read_bytes().decode("utf-8", "replace")
     return Remote(repo_id, branch, True, info.private, head, files, card)
 

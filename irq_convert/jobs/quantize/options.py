@@ -167,6 +167,7 @@ class QuantizeOptions:
             "bits_for": [list(pair) for pair in self.bits_for],
             "include_towers": self.include_towers,
             **({"include_embeddings": True} if self.include_embeddings else {}),
+            **({"llama_version": self.llama_version} if self.llama_version else {}),
             "max_shard_bytes": self.max_shard_bytes,
         }
 

@@ -13,7 +13,8 @@ from irq_convert.artifact.config import (
     module_name,
 )
 from irq_convert.artifact.head import untied_config
-from irq_convert.artifact.manifest import MANIFEST_NAME, manifest_limit, manifest_room
+from irq_convert.artifact.manifest import manifest_limit, manifest_room
+from irq_convert.artifact.results import MARKS
 from irq_convert.artifact.structure import part_specs
 from irq_convert.checkpoint.float_dtypes import FLOATS
 from irq_convert.checkpoint.header import TensorInfo
@@ -195,7 +196,7 @@ def _assemble(
         options.max_shard_bytes,
         checkpoint,
         {**source_config, "quantization_config": config.to_dict()},
-        replaced=(MANIFEST_NAME, *made.replaced),
+        replaced=(*MARKS, *made.replaced),
         made=made.files,
     )
 

@@ -24,9 +24,8 @@ from irq_convert.artifact.results import check_result_folder
 from irq_convert.checkpoint.arranged import SourceHints
 from irq_convert.checkpoint.disk import remove_leftovers
 from irq_convert.checkpoint.files import require_readable, write_json_atomic
-from irq_convert.checkpoint.locate import Fetch, open_source
+from irq_convert.checkpoint.locate import Fetch, find_folder, open_source
 from irq_convert.checkpoint.source import Checkpoint
-from irq_convert.checkpoint.system import os_errors
 from irq_convert.core.tensor_stats import TensorStats, decode_stats
 from irq_convert.errors import UsageError
 from irq_convert.jobs.calibration.workspace import mark_finished, remove_finished
@@ -187,18 +186,9 @@ def check_output_folder(model: str, out: Path, options: QuantizeOptions) -> None
 
     Raises `UsageError` as `check_result_folder`: only artifacts are overwritten.
     """
-    source = _local_folder(model)
+    source = find_folder(model)
     inputs = [] if source is None else [source]
     check_result_folder(out, inputs, options.overwrite, artifacts_only=True)
-
-
-def _local_folder(model: str) -> Path | None:
-    try:
-        path = Path(model).expanduser()
-    except RuntimeError as error:  # ~name of an unknown user
-        raise UsageError(f"{model}: no such folder ({error})") from None
-    with os_errors("look at it", path):
-        return path if model and path.exists() else None
 
 
 def _manifest(

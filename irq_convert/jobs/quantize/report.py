@@ -64,7 +64,7 @@ LITTLE = 0.5
 def little_quantized(weights: int, quantized_weights: int, kept: Mapping[str, int]) -> str | None:
     """One line that says why less than half of a model is quantized; None where it is more.
 
-    `kept` counts weights by the reason for which they stay dense (`ConversionPlan.kept`).
+    `kept` counts weights by the reason for which they stay dense (`QuantizePlan.kept`).
     """
     if quantized_weights >= LITTLE * weights:
         return None

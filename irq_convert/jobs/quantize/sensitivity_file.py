@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from irq_convert.artifact.sensitivity import Sensitivity, is_sensitivity, read_sensitivity
-from irq_convert.checkpoint.system import os_errors
+from irq_convert.checkpoint.system import expand_home, os_errors
 from irq_convert.errors import UsageError
 from irq_convert.jobs.sizing.choices import Choice
 from irq_convert.progress import Progress
@@ -37,8 +37,8 @@ class SensitivityFile:
         choices: Sequence[Choice],
     ) -> SensitivityFile:
         """`file`, or the one beside `out`. Raises `UsageError` for one that cannot be written."""
-        real = out.expanduser().resolve()
-        path = file.expanduser() if file else real.with_name(f"{real.name}.sensitivity.safetensors")
+        real = out.resolve()
+        path = expand_home(file) if file else real.with_name(f"{real.name}.sensitivity.safetensors")
         with os_errors("look at it", path):
             if path.is_dir() or not path.resolve().parent.is_dir():
                 what = "a folder" if path.is_dir() else f"{path.parent} is no folder"

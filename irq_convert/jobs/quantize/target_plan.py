@@ -187,7 +187,7 @@ def scratch_folder(out: Path) -> Iterator[Path]:
     What a killed run has left there is removed first; `UsageError` where it holds anything else, or
     another run works in it.
     """
-    real = out.expanduser().resolve()
+    real = out.resolve()
     folder, held, mine = real.with_name(f"{real.name}.states"), Held(), False
     new = [parent for parent in folder.parents if not parent.exists()]
     try:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import asdict, dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from irq_convert.core.codebook import WIDTHS, in_words
 from irq_convert.errors import UsageError
-from irq_convert.jobs.calibration.options import SELF
 from irq_convert.jobs.common.expressions import check_expression
 from irq_convert.jobs.sizing.choices import DENSE_BITS
 
@@ -26,7 +26,10 @@ def parse_size(text: str) -> int:
     found = _SIZE.fullmatch(text)
     if found is None:
         raise UsageError(f"--target-size {text!r}: write a size with its unit, as 3.5GB or 700MB")
-    return int(float(found[1]) * _UNITS[found[2].lower()])
+    size = float(found[1]) * _UNITS[found[2].lower()]
+    if not isfinite(size):
+        raise UsageError(f"--target-size {text[:20]}...: no size has so many digits; ask for less")
+    return int(size)
 
 
 @dataclass(frozen=True)
@@ -78,11 +81,6 @@ class TargetOptions:
                 if bits not in (*WIDTHS, DENSE_BITS):
                     known = in_words([*map(str, WIDTHS), str(DENSE_BITS)])
                     raise UsageError(f"{option} {pattern!r} = {bits}: choose {known}")
-
-    @property
-    def source_text(self) -> str:
-        """The text, or the source itself where none is given."""
-        return SELF if self.text is None else self.text
 
     def to_dict(self) -> dict[str, Any]:
         """What decides the mix; the text is told by its hash elsewhere."""

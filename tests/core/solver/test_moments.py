@@ -7,7 +7,7 @@ import torch
 
 from irq_convert.core.solver import cholesky
 from irq_convert.core.solver import moments as module
-from irq_convert.core.solver.moments import corrected, damped, factorize
+from irq_convert.core.solver.moments import corrections, damped, factorize, pulled
 from irq_convert.errors import IrqError
 from tests.fresh import Forks
 
@@ -82,6 +82,12 @@ def test_columns_without_inputs_count_as_the_mean() -> None:
     assert factorize(torch.zeros(3, 3), 0.01, "layer").feedback.tolist() == torch.eye(3).tolist()
 
 
+def corrected(
+    weight: torch.Tensor, h: torch.Tensor, cross: torch.Tensor, part: float, ridge: float
+) -> torch.Tensor:
+    return corrections([weight], [pulled(weight, cross)], h, part, ridge)[0]
+
+
 @pytest.mark.parametrize("wide", [8192, 1])
 @pytest.mark.parametrize("panel", [256, 8])
 def test_corrected_is_the_formula(panel: int, wide: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,11 +100,11 @@ def test_corrected_is_the_formula(panel: int, wide: int, monkeypatch: pytest.Mon
     h, cross = seen.T @ seen, (source - seen).T @ source
     h = (h + h.T) / 2
     ridge = 0.05 * h.diagonal().double().mean() * torch.eye(30, dtype=torch.float64)
-    pulled = weight.double() @ cross.double() @ torch.linalg.inv(h.double() + ridge)
+    change = weight.double() @ cross.double() @ torch.linalg.inv(h.double() + ridge)
     for alpha in (0.0, 0.5, 1.0):
         found = corrected(weight, h, cross, alpha, 0.05)
         assert found.dtype == torch.float32
-        wanted = weight.double() + alpha * pulled
+        wanted = weight.double() + alpha * change
         torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-5)
     assert torch.equal(corrected(weight, h, cross, 0.0, 0.05), weight)
 

@@ -19,13 +19,13 @@ from irq_convert.core.scales import expand_statistic
 from irq_convert.core.solver import portable
 from irq_convert.core.solver.moments import Factor, damped, factorize
 from irq_convert.core.solver.options import SolverOptions
-from irq_convert.core.solver.solve import MatrixSolver, solve_matrix
+from irq_convert.core.solver.solve import MatrixSolver
 from irq_convert.core.spec import BLOCK_SIZES, QuantSpec
 from irq_convert.core.tensor_stats import TensorStats
 from irq_convert.errors import IrqError
 
 from ..test_quantize import same_bytes
-from .make import Problem, codes_of, problem
+from .make import Problem, codes_of, problem, solve_matrix
 
 DAMPING = SolverOptions().damping
 BACKENDS = pytest.mark.parametrize("backend", ["numba", "torch"])

@@ -14,14 +14,13 @@ from hypothesis import strategies as st
 from irq_convert.core.codebook import CODEBOOKS
 from irq_convert.core.solver import portable
 from irq_convert.core.solver.options import SolverOptions
-from irq_convert.core.solver.solve import solve_matrix
 from irq_convert.core.spec import BLOCK_SIZES, QuantSpec
 from irq_convert.core.triton.descend import descend_panel_triton
 from irq_convert.core.triton.sweep import sweep_panel_triton
 
 from ..test_quantize import same_bytes
 from ..triton_haste import in_fewer_operations
-from .make import problem
+from .make import problem, solve_matrix
 from .test_solve import integers, specs
 
 assert os.environ["TRITON_INTERPRET"] == "1", "run by test_triton.py"

@@ -322,9 +322,9 @@ def test_layer_zero_is_what_the_solver_gives_for_its_true_inputs(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from irq_convert.core.dequantize import dequantize_tensor
-    from irq_convert.core.solver.solve import solve_matrix
     from irq_convert.core.spec import QuantSpec
     from irq_convert.jobs.calibration.text import choose_windows, tokenize_source
+    from tests.core.solver.make import solve_matrix
 
     options = calibrating(text)
     quantize(source, tmp_path / "out", options)

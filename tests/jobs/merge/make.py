@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from irq_convert.artifact.config import module_name
 from irq_convert.artifact.contents import open_artifact
 from irq_convert.artifact.identity import artifact_identity
-from irq_convert.core.elastic import elastic_matrix
 from irq_convert.core.spec import QuantSpec
 from irq_convert.jobs.quantize.options import QuantizeOptions
 from irq_convert.jobs.quantize.quantize import quantize
+from tests.core.elastic_matrix import elastic_matrix
 from tests.folders import read_json
 from tests.formats import numpy_reader
 from tests.tiny import LLAMA, llama_tensors, write_source

@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from irq_convert.artifact.adapter import LayerValues
-from irq_convert.core.elastic import elastic_matrix, fold_elastic
+from irq_convert.core.elastic import fold_elastic
 from irq_convert.jobs.merge.check_layers import unfolded_output
 from irq_convert.jobs.merge.delta import Delta, fold_layer
+from tests.core.elastic_matrix import elastic_matrix
 
 sizes = st.integers(1, 40)
 numbers = st.floats(-3, 3, width=32)

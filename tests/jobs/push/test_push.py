@@ -15,6 +15,7 @@ from irq_convert.artifact.verify import verify_artifact
 from irq_convert.errors import IrqError, UsageError
 from irq_convert.jobs.push import push as push_room
 from irq_convert.jobs.push.push import PushOptions, PushReport, check_push, push
+from irq_convert.jobs.push.pushed_folder import FolderKind
 
 from .client import Clock
 from .server import Hub
@@ -292,8 +293,8 @@ def test_shards_of_an_earlier_push_go_and_others_weights_stay(
     world.add("org/other", {"model.safetensors": b"theirs", "config.json": b"{}"})
     words = ["org/other", "model.safetensors", "--overwrite"]
     assert_refused(UsageError, words, artifact, "org/other", verify=False)
-    with pytest.raises(UsageError, match="--overwrite"):
-        check_push("org/other", PushOptions())
+    with pytest.raises(UsageError, match="`irq-convert push OUT org/other --overwrite`"):
+        check_push("org/other", FolderKind.ARTIFACT, PushOptions())
     assert world.repos["org/other"].main["model.safetensors"] == b"theirs"
     done = push(artifact, "org/other", PushOptions(overwrite=True))
     assert done.deleted == ("model.safetensors",)
@@ -308,7 +309,11 @@ def test_another_kind_of_the_same_file_names_is_not_written_over(
     assert world.repos["org/same"].main[shards[0]] == b"theirs"
     files = {"model.safetensors": b"merged", "irq_merge.json": b"{}"}
     world.add("org/dense", {**files, ".gitattributes": b""})
-    assert_refused(UsageError, ["--overwrite"], artifact, "org/dense", verify=False)
+    assert_refused(UsageError, ["`push --overwrite`"], artifact, "org/dense", verify=False)
+    check_push("org/dense", FolderKind.DENSE, PushOptions())
+    for kind in (FolderKind.ARTIFACT, FolderKind.MERGED, FolderKind.ADAPTER):  # told before hours
+        with pytest.raises(UsageError, match=r"`irq-convert push OUT org/dense --overwrite`"):
+            check_push("org/dense", kind, PushOptions())
     done = push(artifact, "org/dense", PushOptions(overwrite=True))
     assert sorted(done.deleted) == ["irq_merge.json", "model.safetensors"]
     assert_whole(world.repos["org/dense"], artifact, done)
@@ -352,7 +357,7 @@ def test_a_damaged_artifact_is_not_pushed(world: World, artifact: Path) -> None:
 def test_ids_that_are_none(artifact: Path, repo_id: str, word: str) -> None:
     assert_refused(UsageError, [word], artifact, repo_id)
     with pytest.raises(UsageError):
-        check_push(repo_id, PushOptions())
+        check_push(repo_id, FolderKind.ARTIFACT, PushOptions())
 
 
 def test_folders_that_cannot_be_pushed(artifact: Path, tmp_path: Path) -> None:

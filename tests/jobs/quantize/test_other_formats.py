@@ -15,6 +15,8 @@ from irq_convert.artifact.verify import verify_artifact
 from irq_convert.checkpoint.locate import open_source
 from irq_convert.errors import UsageError
 from irq_convert.jobs.common.ranks import Ranks
+from irq_convert.jobs.push.command_again import command_again
+from irq_convert.jobs.push.pushed_folder import open_pushed_folder
 from irq_convert.jobs.quantize import quantize as room
 from irq_convert.jobs.quantize.estimate import estimate_quantize
 from irq_convert.jobs.quantize.job import quantize_job
@@ -95,6 +97,9 @@ def test_a_version_that_nobody_tells_is_asked_for(tmp_path: Path) -> None:
     quantize(tmp_path / "13B", tmp_path / "out", llama_version="1")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["max_position_embeddings"] == 2048
+    again = command_again(open_pushed_folder(tmp_path / "out"))
+    assert "--llama-version 1" in again  # or it would stop and ask
+    assert "llama_version" not in QuantizeOptions().to_dict()
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from irq_convert.artifact.config import QuantizationConfig, module_name
+from irq_convert.artifact.results import MARKS
 from irq_convert.checkpoint.source import open_checkpoint
 from irq_convert.core.spec import QuantSpec
 from irq_convert.errors import IrqError, UsageError
@@ -38,6 +39,13 @@ def refused(folder: Path, kind: type[IrqError], *words: str, **options: Any) -> 
     assert "\n" not in str(caught.value)
     for word in words:
         assert word in str(caught.value)
+
+
+def test_notes_of_a_dense_result_are_not_carried_over(tmp_path: Path) -> None:
+    """An artifact with them would be taken for the merged or exported model that was its source."""
+    marks = dict.fromkeys(MARKS, "{}")
+    source = write_source(tmp_path / "m", llama_tensors(), files={"more.txt": "kept"} | marks)
+    assert set(plan_of(source).folder.carried) == {"more.txt"}
 
 
 def test_every_tensor_is_accounted_for_once(tmp_path: Path) -> None:

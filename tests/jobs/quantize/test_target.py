@@ -337,6 +337,19 @@ def test_states_of_a_run_are_left_alone_by_another(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_files_beside_an_output_lie_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`~` is a name like any other where the output is written; a shell has made it a home."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/nowhere")
+    Path("~").mkdir()
+    with planning.scratch_folder(Path("~/out")) as states:
+        assert states == tmp_path / "~" / "out.states"
+    file = planning.SensitivityFile.of(None, Path("~/out"), {}, {}, ())
+    assert file.path == tmp_path / "~" / "out.sensitivity.safetensors"
+
+
 def test_what_a_target_leaves_as_it_is(make: Make, text: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"bits": 12.0, "at_least": (("down_proj", 16),)}
     report = sized(make("Llama 2"), tmp_path / "out", text, **options)

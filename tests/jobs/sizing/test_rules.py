@@ -91,6 +91,13 @@ def test_no_sizes(text: str) -> None:
         parse_size(text)
 
 
+def test_a_size_that_is_not_finite() -> None:
+    with pytest.raises(UsageError, match=r"^--target-size 9{20}\.\.\.: no size has so many digits"):
+        parse_size("9" * 400 + "GB")
+    with pytest.raises(UsageError, match="so many digits"):
+        parse_size("9" * 305 + "GB")
+
+
 @pytest.mark.parametrize(
     ("settings", "line"),
     [

@@ -119,9 +119,3 @@ def interleave(rows: Rows, heads: int) -> Rows:
     """
     split = rows.reshape(heads, 2, len(rows) // heads // 2, *rows.shape[1:])
     return split.swapaxes(1, 2).reshape(rows.shape)
-
-
-def separate(rows: Rows, heads: int) -> Rows:
-    """The twin of `interleave`: row 2 j + s of a head becomes its row s * d/2 + j."""
-    split = rows.reshape(heads, len(rows) // heads // 2, 2, *rows.shape[1:])
-    return split.swapaxes(1, 2).reshape(rows.shape)

@@ -145,19 +145,23 @@ def _special(
         if type(number) is int and 0 <= number < len(types):
             special[role] = number
     path = folder / "generation_config.json"
-    stops = read_json_object(path).get("eos_token_id") if path.is_file() else None
+    found = read_json_object(path).get("eos_token_id") if path.is_file() else None
+    stops = found if isinstance(found, list) else []
+    tokens = [each for each in stops if type(each) is int and 0 <= each < len(types)]
     # llama.cpp knows control tokens that end a turn by their text; others have one key.
     others = [
         number
-        for number in (stops if isinstance(stops, list) else [])
+        for number in tokens
         if number != special.get("eos") and types[number] != TokenType.CONTROL
     ]
     if others:
         special["eot"] = others[0]
+    where = "of generation_config.json"
+    notes = [f"left out, being no token: {each!r} {where}" for each in stops if each not in tokens]
     if others[1:]:
         more = ", ".join(map(str, others[1:]))
-        return special, [f"llama.cpp will not stop at tokens {more} of generation_config.json"]
-    return special, []
+        notes.append(f"llama.cpp will not stop at tokens {more} {where}")
+    return special, notes
 
 
 def _added(tokenizer: PreTrainedTokenizerBase) -> tuple[bool, bool]:

@@ -13,12 +13,12 @@ gguf = pytest.importorskip("gguf", reason="the package gguf is not installed")
 
 from gguf.quants import dequantize  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
+from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor  # noqa: E402
 
 import irq_convert  # noqa: E402
 from irq_convert.artifact.config import ModuleFormat  # noqa: E402
 from irq_convert.errors import UsageError  # noqa: E402
 from irq_convert.jobs.export.export import estimate_export, export  # noqa: E402
-from irq_convert.jobs.export.gguf.names import separate  # noqa: E402
 from irq_convert.jobs.export.options import ExportOptions  # noqa: E402
 
 from .make import FAMILIES, change_config, export_gguf, make_artifact, readable_model  # noqa: E402
@@ -75,7 +75,8 @@ def test_rows_return_to_their_places(tmp_path: Path) -> None:
     _, tensors = contents(file)
     for name, heads in (("q", 6), ("k", 2)):
         for part in ("weight", "bias"):
-            found = separate(dense(tensors[f"blk.1.attn_{name}.{part}"]), heads)
+            there = dense(tensors[f"blk.1.attn_{name}.{part}"])
+            found = LlamaTensorProcessor()._reverse_permute_weights(there, heads)
             expected = own[f"model.layers.1.self_attn.{name}_proj.{part}"].numpy()
             np.testing.assert_allclose(found, expected, atol=2e-3 * np.abs(expected).max())
     exact = own["model.layers.0.mlp.down_proj.bias"].numpy()

@@ -69,6 +69,21 @@ def test_a_rule_of_nobody_is_refused() -> None:
         choose_rule(raw, tokens_of(raw))
 
 
+def test_end_tokens_that_are_none_are_left_out(tmp_path: Path) -> None:
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(DEMO / name, tmp_path)
+    settings = {"eos_token_id": [1, 5000, -1, "2", 348, 349]}
+    (tmp_path / "generation_config.json").write_text(json.dumps(settings))
+    found = read_vocabulary(tmp_path, 1030)
+    assert found.special == {"bos": 0, "eos": 1, "pad": 1, "eot": 348}
+    where = "of generation_config.json"
+    told = [f"left out, being no token: {each} {where}" for each in ("5000", "-1", "'2'")]
+    assert [n for n in found.notes if where in n] == [
+        *told,
+        f"llama.cpp will not stop at tokens 349 {where}",
+    ]
+
+
 def test_the_demo_model_is_near_enough() -> None:
     found = read_vocabulary(DEMO, 1030)
     assert (found.model, found.pre) == ("gpt2", "qwen2")
