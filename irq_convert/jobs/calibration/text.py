@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
+from irq_convert.checkpoint.system import expand_home
 from irq_convert.errors import IrqError, UsageError
 from irq_convert.jobs.calibration.options import CalibrationOptions
 from irq_convert.jobs.common.rows import DataRow, holds_rows, read_rows
@@ -123,7 +124,7 @@ def tokenize_source(options: TextChoice, tokenizer: Any) -> tuple[torch.Tensor, 
     Raises `UsageError` or `IrqError` for a text that cannot be read, is empty, or is mostly
     unknown to the tokenizer.
     """
-    path = Path(options.text).expanduser()
+    path = expand_home(options.text)
     most = options.tokens * BYTES_A_TOKEN
     if path.exists() or not _is_dataset(options.text):
         if holds_rows(path):
