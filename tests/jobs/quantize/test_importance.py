@@ -262,8 +262,9 @@ def test_damage_is_said_before_the_source_is_opened(tmp_path: Path, file: Path) 
     raw = bytearray(file.read_bytes())
     raw[-8:] = np.float64(-1).tobytes()
     file.write_bytes(raw)
+    (tmp_path / "empty").mkdir()
     with pytest.raises(IrqError, match="has negative numbers"):
-        quantize(tmp_path / "none", tmp_path / "out", importance=file)
+        quantize(tmp_path / "empty", tmp_path / "out", importance=file)
     assert json.loads(json.dumps(QuantizeOptions(importance=file).to_dict()))
 
 
