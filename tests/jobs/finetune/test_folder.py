@@ -156,7 +156,7 @@ def test_an_older_adapter_survives_a_full_disk(
         folder.finish()
     with run_folder(out, base, resume=Resume.AUTO, overwrite=True) as folder:
         full = OSError(errno.ENOSPC, "no space")
-        monkeypatch.setattr("irq_convert.jobs.finetune.folder.flush_folder", raises(full))
+        monkeypatch.setattr("irq_convert.jobs.finetune.folder.write_json_atomic", raises(full))
         with pytest.raises(IrqError, match="no space"):
             write_adapter(folder, "new")
     assert {(out / name).read_text() for name in (WEIGHTS_FILE, CONFIG_FILE)} == {"old"}
