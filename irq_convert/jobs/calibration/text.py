@@ -14,10 +14,8 @@ from irq_convert.checkpoint.system import expand_home
 from irq_convert.errors import IrqError, UsageError
 from irq_convert.jobs.calibration.options import CalibrationOptions
 from irq_convert.jobs.common.rows import DataRow, holds_rows, read_rows
-from irq_convert.jobs.common.text import encode_stream, read_text
+from irq_convert.jobs.common.text import CHARACTERS_A_TOKEN, encode_stream, read_text
 
-BYTES_A_TOKEN = 64
-"""Of a text as much is tokenized as gives the tokens asked for several times over."""
 UNKNOWN = 0.5
 """A text of which more tokens are unknown than this part is not in the model's language."""
 
@@ -125,7 +123,7 @@ def tokenize_source(options: TextChoice, tokenizer: Any) -> tuple[torch.Tensor, 
     unknown to the tokenizer.
     """
     path = expand_home(options.text)
-    most = options.tokens * BYTES_A_TOKEN
+    most = options.tokens * CHARACTERS_A_TOKEN
     if path.exists() or not _is_dataset(options.text):
         if holds_rows(path):
             ids = _tokens_of_rows(read_rows(path), tokenizer, options.tokens * 4)

@@ -89,7 +89,7 @@ def workspace(
         _remove(root)
     except BaseException as error:
         line = _settle(root, work, len(layers), resume) if held.fd is not None else None
-        if line and not isinstance(error, UsageError):  # which the same would be again
+        if line and not isinstance(error, UsageError):  # the same is refused again
             line = f"{line}: the same command continues there"
         if line and isinstance(error, IrqError):
             raise type(error)(f"{error}; {line}") from error

@@ -59,11 +59,12 @@ def refuse_early(
     required and neither a shard nor a layer is finished.
     """
     staging = Staging(partial_folder(out), keep=True)
-    if options.resume == Resume.REQUIRED:
-        folders = [staging.records, *(root / "records" for root in calibration_folders(out))]
-        if not any(map(list_shard_records, filter(Path.is_dir, folders))):
+    finished = staging.records.is_dir() and list_shard_records(staging.records)
+    if options.resume == Resume.REQUIRED and not finished:
+        layers = (Staging(root, keep=True).records for root in calibration_folders(out))
+        if not any(map(list_shard_records, filter(Path.is_dir, layers))):
             raise nothing_to_resume(staging)
-    if options.resume != Resume.NEVER:
+    if options.resume != Resume.NEVER and finished:  # else nothing needs a look at the source
         of_data = {} if weighing is None else weighing.of_data
         known = quantize_identity(plan, model, options, of_data)
         told = {key: value for key, value in known.options.items() if key != "formats"}
