@@ -28,21 +28,15 @@ RANKS = """
 import os, sys
 from pathlib import Path
 import torch
-from torch.distributed import TCPStore
 from tests.adapters.workers import main
-store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port), WORLD_SIZE="2")
-os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
-ranks = {}
-for rank in range(2):
-    pid = os.fork()
-    if not pid:
-        os.environ["RANK"] = str(rank)
-        torch.set_num_threads(1)  # a new pool, before two threads ask for one
-        main(*map(Path, sys.argv[1:]))
-        sys.exit()
-    ranks[pid] = rank
-sys.exit(any([os.waitpid(pid, 0)[1] for pid in ranks]))
+from tests.ranks import agent_store, run_ranks
+def run():
+    torch.set_num_threads(1)  # a new pool, before two threads ask for one
+    main(*map(Path, sys.argv[1:]))
+    return 0
+store, told = agent_store(2)
+os.environ.update(told)
+sys.exit(run_ranks(2, run))
 """
 """Two processes as torchrun would start them, with all imports made."""
 

@@ -18,9 +18,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch.distributed import TCPStore
-
 from tests.folders import listing
+from tests.ranks import agent_store
 
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -145,10 +144,8 @@ class Commands:
 
     def together(self, ranks: int, *args: object, **env: str) -> Result:
         """Run a command in so many processes, as torchrun would on one host."""
-        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
-        env |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(ranks))
-        return self(*args, ranks=ranks, **env, TORCHELASTIC_USE_AGENT_STORE="True")
+        _store, told = agent_store(ranks)
+        return self(*args, ranks=ranks, **told, **env)
 
 
 def fresh(*args: object, cwd: Path | None = None, **env: str) -> Result:

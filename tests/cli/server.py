@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 import irq_convert.jobs.finetune.training_run
 import irq_convert.jobs.merge.merge  # noqa: F401 - for the commands that import them
 from irq_convert.cli.main import app, main
+from tests.ranks import run_ranks
 from tests.tiny import LLAMA, llama_tensors, write_source
 
 NOBODY = 65534
@@ -80,18 +81,6 @@ def run() -> int:
     return 0
 
 
-def run_ranks(count: int) -> int:
-    """`run()` in `count` processes at once; the largest exit status."""
-    pids = []
-    for rank in range(count):
-        pid = os.fork()
-        if not pid:
-            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
-            os._exit(run())
-        pids.append(pid)
-    return max(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids)
-
-
 warm_up()
 gc.collect()
 gc.freeze()  # a child that looked for garbage in all this would copy it
@@ -101,7 +90,7 @@ for line in sys.stdin:
     if not pid:
         request = json.loads(line)
         become(request)
-        os._exit(run_ranks(request["ranks"]) if request["ranks"] else run())
+        os._exit(run_ranks(request["ranks"], run) if request["ranks"] else run())
     print(pid, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 os._exit(0)  # an interpreter takes seconds to clean up
